@@ -1,0 +1,77 @@
+"""Random changes of a PIL image that keep its class. All chance comes from the generator that is passed in."""
+
+import math
+
+import numpy as np
+from PIL import Image
+
+
+MAX_ROTATION = math.radians(12)
+MAX_SHEAR = math.radians(8)
+SCALE = (0.85, 1.15)
+MAX_SHIFT = 0.10  # share of the side
+
+CROP_AREA = (0.35, 1.0)  # share of the image
+CROP_RATIO = (3 / 4, 4 / 3)  # width / height
+CROP_ATTEMPTS = 10
+
+
+def random_affine(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """Rotate (±12°), shear (±8°), scale (0.85 to 1.15) and shift (±10 % of each side) around the centre.
+
+    Args:
+        image: any mode and size; what moves in from outside is black.
+        rng: five numbers are drawn.
+
+    Returns:
+        An image of the same mode and size, bilinear.
+    """
+    draw = rng.uniform(-1.0, 1.0, size=5).tolist()
+    angle, shear = draw[0] * MAX_ROTATION, math.tan(draw[1] * MAX_SHEAR)
+    scale = SCALE[0] + (draw[2] + 1) / 2 * (SCALE[1] - SCALE[0])
+    width, height = image.size
+    cosine, sine = math.cos(angle), math.sin(angle)
+    # Forward, about the centre c: out = c + shift + scale * R(angle) * [[1, shear], [0, 1]] * (in - c).
+    # Pillow wants the inverse, in = c + [[1, -shear], [0, 1]] * R(-angle) / scale * (out - c - shift).
+    a, b = (cosine + shear * sine) / scale, (sine - shear * cosine) / scale
+    d, e = -sine / scale, cosine / scale
+    x, y = width * (0.5 + draw[3] * MAX_SHIFT), height * (0.5 + draw[4] * MAX_SHIFT)
+    inverse = (a, b, width / 2 - a * x - b * y, d, e, height / 2 - d * x - e * y)
+    return image.transform(image.size, Image.Transform.AFFINE, inverse, resample=Image.Resampling.BILINEAR)
+
+
+def _random_box(width: int, height: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
+    """A random crop box (left, top, right, bottom) inside an image of that size, in pixels."""
+    for _ in range(CROP_ATTEMPTS):
+        area = rng.uniform(*CROP_AREA) * width * height
+        # Uniform in the logarithm: wide and tall crops are equally likely.
+        ratio = math.exp(rng.uniform(math.log(CROP_RATIO[0]), math.log(CROP_RATIO[1])))
+        crop_width, crop_height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < crop_width <= width and 0 < crop_height <= height:
+            left = int(rng.integers(width - crop_width + 1))
+            top = int(rng.integers(height - crop_height + 1))
+            return left, top, left + crop_width, top + crop_height
+    # A very long image: the largest centred box of an allowed ratio.
+    crop_width = max(1, min(width, round(height * CROP_RATIO[1])))
+    crop_height = max(1, min(height, round(width / CROP_RATIO[0])))
+    left, top = (width - crop_width) // 2, (height - crop_height) // 2
+    return left, top, left + crop_width, top + crop_height
+
+
+def random_resized_crop_flip(
+    image: Image.Image, image_size: int, resample: Image.Resampling, rng: np.random.Generator
+) -> Image.Image:
+    """Crop 35 to 100 % of the area at a ratio of 3/4 to 4/3, resize it, and mirror it every second time.
+
+    Args:
+        image: any size.
+        image_size: side of the result, in pixels.
+        resample: filter of the resize.
+        rng: the number of draws depends on the image.
+
+    Returns:
+        An image (image_size, image_size) of the same mode.
+    """
+    box = _random_box(*image.size, rng)
+    crop = image.resize((image_size, image_size), resample, box=box)
+    return crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else crop

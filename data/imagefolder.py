@@ -1,0 +1,98 @@
+"""A folder with one sub-folder a class."""
+
+import os
+from collections.abc import Sequence
+from typing import overload
+
+import numpy as np
+from PIL import Image
+
+from m2mkd.data.decoding import decode_image
+from m2mkd.data.errors import DataError
+from m2mkd.data.labeled_images import LabeledImages
+
+
+JUNK = {"thumbs.db", "desktop.ini", "__macosx"}
+
+
+class ImageFiles(Sequence[Image.Image]):
+    """Image files, decoded to RGB at access and never kept: there may be millions.
+
+    `files[i]` raises `DataError` with the path if the file cannot be decoded.
+
+    Args:
+        paths: paths of the files.
+    """
+
+    def __init__(self, paths: list[str]) -> None:
+        self.paths = paths
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    @overload
+    def __getitem__(self, index: int) -> Image.Image: ...
+    @overload
+    def __getitem__(self, index: slice) -> "ImageFiles": ...
+    def __getitem__(self, index: int | slice) -> "Image.Image | ImageFiles":
+        if isinstance(index, slice):
+            return ImageFiles(self.paths[index])
+        return decode_image(self.paths[index], self.paths[index])
+
+
+def _is_junk(name: str) -> bool:
+    """Whether an operating system or an editor left this file or folder."""
+    return name.startswith(".") or name.lower() in JUNK
+
+
+def _image_extensions() -> set[str]:
+    """Lower-case extensions that Pillow can read (some of its registered ones it can only write)."""
+    return {extension for extension, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+
+
+def _check_extension(path: str, extensions: set[str]) -> None:
+    if os.path.splitext(path)[1].lower() not in extensions:
+        raise DataError(f"{path} is not an image by its extension: an imagefolder holds nothing else, move it away")
+
+
+def _class_files(folder: str, extensions: set[str]) -> list[str]:
+    """Sorted paths of all images below the folder of one class."""
+    paths: list[str] = []
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not _is_junk(name)]
+        paths.extend(os.path.join(parent, name) for name in files if not _is_junk(name))
+    for path in paths:
+        _check_extension(path, extensions)
+    if not paths:
+        raise DataError(f"the class folder {folder} has no images: add some or remove it")
+    return sorted(paths)
+
+
+def load_imagefolder(path: str) -> LabeledImages:
+    """Every image below `path`; the names of its sub-folders, sorted, are the classes.
+
+    Images may lie deeper inside the folder of their class. Hidden files and what operating systems leave behind are
+    passed over; any other file that is no image is an error, so that no sample is lost in silence.
+
+    Args:
+        path: the folder; `~` is expanded.
+
+    Raises:
+        DataError: no such folder, no sub-folders, a class without images, or a file that is no image.
+    """
+    root = os.path.expanduser(path)
+    if not os.path.isdir(root):
+        raise DataError(f"imagefolder {root} is not a folder: give the path that holds one sub-folder a class")
+    with os.scandir(root) as entries:
+        visible = sorted((entry for entry in entries if not _is_junk(entry.name)), key=lambda entry: entry.name)
+    class_names = [entry.name for entry in visible if entry.is_dir()]
+    if not class_names:
+        raise DataError(f"imagefolder {root} has no sub-folders: put the images of each class in a folder of its name")
+    loose = [entry.path for entry in visible if not entry.is_dir()]
+    if loose:
+        raise DataError(f"{loose[0]} lies beside the class folders: move it into its class, or away")
+    extensions = _image_extensions()
+    files = [_class_files(os.path.join(root, name), extensions) for name in class_names]
+    labels = np.repeat(np.arange(len(files), dtype=np.int64), [len(paths) for paths in files])
+    paths = [path for class_paths in files for path in class_paths]
+    return LabeledImages(ImageFiles(paths), labels, class_names, paths)

@@ -1,0 +1,118 @@
+"""Images with their labels, whatever they came from."""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import overload
+
+import numpy as np
+from PIL import Image
+
+from m2mkd.data.errors import DataError
+
+
+class ImageView(Sequence[Image.Image]):
+    """Some elements of a sequence of images, decoded no earlier than in the sequence itself.
+
+    Args:
+        images: the sequence to look into.
+        indices: int64 array (n,) of positions in `images`.
+    """
+
+    def __init__(self, images: Sequence[Image.Image], indices: np.ndarray) -> None:
+        self.images = images
+        self.indices = indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    @overload
+    def __getitem__(self, index: int) -> Image.Image: ...
+    @overload
+    def __getitem__(self, index: slice) -> "ImageView": ...
+    def __getitem__(self, index: int | slice) -> "Image.Image | ImageView":
+        if isinstance(index, slice):
+            return ImageView(self.images, self.indices[index])
+        return self.images[int(self.indices[index])]
+
+
+@dataclass(frozen=True)
+class LabeledImages:
+    """A classification set of n images.
+
+    Attributes:
+        images: `images[i]` is a `PIL.Image` of mode RGB and any size; it may be decoded at access.
+        labels: int64 array (n,) with values in [0, len(class_names)).
+        class_names: name of each class.
+        names: what an error calls each sample: its file path, or for example `mnist5k[17]`.
+
+    Raises:
+        DataError: lengths that differ, labels out of range, or two classes of the same name.
+    """
+
+    images: Sequence[Image.Image]
+    labels: np.ndarray
+    class_names: list[str]
+    names: list[str]
+
+    def __post_init__(self) -> None:
+        if not len(self.images) == len(self.labels) == len(self.names):
+            raise DataError(
+                f"{len(self.images)} images, {len(self.labels)} labels and {len(self.names)} names: give one of each "
+                "for every sample"
+            )
+        if self.labels.dtype != np.int64:
+            raise DataError(f"labels are {self.labels.dtype}: convert them to int64")
+        if len(self.labels) and not 0 <= self.labels.min() <= self.labels.max() < len(self.class_names):
+            wrong = int(np.flatnonzero((self.labels < 0) | (self.labels >= len(self.class_names)))[0])
+            raise DataError(
+                f"{self.names[wrong]} has label {self.labels[wrong]}, outside the {len(self.class_names)} classes: "
+                "use a labelled split"
+            )
+        repeated = [name for name, count in Counter(self.class_names).items() if count > 1]
+        if repeated:
+            raise DataError(f"class names must differ from each other; repeated: {', '.join(repeated)}")
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def select(self, indices: Iterable[int] | np.ndarray) -> "LabeledImages":
+        """The samples at `indices` (any integers in [0, n), in that order), over the same classes.
+
+        Raises:
+            IndexError: an index outside [0, n).
+        """
+        chosen = np.asarray(indices if isinstance(indices, np.ndarray) else list(indices), dtype=np.int64)
+        if len(chosen) and not 0 <= chosen.min() <= chosen.max() < len(self):
+            raise IndexError(
+                f"indices {chosen.min()}..{chosen.max()} into {len(self)} samples: use 0..{len(self) - 1}"
+            )
+        names = [self.names[index] for index in chosen.tolist()]
+        return LabeledImages(ImageView(self.images, chosen), self.labels[chosen], self.class_names, names)
+
+    def relabel(self, class_names: Sequence[str]) -> "LabeledImages":
+        """The same samples over another list of classes (a model's, say), matched by name and not by number.
+
+        Args:
+            class_names: names of the target classes, in the order of their labels.
+
+        Raises:
+            DataError: a class that has samples here is not in `class_names`.
+        """
+        target = {name: label for label, name in enumerate(class_names)}
+        present = [self.class_names[label] for label in np.unique(self.labels)]
+        missing = [name for name in present if name not in target]
+        if missing:
+            raise DataError(
+                f"the model was trained without the classes {', '.join(missing)} ({len(missing)} of the "
+                f"{len(present)} of this data): leave their samples out, or train on data that has these classes"
+            )
+        # A class without samples may be absent from the target; its place in the table is never read.
+        table = np.array([target.get(name, -1) for name in self.class_names], dtype=np.int64)
+        return LabeledImages(self.images, table[self.labels], list(class_names), self.names)
+
+
+def class_counts(data: LabeledImages) -> dict[str, int]:
+    """Number of samples of each class name, classes without samples included, in the order of the labels."""
+    counts = np.bincount(data.labels, minlength=len(data.class_names)).tolist()
+    return dict(zip(data.class_names, counts, strict=True))

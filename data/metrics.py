@@ -1,0 +1,112 @@
+"""Accuracy as `evaluate` metrics that need no network, for `Trainer(compute_metrics=…)`."""
+
+import tempfile
+
+import datasets
+import evaluate
+import numpy as np
+from transformers import EvalPrediction
+
+
+RANKED_AT_ONCE = 4096  # rows; bounds the memory of the sort
+
+
+class _InMemoryMetric(evaluate.Metric):
+    """A metric that leaves no file: processes that evaluate at once cannot meet in a cache folder."""
+
+    def __init__(self) -> None:
+        # The constructor makes a cache folder that a metric in memory never uses; let it go at once.
+        with tempfile.TemporaryDirectory() as folder:
+            super().__init__(keep_in_memory=True, cache_dir=folder)
+
+
+class Accuracy(_InMemoryMetric):
+    """Share of the predicted classes that are right.
+
+    `Accuracy().compute(predictions=…, references=…)` takes integers (n,) twice and returns `{"accuracy": float}` in
+    [0, 1]. `add_batch` works as for every metric of `evaluate`.
+    """
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description="Share of the predicted classes that are right.",
+            citation="",
+            inputs_description="predictions: integers (n,). references: integers (n,).",
+            features=datasets.Features(
+                {"predictions": datasets.Value("int64"), "references": datasets.Value("int64")}
+            ),
+            format="numpy",
+        )
+
+    def _compute(self, predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:
+        return {"accuracy": float(np.mean(predictions == references))}
+
+
+class TopKAccuracy(_InMemoryMetric):
+    """Share of the samples whose class is among the k best predictions.
+
+    `TopKAccuracy().compute(predictions=…, references=…, k=5)` takes the classes that the model ranks best, best first,
+    integers (n, K) with K >= k (see `rank_classes`), and integers (n,); it returns `{"top5_accuracy": float}` in
+    [0, 1]. Ranks and not scores: `evaluate` makes a Python object of every number that it is given.
+
+    Raises:
+        ValueError: from `compute`, if k is not in 1..K.
+    """
+
+    def _info(self) -> evaluate.MetricInfo:
+        ranked = datasets.Sequence(datasets.Value("int64"))
+        return evaluate.MetricInfo(
+            description="Share of the samples whose class is among the k best predictions.",
+            citation="",
+            inputs_description="predictions: ranked classes (n, K), best first. references: integers (n,). k: int.",
+            features=datasets.Features({"predictions": ranked, "references": datasets.Value("int64")}),
+        )
+
+    def _compute(self, predictions: list[list[int]], references: list[int], k: int = 5) -> dict[str, float]:
+        ranked = np.asarray(predictions)
+        if not 1 <= k <= ranked.shape[1]:
+            raise ValueError(f"k={k} with {ranked.shape[1]} ranked classes: rank more classes or lower k")
+        right = (ranked[:, :k] == np.asarray(references)[:, None]).any(axis=1)
+        return {f"top{k}_accuracy": float(right.mean())}
+
+
+def rank_classes(logits: np.ndarray, k: int) -> np.ndarray:
+    """The k classes of the largest logits, best first; among equal ones the lower class, as `argmax` has it.
+
+    Args:
+        logits: floats (n, C).
+        k: at most C.
+
+    Returns:
+        int64 (n, k). A row with NaN is all -1, which is no class: a model that diverged is never right by chance.
+    """
+    chunks = [logits[start : start + RANKED_AT_ONCE] for start in range(0, len(logits), RANKED_AT_ONCE)]
+    ranked = np.concatenate([np.argsort(-chunk, axis=1, kind="stable")[:, :k] for chunk in chunks])
+    ranked[np.isnan(logits).any(axis=1)] = -1
+    return ranked
+
+
+def compute_metrics(eval_prediction: EvalPrediction) -> dict[str, float]:
+    """`accuracy` and `top5_accuracy` in [0, 1] of a whole evaluation set, for `Trainer(compute_metrics=…)`.
+
+    With fewer than 5 classes `top5_accuracy` counts all of them. A row with NaN counts as wrong.
+
+    Args:
+        eval_prediction: logits (n, C), or a tuple whose first element is these, and integer labels (n,).
+
+    Raises:
+        ValueError: no samples, or logits and labels that are not (n, C) and (n,).
+    """
+    predictions = eval_prediction.predictions
+    logits = np.asarray(predictions[0] if isinstance(predictions, tuple) else predictions)
+    labels = np.asarray(eval_prediction.label_ids)
+    if logits.ndim != 2 or labels.shape != logits.shape[:1] or not len(logits):
+        raise ValueError(
+            f"logits of shape {logits.shape} and labels of shape {labels.shape}: accuracy needs (samples, classes) "
+            "and (samples,), at least one sample"
+        )
+    k = min(5, logits.shape[1])
+    ranked = rank_classes(logits, k)
+    accuracy = Accuracy().compute(predictions=ranked[:, 0], references=labels)["accuracy"]
+    top_k = TopKAccuracy().compute(predictions=ranked, references=labels, k=k)[f"top{k}_accuracy"]
+    return {"accuracy": accuracy, "top5_accuracy": top_k}

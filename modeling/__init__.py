@@ -1,0 +1,13 @@
+"""Models, their stages, stitches and losses; the models are registered with the Auto classes on import."""
+
+from transformers import AutoModel, AutoModelForImageClassification
+
+from m2mkd.configuration.configuration_vmoe import VMoEConfig
+from m2mkd.modeling.modeling_vmoe import VMoEForImageClassification, VMoEModel, VMoEPreTrainedModel
+from m2mkd.modeling.stages import split_into_stages
+
+
+AutoModel.register(VMoEConfig, VMoEModel, exist_ok=True)
+AutoModelForImageClassification.register(VMoEConfig, VMoEForImageClassification, exist_ok=True)
+
+__all__ = ["VMoEForImageClassification", "VMoEModel", "VMoEPreTrainedModel", "split_into_stages"]

@@ -1,0 +1,40 @@
+"""m2mkd: modular vision models (V-MoE, NAC) distilled module by module from a pretrained ViT.
+
+`import m2mkd` registers the `vmoe` model type with the Auto classes of transformers, so that
+`AutoModelForImageClassification.from_pretrained` loads our folders. The training half (`M2MKDTrainer`, `M2MKDConfig`)
+is imported on first use: loading a published model needs none of it.
+"""
+
+from importlib import import_module
+from typing import Any
+
+from m2mkd.configuration import VMoEConfig
+from m2mkd.modeling import VMoEForImageClassification, VMoEModel, VMoEPreTrainedModel, split_into_stages
+
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    "M2MKDConfig": "m2mkd.trainer.m2mkd_config",
+    "M2MKDTrainer": "m2mkd.trainer.m2mkd_trainer",
+}
+
+__all__ = [
+    "M2MKDConfig",
+    "M2MKDTrainer",
+    "VMoEConfig",
+    "VMoEForImageClassification",
+    "VMoEModel",
+    "VMoEPreTrainedModel",
+    "split_into_stages",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'm2mkd' has no attribute '{name}'; its public names are {__all__}.")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_LAZY])

@@ -1,0 +1,113 @@
+import copy
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from m2mkd.data import DataConfig, ImageDataset, build_image_processor, random_affine
+from m2mkd.data.processing import PixelTransform
+
+
+CONFIG = DataConfig(source="x", image_size=16, augmentation="affine")
+
+
+def everything(dataset, **options):
+    """(n, 3, side, side) of a whole pass."""
+    return torch.cat([batch["pixel_values"] for batch in DataLoader(dataset, batch_size=5, **options)])
+
+
+class TestSamples:
+    def test_evaluation_is_the_image_processor(self, noise_data):
+        dataset = ImageDataset(noise_data, CONFIG, train=False)
+        processor = build_image_processor(CONFIG)
+        for index, image in enumerate(noise_data.images):
+            expected = processor(image, return_tensors="pt")["pixel_values"][0]
+            assert torch.equal(dataset[index]["pixel_values"], expected)
+
+    def test_batch(self, noise_data):
+        batch = next(iter(DataLoader(ImageDataset(noise_data, CONFIG, train=True), batch_size=4)))
+        assert batch["pixel_values"].shape == (4, 3, 16, 16) and batch["pixel_values"].dtype == torch.float32
+        assert batch["labels"].tolist() == [0, 1, 2, 0] and batch["labels"].dtype == torch.long
+
+    def test_ends_and_negative_index(self, noise_data):
+        dataset = ImageDataset(noise_data, CONFIG, train=True)
+        assert len(list(dataset)) == len(dataset) == 12
+        assert torch.equal(dataset[-1]["pixel_values"], dataset[11]["pixel_values"])
+        for index in (12, -13):
+            with pytest.raises(IndexError, match=str(index)):
+                dataset[index]
+
+    @pytest.mark.parametrize("augmentation", ["none", "affine", "crop_flip"])
+    def test_every_augmentation(self, noise_data, augmentation):
+        config = CONFIG.model_copy(update={"augmentation": augmentation})
+        train, plain = (
+            everything(ImageDataset(noise_data, config, True)),
+            everything(ImageDataset(noise_data, config, False)),
+        )
+        assert train.shape == plain.shape
+        assert torch.equal(train, plain) == (augmentation == "none")
+
+
+class TestDeterminism:
+    def test_is_the_function_it_says(self, noise_data):
+        dataset = ImageDataset(noise_data, CONFIG, train=True, seed=3)
+        dataset.set_epoch(2)
+        image = random_affine(noise_data.images[7], np.random.default_rng((3, 2, 7)))
+        assert torch.equal(dataset[7]["pixel_values"], PixelTransform(CONFIG)(image))
+
+    def test_seed_epoch_and_index_matter(self, noise_data):
+        same = noise_data.select([0, 0])
+        first = ImageDataset(same, CONFIG, train=True, seed=0)
+        other_seed = ImageDataset(same, CONFIG, train=True, seed=1)
+        before = first[0]["pixel_values"]
+        assert not torch.equal(before, other_seed[0]["pixel_values"])
+        assert not torch.equal(before, first[1]["pixel_values"])
+        first.set_epoch(1)
+        assert not torch.equal(before, first[0]["pixel_values"])
+        first.set_epoch(0)
+        assert torch.equal(before, first[0]["pixel_values"])
+
+    def test_order_and_workers_do_not_matter(self, noise_data):
+        dataset = ImageDataset(noise_data, CONFIG, train=True)
+        straight = everything(dataset)
+        assert torch.equal(straight, everything(dataset, num_workers=2))
+        order = [5, 0, 11, 3, 8, 1, 2, 10, 4, 9, 7, 6]
+        assert torch.equal(straight[order], everything(dataset, sampler=order))
+
+    def test_negative_values(self, noise_data):
+        with pytest.raises(ValueError, match="seed=-1"):
+            ImageDataset(noise_data, CONFIG, train=True, seed=-1)
+        with pytest.raises(ValueError, match="epoch=-1"):
+            ImageDataset(noise_data, CONFIG, train=True).set_epoch(-1)
+
+
+class TestEpoch:
+    @pytest.mark.parametrize("context", ["fork", "spawn"])
+    def test_reaches_persistent_workers(self, noise_data, context):
+        dataset = ImageDataset(noise_data, CONFIG, train=True)
+        loader = DataLoader(
+            dataset, batch_size=12, num_workers=1, persistent_workers=True, multiprocessing_context=context
+        )
+        for epoch in (0, 3):
+            dataset.set_epoch(epoch)
+            expected = everything(dataset)
+            assert torch.equal(next(iter(loader))["pixel_values"], expected)
+        dataset.set_epoch(0)
+        assert not torch.equal(everything(dataset), expected)
+
+    @pytest.mark.parametrize("clone", [copy.deepcopy, lambda dataset: pickle.loads(pickle.dumps(dataset))])
+    def test_a_copy_has_its_own_shared_epoch(self, noise_data, clone):
+        dataset = ImageDataset(noise_data, CONFIG, train=True)
+        dataset.set_epoch(4)
+        twin = clone(dataset)
+        assert twin.epoch == 4 and twin._epoch.is_shared()
+        twin.set_epoch(5)
+        assert dataset.epoch == 4
+        assert torch.equal(everything(twin, num_workers=1), everything(twin))
+
+    def test_shallow_copy_shares_the_epoch(self, noise_data):
+        dataset = ImageDataset(noise_data, CONFIG, train=True)
+        copy.copy(dataset).set_epoch(6)
+        assert dataset.epoch == 6

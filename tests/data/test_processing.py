@@ -1,0 +1,40 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor
+
+from m2mkd.data import DataConfig, build_image_processor
+from m2mkd.data.processing import PixelTransform
+
+
+@pytest.mark.parametrize("resample", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("size", [(28, 28), (50, 31), (9, 40)])
+class TestParity:
+    def test_bit_equal_to_the_saved_processor(self, tmp_path, resample, size):
+        config = DataConfig(
+            source="x", image_size=28, resample=resample, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)
+        )
+        build_image_processor(config).save_pretrained(tmp_path)
+        processor = AutoImageProcessor.from_pretrained(tmp_path)
+        array = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+        image = Image.fromarray(array)
+        ours = PixelTransform(config)(image)
+        assert ours.dtype == torch.float32 and ours.shape == (3, 28, 28) and ours.is_contiguous()
+        assert torch.equal(ours, build_image_processor(config)(image, return_tensors="pt")["pixel_values"][0])
+        # With torchvision installed the reloaded processor may be another backend, with other rounding.
+        if type(processor) is type(build_image_processor(config)):
+            assert torch.equal(ours, processor(image, return_tensors="pt")["pixel_values"][0])
+
+
+class TestBuildImageProcessor:
+    def test_saved_under_the_common_name(self):
+        saved = build_image_processor(DataConfig(source="x", image_size=33, resample="bilinear")).to_dict()
+        assert saved["image_processor_type"] == "ViTImageProcessor"
+        assert saved["size"] == {"height": 33, "width": 33} and saved["resample"] == 2
+
+    def test_grey_images(self):
+        config = DataConfig(source="x", image_size=8)
+        grey = Image.new("L", (5, 5), 100)
+        values = build_image_processor(config)(grey, return_tensors="pt")["pixel_values"][0]
+        assert torch.equal(values, PixelTransform(config)(grey.convert("RGB")))

@@ -1,0 +1,138 @@
+"""Reads the cases in `official/` and builds our networks from their official weights."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from transformers import PreTrainedModel, ViTConfig, ViTForImageClassification
+
+from m2mkd import VMoEConfig, VMoEForImageClassification, split_into_stages
+from m2mkd.modeling.conversion import convert_vit, convert_vmoe
+from m2mkd.modeling.stages import Stage
+from m2mkd.modeling.stitched_student import StitchedStage
+
+
+FOLDER = Path(__file__).parent / "official"
+FORWARD_TOLERANCE = 1e-5  # of the largest value
+GRADIENT_TOLERANCE = 1e-4  # relative norm
+
+
+class Case:
+    """One folder of `official/`: `case.config`, and `case.inputs`, `case.outputs`, … read from its safetensors."""
+
+    def __init__(self, name: str):
+        self.folder = FOLDER / name
+        self.config: dict[str, Any] = json.loads((self.folder / "config.json").read_text())
+
+    def __getattr__(self, name: str) -> dict[str, torch.Tensor]:
+        return load_file(self.folder / f"{name}.safetensors")
+
+    def gradients(self, prefix: str = "grad.") -> dict[str, torch.Tensor]:
+        """Official gradients by official parameter name."""
+        return {k.removeprefix(prefix): v for k, v in self.outputs.items() if k.startswith(prefix)}
+
+
+def assert_close(ours: torch.Tensor, official: torch.Tensor, what: str) -> None:
+    scale = official.abs().max().item()
+    error = (ours.detach().float() - official).abs().max().item()
+    assert error <= FORWARD_TOLERANCE * max(scale, 1e-3), f"{what}: off by {error:.2e}, largest value {scale:.2e}"
+
+
+def assert_gradients_close(parameters: dict[str, torch.Tensor], official: dict[str, torch.Tensor]) -> None:
+    """`parameters` by our names, `official` gradients already converted to our names."""
+    assert parameters.keys() == official.keys()
+    for name, parameter in parameters.items():
+        gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        # a key bias has no gradient in exact arithmetic (softmax does not see a constant): what is left is round-off of
+        # the official `qkv.bias`, whose norm is that of its value part
+        norm = official[name.replace("k_proj.bias", "v_proj.bias")].norm().item()
+        error = (gradient - official[name]).norm().item()
+        assert error <= GRADIENT_TOLERANCE * norm, f"{name}: off by {error:.2e} of norm {norm:.2e}"
+
+
+def vit_config(kwargs: dict[str, Any], norm_eps: float) -> ViTConfig:
+    return ViTConfig(
+        hidden_size=kwargs["embed_dim"],
+        num_hidden_layers=sum(kwargs["divided_depths"]),
+        num_attention_heads=kwargs["num_heads"],
+        intermediate_size=kwargs["embed_dim"] * kwargs["mlp_ratio"],
+        image_size=kwargs["img_size"],
+        patch_size=kwargs["patch_size"],
+        qkv_bias=kwargs["qkv_bias"],
+        num_labels=kwargs["num_classes"],
+        layer_norm_eps=norm_eps,
+    )
+
+
+def vit(kwargs: dict[str, Any], norm_eps: float, official: dict[str, torch.Tensor]) -> ViTForImageClassification:
+    model = ViTForImageClassification(vit_config(kwargs, norm_eps)).eval()
+    model.load_state_dict(convert_vit(official), strict=True)
+    return model
+
+
+def vit_stage(kwargs: dict[str, Any], norm_eps: float, index: int, official: dict[str, torch.Tensor]) -> Stage:
+    """One stage from a split teacher file; the rest of the teacher is never built."""
+    with torch.device("meta"):
+        model = ViTForImageClassification(vit_config(kwargs, norm_eps))
+    depths = kwargs["divided_depths"]
+    stage = split_into_stages(model, depths)[index].to_empty(device="cpu")
+    stage.load_state_dict(convert_vit(official, layer_offset=sum(depths[:index])), strict=True)
+    return stage.eval()
+
+
+def vmoe_config(kwargs: dict[str, Any], norm_eps: float, **overrides: Any) -> VMoEConfig:
+    return VMoEConfig(
+        **{
+            "hidden_size": kwargs["embed_dim"],
+            "num_hidden_layers": sum(kwargs["divided_depths"]),
+            "num_attention_heads": kwargs["num_heads"],
+            "intermediate_size": kwargs["embed_dim"] * kwargs["mlp_ratio"],
+            "image_size": kwargs["img_size"],
+            "patch_size": kwargs["patch_size"],
+            "qkv_bias": kwargs["qkv_bias"],
+            "num_labels": kwargs["num_classes"],
+            "num_experts": kwargs["num_expert"],
+            "moe_layers": kwargs["moe_pos"],
+            "layer_norm_eps": norm_eps,
+            **overrides,
+        }
+    )
+
+
+def vmoe(case: Case, **overrides: Any) -> VMoEForImageClassification:
+    model = VMoEForImageClassification(vmoe_config(case.config["kwargs"], case.config["norm_eps"], **overrides)).eval()
+    model.load_state_dict(convert_vmoe(case.state_dict), strict=True)
+    return model
+
+
+def student_model(kwargs: dict[str, Any], norm_eps: float, num_pairs: int = 3) -> tuple[VMoEForImageClassification, int]:
+    """A V-MoE around one official student, with its pair index; the layers of the other pairs are like the student's."""
+    depth = sum(kwargs["divided_depths"])
+    index = kwargs["idx"] % num_pairs
+    layers = [pair * depth + layer for pair in range(num_pairs) for layer in kwargs["moe_pos"]]
+    config = vmoe_config(kwargs, norm_eps, num_hidden_layers=depth * num_pairs, moe_layers=layers)
+    return VMoEForImageClassification(config), index
+
+
+def student_names(kwargs: dict[str, Any], official: dict[str, torch.Tensor], num_pairs: int = 3) -> dict[str, torch.Tensor]:
+    """Official student tensors (or gradients) by the names of [`StitchedStage`]."""
+    depth = sum(kwargs["divided_depths"])
+    converted = convert_vmoe(official, layer_offset=depth * (kwargs["idx"] % num_pairs))
+    names = {}
+    for name, tensor in converted.items():
+        if "_stitch." in name:
+            side, parameter = name.split(".", 3)[3].split("_stitch.")
+            names[f"{side}.{parameter}"] = tensor
+        else:
+            names[f"stage.{name}"] = tensor
+    return names
+
+
+def load_student(pair: StitchedStage, kwargs: dict[str, Any], official: dict[str, torch.Tensor]) -> None:
+    pair.load_state_dict(student_names(kwargs, official), strict=True)
+
+
+def stage_of(model: PreTrainedModel, kwargs: dict[str, Any], index: int, num_pairs: int = 3) -> Stage:
+    return split_into_stages(model, [sum(kwargs["divided_depths"])] * num_pairs)[index]

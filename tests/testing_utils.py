@@ -1,0 +1,130 @@
+"""Networks of a few hundred parameters and the small data that the tests share."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+from transformers import PreTrainedModel, ViTConfig, ViTForImageClassification
+
+from m2mkd import VMoEConfig, VMoEForImageClassification
+
+
+NUM_LABELS = 5
+IMAGE_SIZE = 8  # four patches of 4x4 and the class token
+
+
+def vmoe_config(**overrides: Any) -> VMoEConfig:
+    """Four layers (two of them sparse), 4 experts, top-2, 16 wide."""
+    sizes = {
+        "hidden_size": 16,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "intermediate_size": 24,
+        "num_experts": 4,
+        "moe_layers": [1, 3],
+        "image_size": IMAGE_SIZE,
+        "patch_size": 4,
+        "num_labels": NUM_LABELS,
+    }
+    return VMoEConfig(**{**sizes, **overrides})
+
+
+def vit_config(**overrides: Any) -> ViTConfig:
+    """Three layers, 12 wide."""
+    sizes = {
+        "hidden_size": 12,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "intermediate_size": 20,
+        "image_size": IMAGE_SIZE,
+        "patch_size": 4,
+        "num_labels": NUM_LABELS,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+    }
+    return ViTConfig(**{**sizes, **overrides})
+
+
+def vmoe(seed: int = 0, **overrides: Any) -> VMoEForImageClassification:
+    return randomized(VMoEForImageClassification(vmoe_config(**overrides)), seed)
+
+
+def vit(seed: int = 0, **overrides: Any) -> ViTForImageClassification:
+    return randomized(ViTForImageClassification(vit_config(**overrides)), seed)
+
+
+def randomized(model: nn.Module, seed: int, std: float = 0.3) -> nn.Module:
+    """Every weight, biases included, drawn large enough that each one matters to the output."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            mean = 1.0 if "norm" in name and name.endswith("weight") else 0.0
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * std + mean)
+    return model.eval()
+
+
+def images(count: int = 3, seed: int = 0, size: int = IMAGE_SIZE) -> torch.Tensor:
+    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+class NoiseImages(Dataset):
+    """Noise with labels; `soft=True` gives distributions in the place of class indices."""
+
+    def __init__(self, count: int = 16, seed: int = 0, soft: bool = False):
+        generator = torch.Generator().manual_seed(seed + 1000)
+        self.pixel_values = images(count, seed)
+        self.labels = torch.randint(NUM_LABELS, (count,), generator=generator)
+        if soft:
+            self.labels = torch.randn(count, NUM_LABELS, generator=generator).softmax(dim=-1)
+
+    def __len__(self) -> int:
+        return len(self.pixel_values)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"pixel_values": self.pixel_values[index], "labels": self.labels[index]}
+
+
+def snapshot(module: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in module.state_dict().items()}
+
+
+def assert_equal(ours: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    """Same names, same bits."""
+    assert ours.keys() == expected.keys()
+    different = [name for name in expected if not torch.equal(ours[name], expected[name])]
+    assert not different, f"differ: {different}"
+
+
+def assert_close(ours: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], atol: float) -> None:
+    assert ours.keys() == expected.keys()
+    errors = {name: (ours[name] - expected[name]).abs().max().item() for name in expected}
+    wrong = {name: error for name, error in errors.items() if not error <= atol}
+    assert not wrong, f"off by more than {atol}: {wrong}"
+
+
+def changed(module: nn.Module, before: dict[str, torch.Tensor]) -> set[str]:
+    """Names of the tensors that differ from `before`."""
+    return {name for name, value in module.state_dict().items() if not torch.equal(value, before[name])}
+
+
+def gradients(model: nn.Module, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Gradient of every parameter, zero where there is none."""
+    model.zero_grad()
+    loss.backward()
+    return {
+        name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in model.named_parameters()
+    }
+
+
+def run_chain(stages: Iterable[Callable[[torch.Tensor], torch.Tensor]], hidden_states: torch.Tensor) -> torch.Tensor:
+    for stage in stages:
+        hidden_states = stage(hidden_states)
+    return hidden_states
+
+
+def on_meta(build: Callable[[], PreTrainedModel]) -> PreTrainedModel:
+    """A model without memory for its weights."""
+    with torch.device("meta"):
+        return build()

@@ -1,0 +1,101 @@
+"""Callbacks of the runner: data epochs, the clock, and a progress bar that says what it is about."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import Dataset
+from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from m2mkd.trainer.folders import read_json, write_json
+
+
+SECONDS_FILE = "seconds.json"
+
+
+class DataEpoch(TrainerCallback):
+    """
+    Tells a data set the epoch, on which its augmentation depends. The data loader of accelerate does so in one process,
+    but not when it is sharded over several.
+    """
+
+    def __init__(self, dataset: Dataset):
+        self.dataset = dataset
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # in a run resumed at the end of an epoch, `state.epoch` is the next one already
+        self.dataset.set_epoch(int(state.epoch or 0))
+
+
+class Stopwatch(TrainerCallback):
+    """Seconds of training, evaluations left out, kept in the checkpoints so that a resumed run goes on counting."""
+
+    def __init__(self, checkpoint: Path | None = None):
+        file = checkpoint / SECONDS_FILE if checkpoint is not None else None
+        self.seconds: float = read_json(file)["seconds"] if file is not None and file.is_file() else 0.0
+        self._since: float | None = None
+
+    def _stop(self) -> None:
+        if self._since is not None:
+            self.seconds += time.perf_counter() - self._since
+        self._since = time.perf_counter()
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._since = time.perf_counter()
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._stop()
+        self.seconds -= kwargs.get("metrics", {}).get("eval_runtime", 0.0)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._stop()
+        if args.should_save:
+            write_json(
+                Path(args.output_dir) / f"checkpoint-{state.global_step}" / SECONDS_FILE, {"seconds": self.seconds}
+            )
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._stop()
+        self._since = None
+
+
+class NamedProgress(ProgressCallback):
+    """The Trainer's progress bar, with the phase in front and the newest loss and accuracy behind."""
+
+    def __init__(self, name: str):
+        super().__init__()
+        self.name = name
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        if self.training_bar is not None:
+            self.training_bar.set_description(self.name)
+
+    def on_prediction_step(self, *args: Any, **kwargs: Any) -> None:
+        """No second bar for evaluations: they take seconds."""
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if self.training_bar is None or not logs or "loss" not in logs:
+            return
+        accuracies = [value for name, value in logs.items() if name.endswith("accuracy")]
+        shown = {"loss": f"{logs['loss']:.3f}"}
+        if accuracies:
+            shown["accuracy"] = f"{sum(accuracies) / len(accuracies):.3f}"
+        self.training_bar.set_postfix(shown)

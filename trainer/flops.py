@@ -1,0 +1,45 @@
+"""Floating point operations of a training step, counted by torch on a small batch."""
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedModel
+
+from m2mkd.trainer.m2mkd_trainer import M2MKDTrainer
+
+
+def training_flops_per_image(trainer: M2MKDTrainer, networks: list[PreTrainedModel]) -> float:
+    """
+    FLOPs of one image through the trainer's forward and backward pass: the frozen prefix, the teacher, the student and
+    the suffix. Multiplications and additions count apart; element-wise work is left out, as is customary.
+
+    Args:
+        trainer (`M2MKDTrainer`)
+        networks (`list[PreTrainedModel]`): Student, teacher and meta model, as far as the trainer uses them.
+    """
+    batch = trainer.data_collator([trainer.train_dataset[index % len(trainer.train_dataset)] for index in range(2)])
+    batch = {name: value.to(trainer.args.device) for name, value in batch.items()}
+    was_training = trainer.model.training
+    backends = [
+        (network, network.config._attn_implementation, network.config._experts_implementation) for network in networks
+    ]
+    try:
+        # the counter knows the plain paths; fused attention and grouped products are the same mathematics
+        for network in networks:
+            network.set_attn_implementation("eager")
+            network.config._experts_implementation = "eager"
+        # evaluation mode leaves the trainer's statistics and random numbers alone
+        trainer.model.eval()
+        with FlopCounterMode(display=False) as counter:
+            trainer.compute_loss(trainer.model, batch).backward()
+    finally:
+        trainer.model.zero_grad(set_to_none=True)
+        trainer.model.train(was_training)
+        for network, attention, experts in backends:
+            network.set_attn_implementation(attention)
+            network.config._experts_implementation = experts
+    return counter.get_total_flops() / len(batch["labels"])
+
+
+def count_parameters(model: torch.nn.Module) -> int:
+    """Number of parameters, each tensor once."""
+    return sum(parameter.numel() for parameter in model.parameters())

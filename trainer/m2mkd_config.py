@@ -1,0 +1,133 @@
+"""Arguments of [`M2MKDTrainer`]."""
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from transformers import TrainingArguments
+
+
+@dataclass
+class M2MKDConfig(TrainingArguments):
+    r"""
+    Arguments of module-to-module distillation (m2mKD, arXiv 2402.16918), beside those of
+    [`~transformers.TrainingArguments`].
+
+    > Parameters that cut the networks
+
+    Args:
+        student_depths (`list[int]`, *optional*):
+            Layers of each student stage. `None`: the whole student is one stage, which makes this ordinary
+            distillation (or, with `alpha=0`, ordinary training).
+        teacher_depths (`list[int]`, *optional*):
+            Layers of each teacher stage, as many stages as the student has. `None`: one stage.
+        meta_depths (`list[int]`, *optional*):
+            Layers of each stage of the meta model. `None`: one layer a stage, as in the paper.
+        pairs (`list[int]` or `"all"`, *optional*, defaults to `"all"`):
+            Pairs to train in this process, counted from 0. The pairs share no parameters: all at once (with one pass
+            through the meta model for all) or one after the other gives the same weights.
+        stitch (`str`, *optional*, defaults to `"layernorm_linear"`):
+            Layers between the widths of student and meta model: `"layernorm_linear"` (the paper's for V-MoE),
+            `"linear"` (its for NAC) or `"none"`.
+
+    > Parameters of the loss
+
+    Args:
+        distillation_type (`str`, *optional*, defaults to `"soft"`):
+            `"soft"`: divergence from the teacher's distribution; `"hard"`: cross entropy with its most likely class.
+        alpha (`float`, *optional*, defaults to 0.5):
+            Weight of the teacher in the loss, from 0 (no teacher is needed) to 1.
+        temperature (`float`, *optional*, defaults to 1.0):
+            Softens both distributions; tau of the paper.
+        kl_reduction (`str`, *optional*, defaults to `"batchmean"`):
+            `"batchmean"` averages the divergence over the images; `"mean"` over images times classes, as the official
+            code does, which weakens it by the number of classes.
+
+    > [!NOTE]
+    > Defaults that differ from `TrainingArguments`: `remove_unused_columns` and `ddp_find_unused_parameters` are
+    > `False` (every trained parameter takes part in every step), `logging_nan_inf_filter` is `False` (a loss that is
+    > not finite stops the run).
+
+    Raises:
+        `ValueError`: a value out of its range.
+    """
+
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = TrainingArguments._VALID_DICT_FIELDS
+
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Whether to drop columns that the model's forward does not name."}
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Whether to leave losses that are not finite out of the logs."}
+    )
+
+    # Parameters that cut the networks
+    student_depths: list[int] | None = field(
+        default=None, metadata={"help": "Layers of each student stage; None: the whole student is one stage."}
+    )
+    teacher_depths: list[int] | None = field(
+        default=None, metadata={"help": "Layers of each teacher stage; None: the whole teacher is one stage."}
+    )
+    meta_depths: list[int] | None = field(
+        default=None, metadata={"help": "Layers of each stage of the meta model; None: one layer a stage."}
+    )
+    pairs: list[int] | str = field(
+        default="all", metadata={"help": "Pairs to train in this process, counted from 0, or 'all'."}
+    )
+    stitch: str = field(
+        default="layernorm_linear",
+        metadata={"help": "Layers between student and meta width: 'layernorm_linear', 'linear' or 'none'."},
+    )
+
+    # Parameters of the loss
+    distillation_type: str = field(
+        default="soft", metadata={"help": "'soft' (divergence) or 'hard' (the teacher's most likely class)."}
+    )
+    alpha: float = field(default=0.5, metadata={"help": "Weight of the teacher in the loss, from 0 to 1."})
+    temperature: float = field(default=1.0, metadata={"help": "Softens both distributions; tau of the paper."})
+    kl_reduction: str = field(
+        default="batchmean",
+        metadata={"help": "'batchmean' (over images) or 'mean' (over images times classes, as the official code)."},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters = False
+        _check_choice("distillation_type", self.distillation_type, ("soft", "hard"))
+        _check_choice("kl_reduction", self.kl_reduction, ("batchmean", "mean"))
+        _check_choice("stitch", self.stitch, ("layernorm_linear", "linear", "none"))
+        if not 0 <= self.alpha <= 1:
+            raise ValueError(f"`alpha`, the weight of the teacher, must lie in [0, 1], but is {self.alpha}.")
+        if self.temperature <= 0:
+            raise ValueError(f"`temperature` must be positive, but is {self.temperature}.")
+        self._check_depths()
+
+    def _check_depths(self) -> None:
+        for name in ("teacher_depths", "meta_depths"):
+            depths = getattr(self, name)
+            if depths is not None and len(depths) != self.num_pairs:
+                raise ValueError(
+                    f"`student_depths` {self.student_depths} makes {self.num_pairs} stages, but `{name}` {depths} makes "
+                    f"{len(depths)}; pair i takes stage i of each network."
+                )
+        if self.pairs != "all":
+            wrong = not isinstance(self.pairs, list) or not self.pairs or len(set(self.pairs)) != len(self.pairs)
+            if wrong or any(not 0 <= pair < self.num_pairs for pair in self.pairs):
+                raise ValueError(
+                    f"`pairs` must be 'all' or different indices from 0 to {self.num_pairs - 1}, but is {self.pairs}."
+                )
+
+    @property
+    def num_pairs(self) -> int:
+        """Number of pairs that the networks are cut into."""
+        return len(self.student_depths) if self.student_depths is not None else 1
+
+    @property
+    def pair_indices(self) -> list[int]:
+        """Indices of the pairs that this process trains, in order."""
+        return list(range(self.num_pairs)) if self.pairs == "all" else sorted(self.pairs)
+
+
+def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"`{name}` must be one of {list(choices)}, but is {value!r}.")

@@ -1,0 +1,85 @@
+"""Builds, loads and saves the networks of a recipe."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
+
+from m2mkd.configuration.configuration_vmoe import VMoEConfig
+from m2mkd.data.config import DataConfig
+from m2mkd.modeling.stages import StageError, initialize_stage, split_into_stages
+from m2mkd.trainer.recipe import NetworkSpec, RecipeError
+
+
+def build_config(spec: NetworkSpec, data: DataConfig, class_names: Sequence[str], **fields: Any) -> PreTrainedConfig:
+    """
+    The configuration of a network of the recipe for one data set.
+
+    Args:
+        spec (`NetworkSpec`)
+        data (`DataConfig`): Gives `image_size`.
+        class_names (`Sequence[str]`): Give the labels.
+        fields: Further fields, e.g. of kept stitches.
+
+    Raises:
+        `RecipeError`: a field that the model's configuration lacks, or a value that it refuses.
+    """
+    own = {
+        "image_size": data.image_size,
+        "num_labels": len(class_names),
+        "id2label": dict(enumerate(class_names)),
+        "label2id": {name: index for index, name in enumerate(class_names)},
+    }
+    config_class = type(AutoConfig.for_model(spec.model_type))
+    clash = sorted(set(own) & set(spec.config))
+    if clash:
+        raise RecipeError(f"The `config` of a {spec.model_type} sets {clash}; these come from the data.")
+    known = config_class().to_dict().keys() | config_class.__dataclass_fields__.keys()
+    unknown = sorted(set(spec.config) - known)
+    if unknown:
+        raise RecipeError(f"A {spec.model_type} configuration has no field {unknown}; look them up in {config_class}.")
+    if spec.preset is not None and config_class is not VMoEConfig:
+        raise RecipeError(f"`preset` is for vmoe, not for {spec.model_type}; give the sizes in `config`.")
+    try:
+        if spec.preset is not None:
+            return VMoEConfig.from_preset(spec.preset, **{**spec.config, **own, **fields})
+        return config_class(**{**spec.config, **own, **fields})
+    except Exception as error:
+        # the strict dataclasses of huggingface_hub wrap the reason in errors of their own
+        raise RecipeError(f"The `config` of the {spec.model_type} is refused: {error.__cause__ or error}") from error
+
+
+def new_network(
+    config: PreTrainedConfig, depths: Sequence[int], seed: int, indices: Sequence[int] | None = None
+) -> PreTrainedModel:
+    """
+    A network with fresh weights, each stage drawn from a seed of its own.
+
+    Args:
+        config (`PreTrainedConfig`)
+        depths (`Sequence[int]`): Layers of each stage.
+        seed (`int`)
+        indices (`Sequence[int]`, *optional*): Stages to materialise; the others stay on the meta device. `None`: all.
+    """
+    with torch.device("meta"):
+        model = AutoModelForImageClassification.from_config(config)
+    for stage in split_into_stages(model, depths):
+        if indices is None or stage.index in indices:
+            initialize_stage(model, stage, seed)
+    return model
+
+
+def load_network(source: str | Path, **kwargs: Any) -> PreTrainedModel:
+    """
+    A classifier from a Hub id or folder. On the CPU its tensors stay in the file until they are used, so a process that
+    keeps one stage does not pay for the others.
+
+    Raises:
+        `StageError`: there is no such model, or its file is damaged.
+    """
+    try:
+        return AutoModelForImageClassification.from_pretrained(source, **kwargs)
+    except Exception as error:
+        raise StageError(f"The model {source} cannot be loaded: {error}") from error

@@ -1,0 +1,283 @@
+"""Recipes: what a run trains, on which data, for how long. YAML in, checked objects out."""
+
+import re
+from dataclasses import fields
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, get_type_hints
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
+
+from m2mkd.data.config import DataConfig
+from m2mkd.trainer.m2mkd_config import M2MKDConfig
+
+
+class RecipeError(ValueError):
+    """A recipe, or a value given on the command line, is wrong; the message names the key."""
+
+
+# What the runner sets itself, from other keys of the recipe.
+_SET_BY_THE_RUNNER = {
+    "output_dir",
+    "seed",
+    "data_seed",
+    "student_depths",
+    "teacher_depths",
+    "meta_depths",
+    "pairs",
+    "remove_unused_columns",
+    "resume_from_checkpoint",
+}
+_TRAINING_TYPES = {
+    field.name: get_type_hints(M2MKDConfig)[field.name]
+    for field in fields(M2MKDConfig)
+    if field.init and field.name not in _SET_BY_THE_RUNNER
+}
+Training = dict[str, Any]
+Arm = Literal["e2e", "kd", "m2mkd"]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    @field_validator("training", "incubation", "finetuning", check_fields=False)
+    @classmethod
+    def _check_training(cls, training: Training | None) -> Training | None:
+        for name, value in (training or {}).items():
+            if name in _SET_BY_THE_RUNNER:
+                raise ValueError(f"`{name}` is set by the runner from other keys of the recipe; leave it out here")
+            if name not in _TRAINING_TYPES:
+                raise ValueError(f"`{name}` is no argument of transformers.TrainingArguments or m2mkd.M2MKDConfig")
+            try:
+                TypeAdapter(_TRAINING_TYPES[name]).validate_python(value, strict=True)
+            except ValidationError as error:
+                raise ValueError(f"`{name}` is {value!r}: {error.errors()[0]['msg']}") from error
+        return training
+
+
+class NetworkSpec(_Section):
+    """
+    A network to build.
+
+    Args:
+        model_type (`str`): As in transformers: `"vit"`, `"deit"`, `"dinov2"`, `"vmoe"`.
+        preset (`str`, *optional*): A size of `VMoEConfig.from_preset`.
+        config (`dict`): Fields of the model's configuration. Image size and labels come from the data.
+    """
+
+    model_type: Literal["vit", "deit", "dinov2", "vmoe"]
+    preset: str | None = None
+    config: dict[str, Any] = Field(default_factory=dict)
+
+
+class MetaSpec(_Section):
+    """The meta model [PT]: `depths` defaults to one layer a stage."""
+
+    model: NetworkSpec
+    depths: list[int] | None = None
+    data: str
+    training: Training = Field(default_factory=dict)
+
+
+class TeacherSpec(_Section):
+    """
+    The teacher: incubated inside the meta model and fine-tuned [MT + FT], or a published one.
+
+    Args:
+        pretrained (`str`, *optional*): Hub id or folder of a trained classifier; then nothing else but `depths` is read.
+        model (`NetworkSpec`, *optional*): What to incubate.
+        depths (`list[int]`): Layers of each stage.
+        data (`str`, *optional*): Name of the training set.
+        incubation, finetuning (`dict`): Training arguments of the two steps.
+    """
+
+    pretrained: str | None = None
+    model: NetworkSpec | None = None
+    depths: list[int]
+    data: str | None = None
+    incubation: Training = Field(default_factory=dict)
+    finetuning: Training = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "TeacherSpec":
+        if (self.pretrained is None) == (self.model is None):
+            raise ValueError("give `pretrained` (a Hub id or folder) or `model` (to incubate one), and not both")
+        if self.model is not None and self.data is None:
+            raise ValueError("`data` is missing: the set that the teacher is trained on")
+        return self
+
+
+class StudentSpec(_Section):
+    """The student and the layers of each of its stages."""
+
+    model: NetworkSpec
+    depths: list[int]
+
+
+class DistillSpec(_Section):
+    """The distillation of the pairs [m2mKD]; `pairs` are those that this process trains, counted from 0."""
+
+    data: str
+    pairs: list[int] | Literal["all"] = "all"
+    training: Training = Field(default_factory=dict)
+
+
+class FinetuneSpec(_Section):
+    """The end-to-end phase [FT / E2E], the same for every arm; `keep_stitches` concerns the distilled student."""
+
+    data: str
+    keep_stitches: bool = False
+    training: Training = Field(default_factory=dict)
+
+
+class KDSpec(_Section):
+    """Ordinary distillation from the whole teacher: what differs from the end-to-end phase (`alpha`, `temperature`)."""
+
+    training: Training = Field(default_factory=dict)
+
+
+class EvaluationSpec(_Section):
+    """Names of the test sets; `ood` is another distribution of the same classes."""
+
+    iid: str
+    ood: str | None = None
+
+
+class Recipe(_Section):
+    """
+    A whole experiment.
+
+    Args:
+        name (`str`): What the report calls it.
+        output_dir (`str`): The run's folder.
+        seed (`int`): Of weights, data order and augmentation.
+        repeat_seeds (`list[int]`): Repeat distillation and arms with these seeds, sharing meta model and teacher.
+        arms (`list[str]`): Which of `e2e`, `kd` and `m2mkd` to run.
+        equal_compute (`bool`): Also run the baselines with the FLOPs of the distillation as extra epochs.
+        data (`dict[str, DataConfig]`): Data sets by name; the phases refer to them.
+        training (`dict`): Training arguments of every phase; a phase's own come on top.
+    """
+
+    name: str
+    output_dir: str
+    seed: int = Field(default=0, ge=0, lt=2**31)
+    repeat_seeds: list[int] = Field(default_factory=list)
+    arms: list[Arm] = Field(default_factory=lambda: ["e2e", "kd", "m2mkd"], min_length=1)
+    equal_compute: bool = False
+    data: dict[str, DataConfig]
+    training: Training = Field(default_factory=dict)
+    meta: MetaSpec
+    teacher: TeacherSpec
+    student: StudentSpec
+    distill: DistillSpec
+    finetune: FinetuneSpec
+    kd: KDSpec = Field(default_factory=KDSpec)
+    evaluation: EvaluationSpec
+
+    @model_validator(mode="after")
+    def _check(self) -> "Recipe":
+        uses = {
+            "meta.data": self.meta.data,
+            "teacher.data": self.teacher.data,
+            "distill.data": self.distill.data,
+            "finetune.data": self.finetune.data,
+            "evaluation.iid": self.evaluation.iid,
+            "evaluation.ood": self.evaluation.ood,
+        }
+        for key, name in uses.items():
+            if name is not None and name not in self.data:
+                raise ValueError(f"`{key}` is {name!r}, but `data` has only {sorted(self.data)}")
+        num_pairs = len(self.student.depths)
+        for key, depths in (("teacher.depths", self.teacher.depths), ("meta.depths", self.meta.depths)):
+            if depths is not None and len(depths) != num_pairs:
+                raise ValueError(
+                    f"`student.depths` {self.student.depths} makes {num_pairs} stages and `{key}` {depths} makes "
+                    f"{len(depths)}; pair i takes stage i of each network"
+                )
+        seeds = [self.seed, *self.repeat_seeds]
+        if len(set(seeds)) != len(seeds):
+            raise ValueError(f"`seed` {self.seed} and `repeat_seeds` {self.repeat_seeds} must all differ")
+        return self
+
+
+def load_recipe(path: str | Path | None = None, overrides: dict[str, Any] | None = None) -> Recipe:
+    """
+    Read a recipe.
+
+    Args:
+        path (`str` or `Path`, *optional*): A YAML file. `None`: the embedded default.
+        overrides (`dict[str, Any]`, *optional*): Values by dotted key, e.g. `{"finetune.training.num_train_epochs": 3}`.
+
+    Raises:
+        `RecipeError`: a file that is no YAML mapping, an unknown key, a wrong type or value.
+    """
+    source = Path(path) if path is not None else resources.files("m2mkd.trainer") / "default.yaml"
+    if not source.is_file():
+        raise RecipeError(f"There is no recipe {source}. Recipes are YAML files; the repository's are in recipes/.")
+    try:
+        content = yaml.load(source.read_text(encoding="utf-8"), Loader=_Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{source} is no YAML file: {error}") from error
+    if not isinstance(content, dict):
+        raise RecipeError(f"{source} holds no mapping of keys to values.")
+    for key, value in (overrides or {}).items():
+        _set(content, key, value)
+    return parse_recipe(content, str(source))
+
+
+def parse_recipe(content: dict[str, Any], source: str) -> Recipe:
+    """Check the content of a recipe; `source` is what the message of a `RecipeError` calls it."""
+    try:
+        return Recipe.model_validate(content)
+    except ValidationError as error:
+        problems = [_explain(problem) for problem in error.errors()]
+        raise RecipeError("\n".join([f"{source} is no valid recipe:", *problems])) from error
+
+
+def parse_value(text: str) -> Any:
+    """A value from the command line, as YAML reads it: `3`, `1e-3`, `true`, `[0, 1]`, `text`."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"The value {text!r} cannot be read: {error}") from error
+
+
+def _explain(problem: Any) -> str:
+    key = ".".join(str(part) for part in problem["loc"]) or "the recipe"
+    if problem["type"] == "extra_forbidden":
+        return f"  {key}: there is no such key"
+    if problem["type"] == "missing":
+        return f"  {key}: this key is missing"
+    given = "" if isinstance(problem["input"], dict | BaseModel) else f" (given: {problem['input']!r})"
+    return f"  {key}: {problem['msg'].removeprefix('Value error, ')}{given}"
+
+
+def _set(content: dict[str, Any], key: str, value: Any) -> None:
+    *parents, last = key.split(".")
+    node = content
+    for parent in parents:
+        if node.get(parent) is None:
+            node[parent] = {}
+        node = node[parent]
+        if not isinstance(node, dict):
+            raise RecipeError(f"{key}: `{parent}` is a value, not a section, so nothing can be set inside it.")
+    node[last] = value
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that reads `1e-3` as a number, as YAML 1.2 does, and refuses a key given twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = {key for key in keys if keys.count(key) > 1}
+        if twice:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"the keys {sorted(twice)} are given twice", node.start_mark
+            )
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
