@@ -193,8 +193,8 @@ class VMoEConfig(PreTrainedConfig):
         self._validate_layer_indices("post_stitch_layers")
         if (self.pre_stitch_layers or self.post_stitch_layers) and self.stitch_size is None:
             raise ValueError(
-                f"`pre_stitch_layers` {self.pre_stitch_layers} and `post_stitch_layers` {self.post_stitch_layers} need "
-                "`stitch_size`, the width outside the stitches."
+                f"`pre_stitch_layers` {self.pre_stitch_layers} and `post_stitch_layers` {self.post_stitch_layers} "
+                "need `stitch_size`, the width outside the stitches."
             )
 
     def _validate_layer_indices(self, field: str) -> None:

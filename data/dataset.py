@@ -75,6 +75,9 @@ class ImageDataset(Dataset[dict[str, torch.Tensor | int]]):
     def set_epoch(self, epoch: int) -> None:
         """Choose the augmentation of an epoch, also for workers that already run. Call it between two epochs.
 
+        In one process a Trainer calls it. In several it does not: accelerate finds a seedable sampler first and stops
+        there (`DataLoaderShard.set_epoch`), so a distributed run needs a callback that calls it at each epoch's start.
+
         Raises:
             ValueError: a negative epoch.
         """

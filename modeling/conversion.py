@@ -109,7 +109,8 @@ def _convert(official: Mapping[str, torch.Tensor], prefix: str, layer_offset: in
     if unknown:
         raise ConversionError(f"These tensors are no part of an official {prefix} checkpoint: {sorted(unknown)}.")
     for name, by_index in experts.items():
-        if sorted(by_index) != list(range(len(by_index))):
+        siblings = [other for key, other in experts.items() if key.rpartition(".")[0] == name.rpartition(".")[0]]
+        if sorted(by_index) != list(range(max(max(other) for other in siblings) + 1)):
             raise ConversionError(f"The experts of {name} are numbered {sorted(by_index)}; some are missing.")
         converted[name] = torch.stack([by_index[index] for index in range(len(by_index))])
     return converted

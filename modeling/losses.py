@@ -112,7 +112,9 @@ def load_loss(
         `ValueError`: `noise_std` is not positive.
     """
     if noise_std <= 0:
-        raise ValueError(f"The load loss is defined by the router noise; `noise_std` must be positive, not {noise_std}.")
+        raise ValueError(
+            f"The load loss is defined by the router noise; `noise_std` must be positive, not {noise_std}."
+        )
     threshold = noisy_router_logits.float().topk(num_experts_per_tok, dim=-1).values[:, -1:]
     chance = 1 - torch.special.ndtr((threshold - router_logits.float()) / noise_std)
     return _squared_variation(chance.mean(dim=0))

@@ -228,9 +228,7 @@ class VMoERouter(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
         self.bias = nn.Parameter(torch.empty(config.num_experts))
 
-    def forward(
-        self, hidden_states: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """
         Args:
             hidden_states (`torch.Tensor` of shape `(num_tokens, hidden_size)`)
@@ -318,6 +316,7 @@ class VMoELayer(GradientCheckpointingLayer):
         self.attention = VMoEAttention(config)
         self.layernorm_before = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.layernorm_after = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        # CODEPATH: V-MoE checkpoints name their sparse layers; m2mKD's have experts in all, Google's in some
         self.mlp = VMoESparseMLP(config) if layer_idx in config.moe_layers else VMoEMLP(config)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.drop_path = VMoEDropPath(config.drop_path_rate * layer_idx / max(config.num_hidden_layers - 1, 1))
@@ -373,7 +372,7 @@ class VMoEPreTrainedModel(PreTrainedModel):
             init.trunc_normal_(module.weight, mean=0.0, std=std)
             init.zeros_(module.bias)
         elif isinstance(module, VMoEExperts):
-            # as the dense MLP of a ViT; the official code starts its experts 50 times too small (fan-in of a 3-D tensor)
+            # as the dense MLP of a ViT; the official code starts its experts 50 times too small (fan-in of a 3-D one)
             init.trunc_normal_(module.up_proj, mean=0.0, std=std)
             init.zeros_(module.up_proj_bias)
             init.trunc_normal_(module.down_proj, mean=0.0, std=std)
@@ -475,9 +474,10 @@ class VMoEForImageClassification(VMoEPreTrainedModel):
 
 def has_balance_loss(config: PreTrainedConfig) -> bool:
     """Whether `config` is a V-MoE's and gives a balance loss a weight."""
-    if not isinstance(config, VMoEConfig) or not config.moe_layers:
+    if not isinstance(config, VMoEConfig):
         return False
-    return config.router_importance_loss_coef > 0 or config.router_load_loss_coef > 0
+    weights = (config.router_importance_loss_coef, config.router_load_loss_coef)
+    return len(config.moe_layers) > 0 and max(weights) > 0
 
 
 def balance_losses(
@@ -495,6 +495,7 @@ def balance_losses(
     """
     losses = {"importance_loss": torch.stack([importance_loss(logits) for logits in router_logits]).mean()}
     aux_loss = config.router_importance_loss_coef * losses["importance_loss"]
+    # CODEPATH: Google's V-MoE checkpoints were trained with the load loss, m2mKD's without
     if config.router_load_loss_coef > 0:
         noise_std = config.router_noise_std / config.num_experts
         layer_losses = [

@@ -98,7 +98,7 @@ def load_stitches(pair: StitchedStage, folder: str | Path) -> None:
     """Load `stitches.safetensors` of a pair's folder into `pair`, strictly. Raises `PairFileError`."""
     saved = _read_tensors(Path(folder) / STITCHES_FILE)
     ours = pair.stitch_state_dict()
-    if {k: v.shape for k, v in ours.items()} != {k: v.shape for k, v in saved.items()}:
+    if _shapes(ours) != _shapes(saved):
         raise PairFileError(
             f"{Path(folder) / STITCHES_FILE} holds {_shapes(saved)}, but the pair's stitches are {_shapes(ours)}."
         )
@@ -110,32 +110,38 @@ def keep_stitches(student: PreTrainedModel, folder: str | Path) -> None:
     Copy a pair's stitches into a V-MoE whose config holds them (`pre_stitch_layers`, `post_stitch_layers`).
 
     Raises:
-        `PairFileError`: a file is missing, or a stitch has no place in the model.
+        `PairFileError`: a file is missing, a stitch has no place in the model, or a place has no stitch.
     """
     folder = Path(folder)
-    layers = read_contract(folder)["layers"]
-    for name, value in _read_tensors(folder / STITCHES_FILE).items():
-        side, _, parameter = name.partition(".")
-        layer = student.get_submodule(f"vmoe.layers.{layers[0] if side == 'pre' else layers[-1]}")
-        stitch = getattr(layer, f"{side}_stitch")
-        if stitch is None or stitch.get_parameter(parameter).shape != value.shape:
-            raise PairFileError(
-                f"{folder / STITCHES_FILE} holds {name} of shape {tuple(value.shape)}, for which the student has no "
-                f"place. Set `{side}_stitch_layers` and `stitch_size` in its config."
-            )
-        with torch.no_grad():
-            stitch.get_parameter(parameter).copy_(value)
+    layers, saved = read_contract(folder)["layers"], _read_tensors(folder / STITCHES_FILE)
+    ours = {}
+    for side, layer in (("pre", layers[0]), ("post", layers[-1])):
+        stitch = getattr(student.get_submodule(f"vmoe.layers.{layer}"), f"{side}_stitch")
+        if stitch is not None:
+            ours.update({f"{side}.{name}": parameter for name, parameter in stitch.named_parameters()})
+    if _shapes(ours) != _shapes(saved):
+        raise PairFileError(
+            f"{folder / STITCHES_FILE} holds {_shapes(saved)}, but the student has places for {_shapes(ours)}. Set "
+            "`pre_stitch_layers`, `post_stitch_layers` and `stitch_size` in its config; it keeps stitches of type "
+            "'layernorm_linear' alone."
+        )
+    with torch.no_grad():
+        for name, parameter in ours.items():
+            parameter.copy_(saved[name])
 
 
 def read_contract(folder: str | Path) -> dict[str, Any]:
-    """The content of `pair.json`. Raises `PairFileError` if it is missing or no JSON."""
+    """The content of `pair.json`. Raises `PairFileError` if it is missing or damaged."""
     path = Path(folder) / CONTRACT_FILE
     if not path.is_file():
         raise PairFileError(f"{path} is missing: {folder} is no folder of a distilled pair.")
     try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+        contract = json.loads(path.read_text())
+    except ValueError as error:  # no JSON, or no text
         raise PairFileError(f"{path} is damaged ({error}). Delete {folder} and distil this pair again.") from error
+    if not isinstance(contract, dict):
+        raise PairFileError(f"{path} is damaged (no JSON object). Delete {folder} and distil this pair again.")
+    return contract
 
 
 def _contract(stage: Stage) -> dict[str, Any]:

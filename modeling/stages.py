@@ -190,7 +190,7 @@ def _architecture_of(model: PreTrainedModel) -> _Architecture:
 @torch.no_grad()
 def initialize_stage(model: PreTrainedModel, stage: Stage, seed: int) -> None:
     """
-    Draw the weights of a stage from a seed of its own: it starts the same whether it is built alone or with the others.
+    Draw the weights of a stage from a seed of its own: it starts the same whether it is built alone or with others.
 
     A stage on the meta device is materialised on the CPU first, so that a process can hold one stage of a large model:
     build the model under `torch.device("meta")`, split it, initialise the stage that you train.
@@ -212,7 +212,9 @@ def initialize_stage(model: PreTrainedModel, stage: Stage, seed: int) -> None:
 
 def num_tokens(config: PreTrainedConfig) -> int:
     """Tokens of a hidden state of a model with this configuration: its patches and its special tokens."""
-    sizes = [size if isinstance(size, list | tuple) else (size, size) for size in (config.image_size, config.patch_size)]
+    sizes = [
+        size if isinstance(size, list | tuple) else (size, size) for size in (config.image_size, config.patch_size)
+    ]
     (height, width), (patch_height, patch_width) = sizes
     num_special_tokens = 2 if config.model_type == "deit" else 1
     return (height // patch_height) * (width // patch_width) + num_special_tokens
@@ -259,8 +261,8 @@ def _check_label_space(student: PreTrainedConfig, other: PreTrainedConfig, name:
         return
     first = next(i for i in ours if ours[i] != theirs.get(i))
     raise StageError(
-        f"The student's class {first} is '{ours[first]}', the {name}'s is '{theirs.get(first)}'; the label spaces differ. "
-        f"Use networks trained on the same classes in the same order."
+        f"The student's class {first} is '{ours[first]}', the {name}'s is '{theirs.get(first)}'; the label spaces "
+        "differ. Use networks trained on the same classes in the same order."
     )
 
 

@@ -137,6 +137,15 @@ class StitchedStudent(nn.Module):
         """Whether a forward in training draws random numbers."""
         return any(pair.is_stochastic for pair in self.pairs.values())
 
+    def activation_checkpointing_enable(self, **kwargs: Any) -> None:
+        """Recompute the student's layers in the backward pass instead of keeping their activations."""
+        self._student[0].activation_checkpointing_enable(**kwargs)
+
+    def activation_checkpointing_disable(self) -> None:
+        """Keep activations again."""
+        self._student[0].activation_checkpointing_disable()
+
+    # The names before transformers 5.23; it calls the ones above where they exist.
     def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
         """Recompute the student's layers in the backward pass instead of keeping their activations."""
         self._student[0].gradient_checkpointing_enable(**kwargs)

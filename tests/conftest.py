@@ -8,6 +8,8 @@ import torch
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+# the networks are tiny: threads that wait for each other cost more than they compute
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

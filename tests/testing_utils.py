@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, ViTConfig, ViTForImageClassification
 
-from m2mkd import VMoEConfig, VMoEForImageClassification
+from m2mkd import M2MKDConfig, M2MKDTrainer, VMoEConfig, VMoEForImageClassification
 
 
 NUM_LABELS = 5
@@ -113,9 +113,7 @@ def gradients(model: nn.Module, loss: torch.Tensor) -> dict[str, torch.Tensor]:
     """Gradient of every parameter, zero where there is none."""
     model.zero_grad()
     loss.backward()
-    return {
-        name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in model.named_parameters()
-    }
+    return {name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
 
 
 def run_chain(stages: Iterable[Callable[[torch.Tensor], torch.Tensor]], hidden_states: torch.Tensor) -> torch.Tensor:
@@ -128,3 +126,51 @@ def on_meta(build: Callable[[], PreTrainedModel]) -> PreTrainedModel:
     """A model without memory for its weights."""
     with torch.device("meta"):
         return build()
+
+
+STUDENT_DEPTHS = [1, 2, 1]  # of the four layers of vmoe()
+TEACHER_DEPTHS = [1, 2, 2]
+
+
+def distillation_args(output_dir: Any, **overrides: Any) -> M2MKDConfig:
+    """Three pairs, four steps of SGD (its updates show the size of a gradient, AdamW's do not)."""
+    settings = {
+        "output_dir": str(output_dir),
+        "use_cpu": True,
+        "student_depths": STUDENT_DEPTHS,
+        "teacher_depths": TEACHER_DEPTHS,
+        "max_steps": 4,
+        "per_device_train_batch_size": 4,
+        "per_device_eval_batch_size": 4,
+        "learning_rate": 0.05,
+        "lr_scheduler_type": "constant",
+        "optim": "sgd",
+        "weight_decay": 0.0,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+    }
+    return M2MKDConfig(**{**settings, **overrides})
+
+
+def teacher(**overrides: Any) -> ViTForImageClassification:
+    return vit(seed=2, num_hidden_layers=sum(TEACHER_DEPTHS), **overrides)
+
+
+def meta_model(**overrides: Any) -> ViTForImageClassification:
+    return vit(seed=1, num_hidden_layers=len(STUDENT_DEPTHS), **overrides)
+
+
+def distillation_trainer(
+    output_dir: Any,
+    model: PreTrainedModel | None = None,
+    trainer_class: type[M2MKDTrainer] = M2MKDTrainer,
+    **overrides: Any,
+) -> M2MKDTrainer:
+    """A trainer of three pairs; `train_dataset` and the other arguments of the trainer may be overridden too."""
+    names = ("teacher", "meta", "train_dataset", "eval_dataset", "callbacks", "processing_class")
+    own = {name: overrides.pop(name) for name in names if name in overrides}
+    args = distillation_args(output_dir, **overrides)
+    networks = {"teacher": teacher(), "meta": meta_model(), "train_dataset": NoiseImages()}
+    return trainer_class(vmoe() if model is None else model, args, **{**networks, **own})

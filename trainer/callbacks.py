@@ -15,7 +15,7 @@ SECONDS_FILE = "seconds.json"
 
 class DataEpoch(TrainerCallback):
     """
-    Tells a data set the epoch, on which its augmentation depends. The data loader of accelerate does so in one process,
+    Tells a data set the epoch; its augmentation depends on it. The data loader of accelerate does so in one process,
     but not when it is sharded over several.
     """
 

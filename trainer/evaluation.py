@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
 
 from m2mkd.configuration.configuration_vmoe import VMoEConfig
 from m2mkd.data.metrics import compute_metrics
@@ -33,7 +33,9 @@ def evaluate_model(model: PreTrainedModel, dataset: Dataset, batch_size: int, us
             report_to="none",
             disable_tqdm=True,
         )
-        metrics = Trainer(model, args=args, compute_metrics=compute_metrics).evaluate(dataset)
+        trainer = Trainer(model, args=args, compute_metrics=compute_metrics)
+        trainer.remove_callback(PrinterCallback)
+        metrics = trainer.evaluate(dataset)
     names = ("accuracy", "top5_accuracy", "loss")
     return {**{name: metrics[f"eval_{name}"] for name in names}, "n": len(dataset)}
 

@@ -65,8 +65,8 @@ def _write_advice(path: Path, error: Exception) -> str:
     existing = next(parent for parent in [path, *path.parents] if parent.exists())
     free = shutil.disk_usage(existing).free / 1e9
     return (
-        f"Cannot write {path}: {error}. {free:.2f} GB are free there. Make room, or check the permissions, and run the "
-        "same command again: finished phases are kept."
+        f"Cannot write {path}: {error}. {free:.2f} GB are free there. Make room, or check the permissions, and run "
+        "the same command again: finished phases are kept."
     )
 
 

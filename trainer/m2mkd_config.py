@@ -1,5 +1,6 @@
 """Arguments of [`M2MKDTrainer`]."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -98,8 +99,8 @@ class M2MKDConfig(TrainingArguments):
         _check_choice("stitch", self.stitch, ("layernorm_linear", "linear", "none"))
         if not 0 <= self.alpha <= 1:
             raise ValueError(f"`alpha`, the weight of the teacher, must lie in [0, 1], but is {self.alpha}.")
-        if self.temperature <= 0:
-            raise ValueError(f"`temperature` must be positive, but is {self.temperature}.")
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"`temperature` must be positive and finite, but is {self.temperature}.")
         self._check_depths()
 
     def _check_depths(self) -> None:
@@ -107,8 +108,8 @@ class M2MKDConfig(TrainingArguments):
             depths = getattr(self, name)
             if depths is not None and len(depths) != self.num_pairs:
                 raise ValueError(
-                    f"`student_depths` {self.student_depths} makes {self.num_pairs} stages, but `{name}` {depths} makes "
-                    f"{len(depths)}; pair i takes stage i of each network."
+                    f"`student_depths` {self.student_depths} makes {self.num_pairs} stages, but `{name}` {depths} "
+                    f"makes {len(depths)}; pair i takes stage i of each network."
                 )
         if self.pairs != "all":
             wrong = not isinstance(self.pairs, list) or not self.pairs or len(set(self.pairs)) != len(self.pairs)

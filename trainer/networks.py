@@ -73,8 +73,8 @@ def new_network(
 
 def load_network(source: str | Path, **kwargs: Any) -> PreTrainedModel:
     """
-    A classifier from a Hub id or folder. On the CPU its tensors stay in the file until they are used, so a process that
-    keeps one stage does not pay for the others.
+    A classifier from a Hub id or folder. On the CPU its tensors stay in the file until they are used, so a process
+    that keeps one stage does not pay for the others.
 
     Raises:
         `StageError`: there is no such model, or its file is damaged.

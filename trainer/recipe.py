@@ -4,7 +4,7 @@ import re
 from dataclasses import fields
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Any, ClassVar, Literal, get_type_hints
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
@@ -34,12 +34,15 @@ _TRAINING_TYPES = {
     for field in fields(M2MKDConfig)
     if field.init and field.name not in _SET_BY_THE_RUNNER
 }
+# They weigh a teacher; elsewhere there is none, and they would be ignored.
+_LOSS_ARGUMENTS = {"alpha", "temperature", "distillation_type", "kl_reduction", "stitch"}
 Training = dict[str, Any]
 Arm = Literal["e2e", "kd", "m2mkd"]
 
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    _has_teacher: ClassVar[bool] = False
 
     @field_validator("training", "incubation", "finetuning", check_fields=False)
     @classmethod
@@ -47,6 +50,8 @@ class _Section(BaseModel):
         for name, value in (training or {}).items():
             if name in _SET_BY_THE_RUNNER:
                 raise ValueError(f"`{name}` is set by the runner from other keys of the recipe; leave it out here")
+            if name in _LOSS_ARGUMENTS and not cls._has_teacher:
+                raise ValueError(f"`{name}` belongs to distill.training or kd.training; this phase has no teacher")
             if name not in _TRAINING_TYPES:
                 raise ValueError(f"`{name}` is no argument of transformers.TrainingArguments or m2mkd.M2MKDConfig")
             try:
@@ -85,7 +90,7 @@ class TeacherSpec(_Section):
     The teacher: incubated inside the meta model and fine-tuned [MT + FT], or a published one.
 
     Args:
-        pretrained (`str`, *optional*): Hub id or folder of a trained classifier; then nothing else but `depths` is read.
+        pretrained (`str`, *optional*): Hub id or folder of a trained classifier; beside it only `depths` is read.
         model (`NetworkSpec`, *optional*): What to incubate.
         depths (`list[int]`): Layers of each stage.
         data (`str`, *optional*): Name of the training set.
@@ -118,6 +123,7 @@ class StudentSpec(_Section):
 class DistillSpec(_Section):
     """The distillation of the pairs [m2mKD]; `pairs` are those that this process trains, counted from 0."""
 
+    _has_teacher = True
     data: str
     pairs: list[int] | Literal["all"] = "all"
     training: Training = Field(default_factory=dict)
@@ -132,8 +138,9 @@ class FinetuneSpec(_Section):
 
 
 class KDSpec(_Section):
-    """Ordinary distillation from the whole teacher: what differs from the end-to-end phase (`alpha`, `temperature`)."""
+    """Ordinary distillation from the whole teacher: what differs from the end-to-end phase, e.g. `alpha`."""
 
+    _has_teacher = True
     training: Training = Field(default_factory=dict)
 
 
@@ -207,7 +214,8 @@ def load_recipe(path: str | Path | None = None, overrides: dict[str, Any] | None
 
     Args:
         path (`str` or `Path`, *optional*): A YAML file. `None`: the embedded default.
-        overrides (`dict[str, Any]`, *optional*): Values by dotted key, e.g. `{"finetune.training.num_train_epochs": 3}`.
+        overrides (`dict[str, Any]`, *optional*): Values by dotted key, e.g.
+            `{"finetune.training.num_train_epochs": 3}`.
 
     Raises:
         `RecipeError`: a file that is no YAML mapping, an unknown key, a wrong type or value.
@@ -269,7 +277,8 @@ class _Loader(yaml.SafeLoader):
     """Safe YAML that reads `1e-3` as a number, as YAML 1.2 does, and refuses a key given twice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        # before `<<` is resolved: a merged key may well be given again
+        keys = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
         twice = {key for key in keys if keys.count(key) > 1}
         if twice:
             raise yaml.constructor.ConstructorError(

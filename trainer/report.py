@@ -31,6 +31,7 @@ BUDGETS = {
 PACKAGES = ("torch", "transformers", "accelerate", "m2mkd")
 COSTS = ("train_seconds", "train_samples_seen", "train_flops", "parameters", "images", "labels", "epochs")
 RUN_AGAIN = "Run the recipe again: finished phases are kept, and what is missing is made."
+REPEAT = "Delete {folder} and run the recipe again: that phase is repeated, the other finished ones are kept."
 
 Result = dict[str, Any]
 Report = dict[str, Any]
@@ -49,33 +50,31 @@ def collect(output_dir: Path, recipe: dict[str, Any], seed: int, repeat_seeds: l
     Gather the results of a run.
 
     Args:
-        output_dir (`Path`): The run's folder. An arm is in the report if its folder exists.
-        recipe (`dict[str, Any]`): The recipe as plain values; a `hub_token` in it is left out of the report.
+        output_dir (`Path`): The run's folder.
+        recipe (`dict[str, Any]`): The recipe as plain values; a `hub_token` in it is left out of the report. Arms that
+            it asks for must have run with every seed; others are reported if they have.
         seed (`int`): The seed whose phases lie in `output_dir` itself.
-        repeat_seeds (`list[int]`): The seeds in `output_dir/seeds`; each must have the arms of the first.
+        repeat_seeds (`list[int]`): The seeds in `output_dir/seeds`.
         device (`str`): What the run was made on, in words.
 
     Returns:
         The report as DESIGN.md §5 has it: accuracies in [0, 1], times in seconds, `train_flops` in floating-point
-        operations. `meta` and `teacher` are `None` if they have no folder and no arm needs one. Beside it `date`,
-        `seeds` (the arms of every seed, the first included), `summary` (over the seeds) and `comparisons`.
+        operations. `meta` and `teacher` are `None` if they have no folder and no arm needs one, their `iid` is `None`
+        if they know other classes. Beside it `date`, `seeds` (the arms of every seed, the first included), `summary`
+        (over the seeds) and `comparisons` (seed by seed).
 
     Raises:
         `ReportError`: no arm has run, or a results file is missing or damaged.
     """
     output_dir = Path(output_dir)
-    arms = [arm for arm in ARMS if (output_dir / "arms" / arm).is_dir()]
-    if not arms:
-        raise ReportError(f"No arm has run: there is none of {', '.join(ARMS)} in {output_dir / 'arms'}. {RUN_AGAIN}")
+    folders = _seed_folders(output_dir, seed, repeat_seeds)
+    seeds = {name: {"arms": _read_arms(folder, recipe)} for name, folder in folders.items()}
+    arms = seeds[str(seed)]["arms"]
     needed = {network for arm in arms for network in ARMS[arm]}
     networks = {
         name: _read_result(output_dir / name) if name in needed or (output_dir / name).is_dir() else None
         for name in ("meta", "teacher")
     }
-    num_pairs = len((recipe.get("student") or {}).get("depths") or [])
-    folders = _seed_folders(output_dir, seed, repeat_seeds)
-    seeds = {name: {"arms": _read_arms(folder, arms, num_pairs)} for name, folder in folders.items()}
-    first = seeds[str(seed)]["arms"]
     report = {
         "recipe": recipe,
         "seed": seed,
@@ -83,10 +82,12 @@ def collect(output_dir: Path, recipe: dict[str, Any], seed: int, repeat_seeds: l
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
         **networks,
-        "arms": first,
+        "arms": arms,
         "seeds": seeds,
-        "summary": {arm: _summarise([seeds[name]["arms"][arm] for name in seeds]) for arm in arms},
-        "comparisons": [_compare(seeds, first, arm) for arm in arms if arm in BUDGETS and "m2mkd" in arms],
+        "summary": {
+            arm: _summarise([own["arms"][arm] for own in seeds.values() if arm in own["arms"]]) for arm in arms
+        },
+        "comparisons": [_compare(seeds, arms, arm) for arm in arms if arm in BUDGETS and "m2mkd" in arms],
     }
     return _plain(report)
 
@@ -122,9 +123,20 @@ def _pair_folders(folder: Path, num_pairs: int) -> list[tuple[int, Path]]:
     return [(index, folder / "pairs" / str(index)) for index in range(max([num_pairs - 1, *found]) + 1)]
 
 
-def _read_arms(folder: Path, arms: list[str], num_pairs: int) -> dict[str, Result]:
+def _read_arms(folder: Path, recipe: dict[str, Any]) -> dict[str, Result]:
+    """The arms of one seed, in the order of `ARMS`: those that the recipe asks for and those that are there."""
+    asked = list(recipe.get("arms") or [])
+    if recipe.get("equal_compute") and "m2mkd" in asked:
+        asked += [f"{arm}_equal_compute" for arm in asked if arm != "m2mkd"]
+    arms = [arm for arm in ARMS if arm in asked or (folder / "arms" / arm).is_dir()]
+    if not arms:
+        raise ReportError(f"No arm has run: there is none of {', '.join(ARMS)} in {folder / 'arms'}. {RUN_AGAIN}")
     results = {arm: _read_result(folder / "arms" / arm) for arm in arms}
+    for arm, result in results.items():
+        if result["iid"] is None:
+            raise _damaged(folder / "arms" / arm / "eval_results.json", "an arm needs an `iid` result")
     if "m2mkd" in results:
+        num_pairs = len((recipe.get("student") or {}).get("depths") or [])
         pairs = [_read_costs(pair / "train_results.json") for _, pair in _pair_folders(folder, num_pairs)]
         if not pairs:
             raise ReportError(f"There are no distilled pairs in {folder / 'pairs'}. {RUN_AGAIN}")
@@ -145,16 +157,14 @@ def _add_distillation(result: Result, pairs: list[Result]) -> None:
 
 
 def _read_result(folder: Path) -> Result:
-    """The R of DESIGN.md §5 of a finished phase, with what its training saw and the load of its experts."""
+    """The R of DESIGN.md §5 of a finished phase; `iid` and `ood` are `None` where it was not tested."""
     path = folder / "eval_results.json"
     evaluation = _read_json(path)
     costs = _read_costs(folder / "train_results.json")
     load = evaluation.get("expert_load")
     if load is not None and not _is_load(load):
         raise _damaged(path, "`expert_load` is no share of each expert by layer")
-    ood = evaluation.get("ood")
-    scores = {"iid": _scores(evaluation, "iid", path), "ood": None if ood is None else _scores(evaluation, "ood", path)}
-    return {**scores, **costs, "expert_load": load}
+    return {**{split: _scores(evaluation, split, path) for split in ("iid", "ood")}, **costs, "expert_load": load}
 
 
 def _read_costs(path: Path) -> Result:
@@ -162,7 +172,9 @@ def _read_costs(path: Path) -> Result:
     phases = content.get("phases") or {}
     if not isinstance(phases, dict):
         raise _damaged(path, "`phases` is no mapping")
-    costs = {name: _number(content, name, path) for name in COSTS}
+    costs: Result = {name: _number(content, name, path) for name in COSTS}
+    if content.get("pretrained"):
+        costs["pretrained"] = content["pretrained"]
     if phases:
         costs["phases"] = {phase: {name: _number(own, name, path) for name in COSTS} for phase, own in phases.items()}
     return costs
@@ -180,7 +192,8 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise ReportError(f"{path} is missing: that phase has not finished. {RUN_AGAIN}") from error
+        way_out = REPEAT.format(folder=path.parent) if path.parent.is_dir() else RUN_AGAIN
+        raise ReportError(f"{path} is missing. {way_out}") from error
     except (OSError, ValueError) as error:
         raise _damaged(path, str(error)) from error
     if not isinstance(content, dict):
@@ -189,11 +202,11 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _damaged(path: Path, why: str) -> ReportError:
-    return ReportError(f"{path} is damaged: {why}. Delete that file and run the recipe again: finished phases are kept.")
+    return ReportError(f"{path} is damaged: {why}. {REPEAT.format(folder=path.parent)}")
 
 
 def _number(content: Any, name: str, path: Path, highest: float = math.inf) -> float:
-    value = content.get(name) if isinstance(content, dict) else None
+    value: Any = content.get(name) if isinstance(content, dict) else None
     is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if not is_number or not 0 <= value <= highest:
         limit = "" if highest == math.inf else f" up to {highest:g}"
@@ -201,8 +214,10 @@ def _number(content: Any, name: str, path: Path, highest: float = math.inf) -> f
     return value
 
 
-def _scores(evaluation: dict[str, Any], name: str, path: Path) -> Result:
+def _scores(evaluation: dict[str, Any], name: str, path: Path) -> Result | None:
     scores = evaluation.get(name)
+    if scores is None:
+        return None
     accuracy, size = _number(scores, "accuracy", path, highest=1), _number(scores, "n", path)
     return {"accuracy": accuracy, "top5_accuracy": scores.get("top5_accuracy"), "loss": scores.get("loss"), "n": size}
 
@@ -253,14 +268,15 @@ def _compare(seeds: dict[str, Any], first: dict[str, Result], baseline: str) -> 
     """The m2mkd arm minus `baseline`, seed by seed; differences of accuracies in [-1, 1]."""
     unit = "epochs" if BUDGETS[baseline] == "equal end-to-end epochs" else "train_flops"
     own = first["m2mkd"][unit]
-    comparison = {
+    comparison: dict[str, Any] = {
         "arm": "m2mkd",
         "baseline": baseline,
         "budget": BUDGETS[baseline],
         "budget_ratio": first[baseline][unit] / own if own else None,
     }
     for split in ("iid", "ood"):
-        pairs = [(arms["arms"]["m2mkd"][split], arms["arms"][baseline][split]) for arms in seeds.values()]
+        both = [own["arms"] for own in seeds.values() if {"m2mkd", baseline} <= set(own["arms"])]
+        pairs = [(arms["m2mkd"][split], arms[baseline][split]) for arms in both]
         if not all(ours and theirs for ours, theirs in pairs):
             comparison[split] = None
             continue

@@ -30,7 +30,10 @@ class TestVMoEConfig:
             pytest.param({"num_experts": 0}, "num_experts", ">= 1", id="num_experts"),
             pytest.param({"router_noise_std": -1.0}, "router_noise_std", "not be negative", id="router_noise_std"),
             pytest.param(
-                {"router_importance_loss_coef": -1.0}, "router_importance_loss_coef", "not be negative", id="importance"
+                {"router_importance_loss_coef": -1.0},
+                "router_importance_loss_coef",
+                "not be negative",
+                id="importance",
             ),
             pytest.param({"router_load_loss_coef": -1.0}, "router_load_loss_coef", "not be negative", id="load"),
             pytest.param(
@@ -40,7 +43,10 @@ class TestVMoEConfig:
                 {"pre_stitch_layers": [4], "stitch_size": 8}, "pre_stitch_layers", "from 0 to 3", id="pre_stitch_range"
             ),
             pytest.param(
-                {"post_stitch_layers": [0, 0], "stitch_size": 8}, "post_stitch_layers", "different", id="post_stitch_twice"
+                {"post_stitch_layers": [0, 0], "stitch_size": 8},
+                "post_stitch_layers",
+                "different",
+                id="post_stitch_twice",
             ),
             pytest.param({"pre_stitch_layers": [1]}, "pre_stitch_layers", "stitch_size", id="pre_stitch_width"),
             pytest.param({"post_stitch_layers": [1]}, "post_stitch_layers", "stitch_size", id="post_stitch_width"),
@@ -64,7 +70,9 @@ class TestVMoEConfig:
         with pytest.raises(StrictDataclassClassValidationError, match="num_experts_per_tok"):
             config.save_pretrained(tmp_path)
 
-    @pytest.mark.parametrize("edge", [{"drop_path_rate": 0}, {"router_importance_loss_coef": 1}, {"num_experts_per_tok": 4}])
+    @pytest.mark.parametrize(
+        "edge", [{"drop_path_rate": 0}, {"router_importance_loss_coef": 1}, {"num_experts_per_tok": 4}]
+    )
     def test_values_on_the_edge_are_accepted(self, edge: dict) -> None:
         name, value = next(iter(edge.items()))
         assert getattr(vmoe_config(**edge), name) == value

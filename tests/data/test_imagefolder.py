@@ -25,6 +25,8 @@ class TestLoadImagefolder:
         for name in (".DS_Store", "Thumbs.db", "._000.png"):
             (root / "ant" / name).write_bytes(b"junk")
         (root / ".git").mkdir()
+        (root / "ant" / ".thumbnails").mkdir()
+        (root / "ant" / ".thumbnails" / "000.png").write_bytes(b"junk")
         assert len(load_imagefolder(str(root))) == 1
 
     def test_missing_path(self, tmp_path):

@@ -45,8 +45,8 @@ def assert_gradients_close(parameters: dict[str, torch.Tensor], official: dict[s
     assert parameters.keys() == official.keys()
     for name, parameter in parameters.items():
         gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        # a key bias has no gradient in exact arithmetic (softmax does not see a constant): what is left is round-off of
-        # the official `qkv.bias`, whose norm is that of its value part
+        # a key bias has no gradient in exact arithmetic (softmax does not see a constant): what is left is round-off
+        # of the official `qkv.bias`, whose norm is that of its value part
         norm = official[name.replace("k_proj.bias", "v_proj.bias")].norm().item()
         error = (gradient - official[name]).norm().item()
         assert error <= GRADIENT_TOLERANCE * norm, f"{name}: off by {error:.2e} of norm {norm:.2e}"
@@ -107,8 +107,10 @@ def vmoe(case: Case, **overrides: Any) -> VMoEForImageClassification:
     return model
 
 
-def student_model(kwargs: dict[str, Any], norm_eps: float, num_pairs: int = 3) -> tuple[VMoEForImageClassification, int]:
-    """A V-MoE around one official student, with its pair index; the layers of the other pairs are like the student's."""
+def student_model(
+    kwargs: dict[str, Any], norm_eps: float, num_pairs: int = 3
+) -> tuple[VMoEForImageClassification, int]:
+    """A V-MoE around one official student, with its pair index; the layers of other pairs are like the student's."""
     depth = sum(kwargs["divided_depths"])
     index = kwargs["idx"] % num_pairs
     layers = [pair * depth + layer for pair in range(num_pairs) for layer in kwargs["moe_pos"]]
@@ -116,7 +118,9 @@ def student_model(kwargs: dict[str, Any], norm_eps: float, num_pairs: int = 3) -
     return VMoEForImageClassification(config), index
 
 
-def student_names(kwargs: dict[str, Any], official: dict[str, torch.Tensor], num_pairs: int = 3) -> dict[str, torch.Tensor]:
+def student_names(
+    kwargs: dict[str, Any], official: dict[str, torch.Tensor], num_pairs: int = 3
+) -> dict[str, torch.Tensor]:
     """Official student tensors (or gradients) by the names of [`StitchedStage`]."""
     depth = sum(kwargs["divided_depths"])
     converted = convert_vmoe(official, layer_offset=depth * (kwargs["idx"] % num_pairs))

@@ -37,13 +37,17 @@ class TestPerSampleCrossEntropy:
         loss = per_sample_cross_entropy(torch.tensor(STUDENT), torch.tensor([1, 0]), label_smoothing=0.3)
         for row, label, value in zip(STUDENT, [1, 0], loss.tolist(), strict=True):
             target = [0.3 / 3 + (0.7 if index == label else 0.0) for index in range(3)]
-            assert value == pytest.approx(-sum(t * math.log(p) for t, p in zip(target, softmax(row), strict=True)), rel=1e-6)
+            assert value == pytest.approx(
+                -sum(t * math.log(p) for t, p in zip(target, softmax(row), strict=True)), rel=1e-6
+            )
 
     def test_a_distribution_weighs_the_classes(self) -> None:
         targets = [[0.2, 0.5, 0.3], [1.0, 0.0, 0.0]]
         loss = per_sample_cross_entropy(torch.tensor(STUDENT), torch.tensor(targets))
         for row, target, value in zip(STUDENT, targets, loss.tolist(), strict=True):
-            assert value == pytest.approx(-sum(t * math.log(p) for t, p in zip(target, softmax(row), strict=True)), rel=1e-6)
+            assert value == pytest.approx(
+                -sum(t * math.log(p) for t, p in zip(target, softmax(row), strict=True)), rel=1e-6
+            )
 
     def test_a_one_hot_distribution_is_the_label(self) -> None:
         logits, labels = torch.tensor(STUDENT), torch.tensor([1, 0])
@@ -96,13 +100,16 @@ class TestPerSampleKL:
 class TestSoftDistillationLoss:
     def test_batchmean_is_the_mean_over_the_images(self) -> None:
         student, teacher = torch.randn(4, 7), torch.randn(4, 7)
-        assert torch.allclose(soft_distillation_loss(student, teacher, 2.0), per_sample_kl(student, teacher, 2.0).mean())
+        assert torch.allclose(
+            soft_distillation_loss(student, teacher, 2.0), per_sample_kl(student, teacher, 2.0).mean()
+        )
 
     def test_mean_is_weaker_by_the_number_of_classes(self) -> None:
         student, teacher = torch.randn(4, 7), torch.randn(4, 7)
         batchmean = soft_distillation_loss(student, teacher, 2.0, reduction="batchmean")
         assert torch.allclose(batchmean, 7 * soft_distillation_loss(student, teacher, 2.0, reduction="mean"))
 
+    @pytest.mark.filterwarnings("ignore:reduction. 'mean' divides")
     def test_both_are_those_of_torch(self) -> None:
         student, teacher = torch.randn(4, 7), torch.randn(4, 7)
         for reduction in ("batchmean", "mean"):

@@ -1,0 +1,101 @@
+"""The command line, run as a user runs it: in a process of its own."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from safetensors.torch import load_file
+from testing_utils import assert_equal
+from tiny_run import recipe_content
+
+
+ROOT = Path(__file__).parents[2]
+
+
+def recipe_file(folder: Path) -> Path:
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe_content(folder)))
+    return path
+
+
+def train(*arguments: str, launcher: tuple[str, ...] = (sys.executable,)) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [*launcher, str(ROOT / "train.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
+
+
+class TestTrain:
+    def test_a_recipe_runs_with_overrides_and_says_where_the_report_is(self, tmp_path: Path) -> None:
+        path = recipe_file(tmp_path)
+        done = train(
+            str(path), "--arms", "[e2e]", "--training.num_train_epochs=1", "--output_dir", f"{tmp_path}/other"
+        )
+        assert done.returncode == 0, done.stderr
+        assert f"The report is in {tmp_path}/other/report.md" in done.stdout
+        report = json.loads((tmp_path / "other" / "report.json").read_text())
+        assert list(report["arms"]) == ["e2e"] and report["arms"]["e2e"]["epochs"] == 1
+        # transformers has a warning for each of its image processors where torchvision is not installed
+        assert "torchvision" not in done.stdout + done.stderr
+
+    @pytest.mark.parametrize(
+        "arguments, message",
+        [
+            (["--sede", "1"], "sede: there is no such key"),
+            (["--seed"], "--seed has no value"),
+            (["nowhere.yaml"], "There is no recipe nowhere.yaml"),
+            (["--data.iid.source", "imagefolder:/nowhere"], "/nowhere"),
+        ],
+    )
+    def test_what_a_user_can_mend_ends_in_one_message_without_a_traceback(
+        self, tmp_path: Path, arguments: list[str], message: str
+    ) -> None:
+        done = train(*arguments, *([] if arguments[0].endswith("yaml") else ["--output_dir", str(tmp_path / "run")]))
+        assert done.returncode == 1
+        assert done.stderr.strip().splitlines()[-1].startswith(("Error:", " ")), done.stderr
+        assert message in done.stderr and "Traceback" not in done.stderr
+
+    def test_two_processes_run_a_recipe_together(self, tmp_path: Path) -> None:
+        path = recipe_file(tmp_path)
+        launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29517")
+        done = train(str(path), launcher=launcher)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("The report is in") == 1
+        assert {path.name for path in (tmp_path / "run" / "arms").iterdir()} == {"e2e", "kd", "m2mkd"}
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("delay", [8.0, 10.0, 12.0, 14.0])
+    def test_a_run_killed_at_any_moment_ends_with_the_same_files(self, tmp_path: Path, delay: float) -> None:
+        path = recipe_file(tmp_path)
+        assert train(str(path)).returncode == 0
+        whole = tmp_path / "whole"
+        (tmp_path / "run").rename(whole)
+        process = subprocess.Popen(
+            [sys.executable, str(ROOT / "train.py"), str(path)], env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
+        time.sleep(delay)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert train(str(path)).returncode == 0
+        names = sorted(str(file.relative_to(whole)) for file in whole.rglob("*") if file.is_file())
+        run = tmp_path / "run"
+        assert names == sorted(str(file.relative_to(run)) for file in run.rglob("*") if file.is_file())
+        for name in names:
+            if name.endswith(".safetensors"):
+                assert_equal(load_file(run / name), load_file(whole / name))
+
+
+class TestReport:
+    def test_the_report_is_written_again_from_the_folders(self, tmp_path: Path) -> None:
+        done = train(str(recipe_file(tmp_path)), "--arms", "[e2e]")
+        assert done.returncode == 0, done.stderr
+        (tmp_path / "run" / "report.md").unlink()
+        command = [sys.executable, "-m", "m2mkd.trainer.cli", "report", str(tmp_path / "run")]
+        again = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        assert again.returncode == 0, again.stderr
+        assert (tmp_path / "run" / "report.md").is_file()

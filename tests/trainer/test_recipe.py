@@ -1,0 +1,110 @@
+"""Recipes are checked key by key, and every message names the key."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from tiny_run import recipe_content, tiny_recipe
+
+from m2mkd.trainer.recipe import RecipeError, load_recipe, parse_recipe, parse_value
+
+
+class TestLoadRecipe:
+    def test_the_embedded_default_is_valid_and_runs_all_arms(self) -> None:
+        recipe = load_recipe()
+        assert recipe.arms == ["e2e", "kd", "m2mkd"]
+        assert recipe.data[recipe.evaluation.ood].source == "uci_digits"
+
+    def test_every_recipe_of_the_repository_is_valid(self) -> None:
+        recipes = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+        assert recipes
+        for path in recipes:
+            load_recipe(path)
+
+    def test_overrides_replace_values_by_dotted_key(self) -> None:
+        recipe = load_recipe(None, {"seed": 7, "finetune.training.num_train_epochs": 3, "data.iid.image_size": 32})
+        assert (recipe.seed, recipe.finetune.training["num_train_epochs"]) == (7, 3)
+        assert recipe.data["iid"].image_size == 32
+
+    def test_a_number_with_an_exponent_is_a_number(self, tmp_path: Path) -> None:
+        content = recipe_content(tmp_path)
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump(content).replace("learning_rate: 0.001", "learning_rate: 1e-3"))
+        assert "1e-3" in path.read_text()
+        assert load_recipe(path).training["learning_rate"] == 0.001
+
+    @pytest.mark.parametrize(
+        "text, message",
+        [
+            ("a: [1", "is no YAML file"),
+            ("- 1\n- 2", "holds no mapping"),
+            ("seed: 1\nseed: 2", r"\['seed'\] are given twice"),
+        ],
+    )
+    def test_a_file_that_is_no_recipe_is_refused(self, tmp_path: Path, text: str, message: str) -> None:
+        path = tmp_path / "recipe.yaml"
+        path.write_text(text)
+        with pytest.raises(RecipeError, match=message):
+            load_recipe(path)
+
+    def test_a_missing_file_is_named(self, tmp_path: Path) -> None:
+        with pytest.raises(RecipeError, match="There is no recipe .*nowhere.yaml"):
+            load_recipe(tmp_path / "nowhere.yaml")
+
+    def test_an_override_inside_a_value_is_refused(self) -> None:
+        with pytest.raises(RecipeError, match="seed.x: `seed` is a value"):
+            load_recipe(None, {"seed.x": 1})
+
+
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "unknown key": ({"sede": 1}, "sede: there is no such key"),
+    "unknown nested key": ({"distill": {"data": "train", "pair": [0]}}, "distill.pair: there is no such key"),
+    "missing key": ({"evaluation": {}}, "evaluation.iid: this key is missing"),
+    "wrong type": ({"seed": "zero"}, "seed: Input should be a valid integer .*'zero'"),
+    "unknown training argument": ({"training": {"lr": 1}}, "training: `lr` is no argument"),
+    "training argument of another type": (
+        {"training": {"num_train_epochs": "ten"}},
+        "training: `num_train_epochs` is 'ten'",
+    ),
+    "training argument of the runner": (
+        {"training": {"output_dir": "x"}},
+        "training: `output_dir` is set by the runner",
+    ),
+    "loss argument where no teacher is": (
+        {"finetune": {"data": "labelled", "training": {"alpha": 0.3}}},
+        "finetune.training: `alpha` belongs to distill.training or kd.training",
+    ),
+    "unknown data set": ({"finetune": {"data": "nothing"}}, "`finetune.data` is 'nothing', but `data` has only"),
+    "unknown arm": ({"arms": ["e2e", "magic"]}, "arms.1: .*'magic'"),
+    "depths of different lengths": (
+        {"teacher": {"pretrained": "x", "depths": [1, 1, 1]}},
+        r"`student.depths` \[1, 1\] makes 2 stages and `teacher.depths` \[1, 1, 1\] makes 3",
+    ),
+    "teacher from nowhere": ({"teacher": {"depths": [2, 1]}}, "teacher: give `pretrained`"),
+    "seeds that repeat": ({"repeat_seeds": [0, 1]}, "must all differ"),
+}
+
+
+class TestParseRecipe:
+    @pytest.mark.parametrize("changes, message", WRONG.values(), ids=WRONG.keys())
+    def test_what_is_wrong_is_named_by_its_key(self, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+        with pytest.raises(RecipeError, match=message):
+            tiny_recipe(tmp_path, **changes)
+
+    def test_all_problems_are_listed_at_once(self, tmp_path: Path) -> None:
+        with pytest.raises(RecipeError) as caught:
+            parse_recipe({**recipe_content(tmp_path), "seed": "x", "nonsense": 1}, "this recipe")
+        assert "seed:" in str(caught.value) and "nonsense:" in str(caught.value)
+
+
+class TestParseValue:
+    @pytest.mark.parametrize(
+        "text, value", [("3", 3), ("1e-3", 0.001), ("true", True), ("[0, 1]", [0, 1]), ("runs/x", "runs/x")]
+    )
+    def test_values_are_read_as_yaml(self, text: str, value: Any) -> None:
+        assert parse_value(text) == value
+
+    def test_a_broken_value_is_refused(self) -> None:
+        with pytest.raises(RecipeError, match=r"'\[0' cannot be read"):
+            parse_value("[0")

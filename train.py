@@ -1,0 +1,7 @@
+"""`accelerate launch train.py [RECIPE.yaml] [--key.sub value …]`; without a recipe, the embedded digits recipe."""
+
+from m2mkd.trainer.cli import train
+
+
+if __name__ == "__main__":
+    train()

@@ -1,0 +1,116 @@
+"""The command line: `train.py` and `m2mkd run`, `m2mkd report`."""
+
+import logging
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+app = typer.Typer(
+    help="Modular vision models, distilled module by module.", no_args_is_help=True, add_completion=False
+)
+
+# Whatever is not a parameter of a command is a value of the recipe.
+_OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+
+@app.command("run", context_settings=_OVERRIDES, options_metavar="[RECIPE.yaml] [--key.sub value]...")
+def run_command(context: typer.Context) -> None:
+    """
+    Run a recipe: train what is not finished, skip what is, write the report.
+
+    Without a recipe, the embedded one runs: a V-MoE for digits, in minutes on a CPU.
+
+    Any value of the recipe can be overridden: --seed 1 --finetune.training.num_train_epochs 3 --arms '[e2e, m2mkd]'.
+
+    Several processes: accelerate launch train.py RECIPE.yaml, or torchrun --nproc_per_node N train.py RECIPE.yaml.
+    """
+
+    def work() -> None:
+        from m2mkd.trainer.recipe import load_recipe
+        from m2mkd.trainer.runner import run
+
+        # not a parameter of the command: click would take the value of the first override for it
+        has_recipe = bool(context.args) and not context.args[0].startswith("--")
+        path, options = (context.args[0], context.args[1:]) if has_recipe else (None, context.args)
+        report = run(load_recipe(path, _overrides(options)))
+        if report is not None:
+            _print_once(f"The report is in {report} (and report.json, report.png beside it).")
+
+    _explained(work)
+
+
+@app.command("report", context_settings=_OVERRIDES)
+def report_command(context: typer.Context, run_folder: Annotated[Path, typer.Argument(metavar="RUN_FOLDER")]) -> None:
+    """Write the report of a finished run again, from its folders."""
+
+    def work() -> None:
+        from m2mkd.trainer.folders import read_json
+        from m2mkd.trainer.recipe import parse_recipe
+        from m2mkd.trainer.runner import make_report
+
+        source = run_folder / "recipe.json"
+        content = {**read_json(source), "output_dir": str(run_folder), **_overrides(context.args)}
+        _print_once(f"The report is in {make_report(parse_recipe(content, str(source)))}.")
+
+    _explained(work)
+
+
+def main() -> None:
+    """Entry point of the console script `m2mkd`."""
+    app()
+
+
+def train() -> None:
+    """Entry point of `train.py`: `m2mkd run` under its own name."""
+    app(["run", *sys.argv[1:]], prog_name="train.py")
+
+
+def _overrides(arguments: list[str]) -> dict[str, Any]:
+    """`--key value` and `--key=value` as values by dotted key."""
+    from m2mkd.trainer.recipe import RecipeError, parse_value
+
+    overrides: dict[str, Any] = {}
+    rest = list(arguments)
+    while rest:
+        name, equals, value = rest.pop(0).partition("=")
+        if not name.startswith("--"):
+            raise RecipeError(f"{name!r} is no option. Values of the recipe are given as --key.sub value.")
+        if not equals:
+            if not rest:
+                raise RecipeError(f"{name} has no value. Values of the recipe are given as --key.sub value.")
+            value = rest.pop(0)
+        overrides[name.removeprefix("--")] = parse_value(value)
+    return overrides
+
+
+def _explained(work: Callable[[], None]) -> None:
+    """Run `work`; what a user can mend ends in its message alone, everything else in a traceback."""
+    from m2mkd.data.errors import DataError
+    from m2mkd.modeling.pair_files import PairFileError
+    from m2mkd.modeling.stages import StageError
+    from m2mkd.trainer.folders import RunError
+    from m2mkd.trainer.m2mkd_trainer import NonFiniteError
+    from m2mkd.trainer.recipe import RecipeError
+    from m2mkd.trainer.report import ReportError
+
+    # transformers says for each of its image processors that torchvision, which we do not need, is not there
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    try:
+        work()
+    except (DataError, NonFiniteError, PairFileError, RecipeError, ReportError, RunError, StageError) as error:
+        print(f"Error: {error}", file=sys.stderr)
+        raise typer.Exit(1) from error
+
+
+def _print_once(text: str) -> None:
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""The data sets of a recipe, loaded once each and handed to the phases."""
+
+from collections.abc import Sequence
+
+from m2mkd.data.config import DataConfig
+from m2mkd.data.dataset import ImageDataset
+from m2mkd.data.errors import DataError
+from m2mkd.data.labeled_images import LabeledImages
+from m2mkd.data.sources import load_images
+from m2mkd.trainer.recipe import Recipe
+
+
+class RunData:
+    """
+    Images of a recipe by the names that it gives them.
+
+    Args:
+        recipe (`Recipe`)
+    """
+
+    def __init__(self, recipe: Recipe):
+        self.recipe = recipe
+        self._loaded: dict[str, LabeledImages] = {}
+
+    def check(self) -> None:
+        """
+        Look at every set before anything is trained.
+
+        Raises:
+            `DataError`: a set cannot be had, a training set has a class without images, or a test set has a class that
+            the arms are not trained on.
+        """
+        recipe = self.recipe
+        teacher = [recipe.teacher.data] if recipe.teacher.data is not None else []
+        for name in (recipe.meta.data, *teacher, recipe.distill.data, recipe.finetune.data):
+            self.class_names(name)
+        for name in (recipe.evaluation.iid, recipe.evaluation.ood):
+            if name is not None:
+                self.test_set(name, recipe.finetune.data, self.class_names(recipe.finetune.data))
+
+    def config(self, name: str) -> DataConfig:
+        """What the recipe says about a data set."""
+        return self.recipe.data[name]
+
+    def images(self, name: str) -> LabeledImages:
+        """The labelled images of a data set. Raises `DataError` if they cannot be had."""
+        if name not in self._loaded:
+            try:
+                self._loaded[name] = load_images(self.config(name))
+            except DataError as error:
+                raise DataError(f"data.{name}: {error}") from error
+        return self._loaded[name]
+
+    def class_names(self, name: str) -> list[str]:
+        """
+        The label space of a training set.
+
+        Raises:
+            `DataError`: a class has no image, so nothing could be learnt of it.
+        """
+        images = self.images(name)
+        present = set(images.labels.tolist())
+        absent = [class_name for label, class_name in enumerate(images.class_names) if label not in present]
+        if absent:
+            raise DataError(f"data.{name}: no training image of the classes {absent}. Add some, or drop the classes.")
+        return images.class_names
+
+    def training_set(self, name: str, seed: int) -> ImageDataset:
+        """A data set with the augmentation of its recipe."""
+        return ImageDataset(self.images(name), self.config(name), train=True, seed=seed)
+
+    def test_set(self, name: str, like: str, class_names: Sequence[str]) -> ImageDataset:
+        """
+        A test set for a model trained on the data set `like`: its pixels are made as the model's own, and its labels
+        are mapped by name onto the model's classes.
+
+        Raises:
+            `DataError`: it has a class that the model does not know.
+        """
+        model = self.config(like)
+        pixels = {field: getattr(model, field) for field in ("image_size", "mean", "std", "resample")}
+        try:
+            images = self.images(name).relabel(class_names)
+        except DataError as error:
+            raise DataError(f"data.{name}: {error}") from error
+        return ImageDataset(images, self.config(name).model_copy(update=pixels), train=False)
+
+    def shares_labels(self, name: str, class_names: Sequence[str]) -> bool:
+        """Whether every class of the data set is one of `class_names`."""
+        return set(self.images(name).class_names) <= set(class_names)
