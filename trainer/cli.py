@@ -81,7 +81,7 @@ def _overrides(arguments: list[str]) -> dict[str, Any]:
         if not name.startswith("--"):
             raise RecipeError(f"{name!r} is no option. Values of the recipe are given as --key.sub value.")
         if not equals:
-            if not rest:
+            if not rest or rest[0].startswith("--"):
                 raise RecipeError(f"{name} has no value. Values of the recipe are given as --key.sub value.")
             value = rest.pop(0)
         overrides[name.removeprefix("--")] = parse_value(value)
