@@ -36,6 +36,7 @@ from m2mkd.trainer.networks import build_config, load_network, new_network
 from m2mkd.trainer.recipe import Recipe, RecipeError, Training
 from m2mkd.trainer.report import collect, print_report, read_histories, write_report
 from m2mkd.trainer.run_data import RunData
+from m2mkd.trainer.run_folder import claim_folder
 
 
 # Defaults of the runner, under those of the recipe.
@@ -71,7 +72,7 @@ def run(recipe: Recipe) -> Path | None:
     data = RunData(recipe)
     data.check()
     _Run(recipe, data, output_dir, output_dir, recipe.seed).check()
-    _claim_folder(output_dir, recipe)
+    claim_folder(output_dir, recipe)
     for seed in [recipe.seed, *recipe.repeat_seeds]:
         own = output_dir if seed == recipe.seed else output_dir / "seeds" / str(seed)
         if not _Run(recipe, data, output_dir, own, seed).all_phases():
@@ -492,37 +493,3 @@ def _total(phases: dict[str, Results]) -> Results:
         **{name: max(phase[name] for phase in phases.values()) for name in largest},
         "log_history": [entry for phase in phases.values() for entry in phase["log_history"]],
     }
-
-
-def _claim_folder(output_dir: Path, recipe: Recipe) -> None:
-    """Note the recipe in the run's folder, or refuse a folder that holds a run of another one."""
-    path = output_dir / "recipe.json"
-    ours = recipe.model_dump(mode="json")
-    if PartialState().is_main_process:
-        with explained_write_errors(path):
-            output_dir.mkdir(parents=True, exist_ok=True)
-            if not path.is_file():
-                write_json(path, ours)
-    PartialState().wait_for_everyone()
-    changed = _differences(read_json(path), ours)
-    # arms and repetitions can be added, and pairs shared out, without touching what is finished
-    free = ("name", "output_dir", "arms", "repeat_seeds", "equal_compute", "distill.pairs")
-    changed = [line for line in changed if not line.startswith(tuple(f"{key}:" for key in free))]
-    if changed:
-        raise RunError(
-            f"{output_dir} holds a run of another recipe. Choose another --output_dir, or delete the folder. What "
-            "differs (there, here):\n  " + "\n  ".join(changed)
-        )
-    if PartialState().is_main_process:
-        with explained_write_errors(path):
-            # arms or seeds may have been added; `m2mkd report` reads them here
-            write_json(path, ours)
-    PartialState().wait_for_everyone()
-
-
-def _differences(theirs: Any, ours: Any, key: str = "") -> list[str]:
-    if isinstance(theirs, dict) and isinstance(ours, dict):
-        names = list(dict.fromkeys([*theirs, *ours]))
-        lines = [_differences(theirs.get(n), ours.get(n), f"{key}.{n}" if key else n) for n in names]
-        return [line for group in lines for line in group]
-    return [] if theirs == ours else [f"{key}: {theirs}, {ours}"]

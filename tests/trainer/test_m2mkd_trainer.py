@@ -524,7 +524,7 @@ class TestPrecisionAndMemory:
                 "activation_checkpointing",
                 marks=pytest.mark.skipif(
                     Version(transformers.__version__) < Version("5.23"),
-                    reason="this Trainer switches only the old name",
+                    reason="the Trainer knows only the old name",
                 ),
             ),
         ],

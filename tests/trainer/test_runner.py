@@ -100,7 +100,7 @@ class TestRun:
     def test_another_recipe_in_the_same_folder_is_refused_by_key(self, finished: Path) -> None:
         content = recipe_content(finished)
         content["training"]["learning_rate"] = 2e-3
-        with pytest.raises(RunError, match="training.learning_rate: 0.001, 0.002"):
+        with pytest.raises(RunError, match=r"training.learning_rate: 0.001 → 0.002 \(.*teacher"):
             runner.run(parse_recipe(content, "changed"))
 
     @pytest.mark.parametrize("phase", ["meta", "teacher", "teacher-incubation", "pairs", "kd"])
