@@ -56,9 +56,10 @@ def _check_changes(output_dir: Path, changes: dict[str, str], recipe: Recipe) ->
             refused[key] = f"{key}: {line} ({', '.join(str(folder.relative_to(output_dir)) for folder in finished)})"
     if refused:
         raise RunError(
-            f"{output_dir} holds a run of another recipe. Choose another --output_dir, delete the finished phases that "
-            "stand behind each key, or set a training argument for one phase (--finetune.training.learning_rate, say). "
-            "What differs (there → here):\n  " + "\n  ".join(refused.values())
+            f"{output_dir} holds a run of another recipe. Choose another --output_dir, delete the finished phases "
+            "that stand behind each key, or set a training argument for one phase alone "
+            "(--finetune.training.learning_rate, say). What differs (there → here):\n  "
+            + "\n  ".join(refused.values())
         )
     for key in changes:
         if not set(_TRAINING) & set(key.split(".")):
