@@ -12,7 +12,7 @@ quality:
 	.ci/lint_flat
 
 test:
-	pytest -m "not slow"
+	pytest
 
 test-slow:
 	pytest -m slow
