@@ -161,7 +161,8 @@ class Recipe(_Section):
         seed (`int`): Of weights, data order and augmentation.
         repeat_seeds (`list[int]`): Repeat distillation and arms with these seeds, sharing meta model and teacher.
         arms (`list[str]`): Which of `e2e`, `kd` and `m2mkd` to run.
-        equal_compute (`bool`): Also run the baselines with the FLOPs of the distillation as extra epochs.
+        equal_compute (`bool`): Also run the baselines with the FLOPs of the m2mkd arm: its distillation becomes
+            extra epochs of theirs.
         data (`dict[str, DataConfig]`): Data sets by name; the phases refer to them.
         training (`dict`): Training arguments of every phase; a phase's own come on top.
     """

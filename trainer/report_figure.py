@@ -158,7 +158,7 @@ def _compute_notes(report: Report) -> str:
     notes = []
     for arm in (arm for arm in ARMS if arm in report["arms"]):
         own = COVERS[arm.removesuffix("_equal_compute")]
-        twin = "; as many extra epochs as m2mkd's distillation cost" if arm.endswith("_equal_compute") else ""
+        twin = "; as many epochs as m2mkd's FLOPs allow" if arm.endswith("_equal_compute") else ""
         needs = " and ".join({"teacher": "the teacher", "meta": "the meta model"}[network] for network in ARMS[arm])
         notes.append(
             f"- {arm}: {own}{twin}. {f'Training {needs} is extra.' if needs else 'It needs no other network.'}"

@@ -1,6 +1,7 @@
 """Runs a recipe: each phase once, in order, into a folder of its own; what is finished is skipped."""
 
 import math
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -69,6 +70,7 @@ def run(recipe: Recipe) -> Path | None:
     output_dir = Path(recipe.output_dir)
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    _use_all_cores()
     data = RunData(recipe)
     data.check()
     _Run(recipe, data, output_dir, output_dir, recipe.seed).check()
@@ -78,6 +80,15 @@ def run(recipe: Recipe) -> Path | None:
         if not _Run(recipe, data, output_dir, own, seed).all_phases():
             return None
     return make_report(recipe)
+
+
+def _use_all_cores() -> None:
+    """
+    `accelerate launch` gives each process one thread unless told otherwise; a process alone on a CPU may have them all.
+    """
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1"
+    if launched and PartialState().num_processes == 1 and not torch.accelerator.is_available():
+        torch.set_num_threads(os.cpu_count() or 1)
 
 
 def make_report(recipe: Recipe) -> Path:
@@ -262,7 +273,7 @@ class _Run:
             training,
             own,
             teacher=teacher,
-            extra_flops=self._distillation_flops() if equal_compute else 0.0,
+            budget_flops=self._flops_of_m2mkd() if equal_compute else 0.0,
         )
         self._save_model(folder, model, spec.data, {**results, **extra})
 
@@ -311,7 +322,7 @@ class _Run:
         teacher: PreTrainedModel | None = None,
         meta: PreTrainedModel | None = None,
         seed: int | None = None,
-        extra_flops: float = 0.0,
+        budget_flops: float = 0.0,
         on_trained: Callable[[M2MKDTrainer], None] | None = None,
     ) -> Results:
         """Train `model` in place, from its last checkpoint if there is one. Returns what `train_results.json` says."""
@@ -322,9 +333,10 @@ class _Run:
         trainer = self._trainer(args, data, model, teacher, meta, seed)
         flops_per_image = training_flops_per_image(trainer, networks)
         images = len(trainer.train_dataset)
-        if extra_flops:
+        if budget_flops:
             # rounded up: the baseline never gets less
-            args.num_train_epochs += math.ceil(extra_flops / (flops_per_image * images))
+            epochs = math.ceil(budget_flops / (flops_per_image * images))
+            args.num_train_epochs = max(epochs, args.num_train_epochs)
         self._say(f"{name}: {images} images, {trainer.args.num_train_epochs:g} epochs")
         checkpoint = last_complete_checkpoint(work)
         stopwatch = Stopwatch(checkpoint)
@@ -434,8 +446,10 @@ class _Run:
         ours = build_image_processor(self.data.config(data))
         check_same_normalization(ours, theirs, (f"data set {data!r}", f"network {source}"))
 
-    def _distillation_flops(self) -> float:
+    def _flops_of_m2mkd(self) -> float:
+        """What the m2mkd arm of this seed took: the distillation of its pairs and its end-to-end phase."""
         folders = [self.own / "pairs" / str(index) for index in range(len(self.depths))]
+        folders.append(self.own / "arms" / "m2mkd")
         return sum(read_json(folder / TRAIN_RESULTS)["train_flops"] for folder in folders)
 
     def _skip(self, folder: Path, name: str) -> bool:
