@@ -83,9 +83,7 @@ def run(recipe: Recipe) -> Path | None:
 
 
 def _use_all_cores() -> None:
-    """
-    `accelerate launch` gives each process one thread unless told otherwise; a process alone on a CPU may have them all.
-    """
+    """`accelerate launch` gives a process one thread unless told otherwise; alone on a CPU it may have them all."""
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1"
     if launched and PartialState().num_processes == 1 and not torch.accelerator.is_available():
         torch.set_num_threads(os.cpu_count() or 1)
