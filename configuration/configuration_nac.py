@@ -305,6 +305,16 @@ class NACConfig(PreTrainedConfig):
         return STEM_STRIDE * 2 ** (len(self.tokenizer_depths) - 1)
 
     @property
+    def num_propagators(self) -> int:
+        """Propagators with weights of their own."""
+        return 1 if self.share_propagators else self.num_hidden_layers
+
+    @property
+    def first_output_sender(self) -> int:
+        """The first of the latents (inputs, then mediators) that send to the read-out."""
+        return 0 if self.input_to_output else self.num_input_latents
+
+    @property
     def token_size(self) -> int:
         """Width of the tokens that the read-in attends to: image channels, then position channels."""
         return self.tokenizer_hidden_sizes[-1] + self.position_embedding_size

@@ -13,17 +13,15 @@
 # limitations under the License.
 """PyTorch Neural Attentive Circuit (arXiv 2210.08031), in the form that m2mKD distils (arXiv 2402.16918)."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
-from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import ModelOutput
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, auto_docstring, logging
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
@@ -37,6 +35,14 @@ from m2mkd.modeling.graph_losses import (
     signature_repulsion_loss,
 )
 from m2mkd.modeling.graph_priors import cosine_distance, signatures_for
+from m2mkd.modeling.nac_layers import (
+    NACFeedForward,
+    NACKernel,
+    NACLatentAttention,
+    NACModulatedLinear,
+    NACReadInAttention,
+)
+from m2mkd.modeling.nac_tokenizer import NACImageTokenizer, NACTokenizerBlock, NACTokenizerLinear
 
 
 logger = logging.get_logger(__name__)
@@ -86,98 +92,6 @@ class NACImageClassifierOutput(ModelOutput):
     attentions: tuple[torch.FloatTensor, ...] | None = None
 
 
-# ---- Image tokenizer ----
-
-
-class NACTokenizerLinear(nn.Linear):
-    """A linear layer of the tokenizer, which starts as a ConvNeXt's."""
-
-
-class NACTokenizerBlock(nn.Module):
-    """ConvNeXt block on `(batch_size, height, width, channels)`: depthwise convolution, then a perceptron a pixel."""
-
-    def __init__(self, config: NACConfig, channels: int):
-        super().__init__()
-        self.depthwise = nn.Conv2d(channels, channels, kernel_size=7, padding=3, groups=channels)
-        self.layernorm = nn.LayerNorm(channels, eps=1e-6)
-        self.fc1 = NACTokenizerLinear(channels, 4 * channels)
-        self.fc2 = NACTokenizerLinear(4 * channels, channels)
-        self.activation_fn = nn.GELU()
-        self.layer_scale = nn.Parameter(torch.empty(channels))
-        self.layer_scale_init_value = config.tokenizer_layer_scale_init_value
-
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        hidden = self.depthwise(features.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        hidden = self.fc2(self.activation_fn(self.fc1(self.layernorm(hidden))))
-        return features + self.layer_scale * hidden
-
-
-class NACTokenizerStage(nn.Module):
-    """One resolution of the tokenizer: a strided convolution beside a layer norm, then ConvNeXt blocks."""
-
-    def __init__(self, config: NACConfig, stage_idx: int):
-        super().__init__()
-        self.is_stem = stage_idx == 0
-        channels = config.tokenizer_hidden_sizes[stage_idx]
-        in_channels = config.num_channels if self.is_stem else config.tokenizer_hidden_sizes[stage_idx - 1]
-        stride = 4 if self.is_stem else 2
-        # the stem normalises its output, the other stages their input
-        self.layernorm = nn.LayerNorm(channels if self.is_stem else in_channels, eps=1e-6)
-        self.projection = nn.Conv2d(in_channels, channels, kernel_size=stride, stride=stride)
-        self.blocks = nn.ModuleList(
-            [NACTokenizerBlock(config, channels) for _ in range(config.tokenizer_depths[stage_idx])]
-        )
-
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        if not self.is_stem:
-            features = self.layernorm(features)
-        features = self.projection(features.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        if self.is_stem:
-            features = self.layernorm(features)
-        for block in self.blocks:
-            features = block(features)
-        return features
-
-
-class NACImageTokenizer(nn.Module):
-    """ConvNeXt stages and a learned positional grid: `(batch_size, num_tokens, token_size)`."""
-
-    def __init__(self, config: NACConfig):
-        super().__init__()
-        self.num_channels = config.num_channels
-        self.token_stride = config.token_stride
-        image_size = config.image_size
-        height, width = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
-        self.grid_size = (height // self.token_stride, width // self.token_stride)
-        self.stages = nn.ModuleList([NACTokenizerStage(config, i) for i in range(len(config.tokenizer_depths))])
-        self.position_embeddings = None
-        if config.position_embedding_size > 0:
-            self.position_embeddings = nn.Parameter(torch.empty(1, config.position_embedding_size, *self.grid_size))
-
-    def interpolate_pos_encoding(self, height: int, width: int) -> torch.Tensor:
-        """The positional grid for `height` x `width` tokens, by bicubic interpolation."""
-        grid = self.position_embeddings
-        if not torch.jit.is_tracing() and (height, width) == self.grid_size:
-            return grid
-        # in float32: bicubic resampling in half precision shifts the embeddings
-        return F.interpolate(grid.float(), size=(height, width), mode="bicubic", align_corners=False).to(grid.dtype)
-
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        channels, height, width = pixel_values.shape[1:]
-        if channels != self.num_channels or min(height, width) < self.token_stride:
-            raise ValueError(
-                f"`pixel_values` have {channels} channels and {height}x{width} pixels, but the model's `num_channels` "
-                f"is {self.num_channels} and one token covers {self.token_stride}x{self.token_stride} pixels."
-            )
-        features = pixel_values.to(self.stages[0].projection.weight.dtype).permute(0, 2, 3, 1)
-        for stage in self.stages:
-            features = stage(features)
-        if self.position_embeddings is not None:
-            grid = self.interpolate_pos_encoding(*features.shape[1:3]).permute(0, 2, 3, 1)
-            features = torch.cat((features, grid.expand(features.shape[0], -1, -1, -1).to(features.dtype)), dim=-1)
-        return features.flatten(1, 2)
-
-
 # ---- Latents ----
 
 
@@ -198,6 +112,7 @@ class NACLatents(nn.Module):
         )
         self.codes = nn.Parameter(torch.empty(*layers, num_latents, config.code_size))
         self.initial_states = None
+        # CODEPATH: m2mKD's checkpoints seed first states from codes; official `use_latent_seeder: false` holds them
         if not config.use_latent_seeder and not (is_mediator and config.mediators_start_as_inputs):
             self.initial_states = nn.Parameter(torch.empty(num_latents, config.hidden_size))
 
@@ -222,10 +137,12 @@ class NACLatentSeeder(nn.Module):
 
     def __init__(self, config: NACConfig):
         super().__init__()
+        # CODEPATH: m2mKD trained all its checkpoints with this noise; an option of the official code leaves it out
         self.code_noise_scale = config.code_noise_scale if config.use_code_noise_in_latent_seeder else 0.0
         self.sample_in_eval = config.sample_in_eval
         self.layernorm = nn.LayerNorm(config.code_size, eps=config.layer_norm_eps)
         self.mean = nn.Linear(config.code_size, config.hidden_size)
+        # CODEPATH: m2mKD's checkpoints have the noise; those of the official `use_state_noise: false` lack its weights
         self.log_variance = NACLogVariance(config.code_size, config.hidden_size) if config.use_state_noise else None
 
     def forward(self, codes: torch.Tensor, batch_size: int) -> torch.Tensor:
@@ -238,280 +155,6 @@ class NACLatentSeeder(nn.Module):
             return mean.expand(batch_size, -1, -1)
         std = (0.5 * self.log_variance(codes)).exp()
         return mean + std * torch.randn(batch_size, *mean.shape, dtype=mean.dtype, device=mean.device)
-
-
-class NACModulatedLinear(nn.Module):
-    """
-    ModFC of the NAC paper: a linear layer whose inputs are scaled, channel by channel, as the latent's code says:
-    `y_u = W (x_u ∘ (gain * layernorm(P code_u) + 1)) + b`.
-    """
-
-    def __init__(self, config: NACConfig, in_features: int, out_features: int, bias: bool = True):
-        super().__init__()
-        self.in_features = in_features
-        self.weight = nn.Parameter(torch.empty(out_features, in_features))
-        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
-        self.code_projection = nn.Linear(config.code_size, in_features, bias=False)
-        self.offset = 1.0 if config.add_one_to_code_scale else 0.0
-        self.gain_init_value = config.code_scale_gain
-        self.gain = nn.Parameter(torch.empty(())) if config.learnable_code_scale_gain else None
-
-    def code_scale(self, codes: torch.Tensor) -> torch.Tensor:
-        """`(num_latents, code_size)` to the scale of each latent's inputs, `(num_latents, in_features)`."""
-        scale = F.layer_norm(self.code_projection(codes), (self.in_features,), eps=1e-5)
-        gain = self.gain_init_value if self.gain is None else self.gain
-        return gain * scale + self.offset
-
-    def forward(
-        self, hidden_states: torch.Tensor, codes: torch.Tensor, layer_scale: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """
-        `(batch_size, num_latents, in_features)` to `(batch_size, num_latents, out_features)`, times `layer_scale` of
-        shape `(out_features,)`: a factor of the weights, which are smaller than the activations.
-        """
-        weight, bias = self.weight, self.bias
-        if layer_scale is not None:
-            weight, bias = layer_scale[:, None] * weight, layer_scale * bias
-        return F.linear(hidden_states * self.code_scale(codes), weight, bias)
-
-
-# ---- The graph ----
-
-
-class NACKernel(nn.Module):
-    """
-    Affinity of two latents, `exp(-distance / bandwidth)` of their signatures, 0 beyond the truncation. Attention adds
-    its logarithm to the scores; training may draw the edges of each image from a relaxed Bernoulli of it.
-    """
-
-    def __init__(self, config: NACConfig, is_read_out: bool = False):
-        super().__init__()
-        # all latents send to the outputs, always
-        self.truncation = None if is_read_out else config.kernel_truncation
-        self.truncation_type = config.kernel_truncation_type
-        self.is_stochastic = config.stochastic_kernel and not is_read_out
-        self.temperature = config.kernel_temperature
-        self.bandwidth_init_value = config.kernel_bandwidth
-        if config.learnable_bandwidth or is_read_out:
-            self.bandwidth = nn.Parameter(torch.empty(()))
-        else:
-            self.bandwidth = nn.Buffer(torch.empty(()))
-
-    def log_affinity(self, distance: torch.Tensor) -> torch.Tensor:
-        """
-        Args:
-            distance (`torch.Tensor` of shape `(num_receivers, num_senders)`): Cosine distance of the signatures.
-
-        Returns:
-            `torch.Tensor` of the same shape, minus infinity where two latents are not connected.
-        """
-        log_affinity = -distance / self.bandwidth.float()
-        if self.truncation is None:
-            return log_affinity
-        is_masked = self.truncation_type == "masked"
-        too_far = distance >= self.truncation if is_masked else distance > self.truncation
-        return log_affinity.masked_fill(too_far, -torch.inf)
-
-    def sample(self, log_affinity: torch.Tensor, batch_size: int) -> torch.Tensor:
-        """
-        The logarithm of edges drawn from a relaxed Bernoulli, of shape `(batch_size, num_receivers, num_senders)`. Cut
-        edges keep a chance of `eps`, not 0, so that the logarithm stays finite.
-        """
-        eps = torch.finfo(log_affinity.dtype).eps
-        shape = (batch_size, *log_affinity.shape)
-        uniform = torch.rand(shape, dtype=log_affinity.dtype, device=log_affinity.device)
-        odds = torch.logit(log_affinity.exp().clamp(eps, 1 - eps))
-        # the logarithm of the sigmoid; unlike `logsigmoid` it keeps one tensor for the backward pass
-        return -F.softplus((torch.logit(uniform, eps=eps) + odds) / -self.temperature)
-
-    def forward(self, log_affinity: torch.Tensor, batch_size: int) -> torch.Tensor:
-        """The bias of the attention scores, of shape `(1 or batch_size, 1, num_receivers, num_senders)`."""
-        if self.training and self.is_stochastic:
-            return self.sample(log_affinity, batch_size)[:, None]
-        return log_affinity[None, None]
-
-
-# ---- Attention and feed-forward ----
-
-
-def eager_attention_forward(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    **kwargs: Unpack[TransformersKwargs],
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Plain softmax attention; the reference of every other backend."""
-    scores = torch.matmul(query * scaling, key.transpose(2, 3))
-    if attention_mask is not None:
-        # in place: these are the largest tensors of the model
-        scores += attention_mask
-    weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
-    return torch.matmul(weights, value).transpose(1, 2), weights
-
-
-class NACReadInAttention(nn.Module):
-    """
-    Input latents attend to image tokens. Keys and values are modulated linear maps of the tokens, another one for each
-    latent: `k_uv = W_k (x_v ∘ s_u)`. Since `q_u · k_uv = (s_u ∘ W_k^T q_u) · x_v`, and likewise for the values, the
-    maps move to the side of the latents, and the attention has the tokens themselves for keys and values, shared by
-    all latents and heads. Exact; a bias of the keys would add the same to all scores of a latent and drops out.
-    """
-
-    def __init__(self, config: NACConfig):
-        super().__init__()
-        self.config = config
-        self.num_heads, self.head_dim = config.num_attention_heads, config.head_dim
-        self.scaling = self.head_dim**-0.5
-        self.is_causal = False
-        self.has_residual = config.read_in_residual
-        size, token_size, bias = config.hidden_size, config.token_size, config.qkv_bias
-        self.sender_layernorm = nn.LayerNorm(token_size, eps=config.layer_norm_eps)
-        self.receiver_layernorm = nn.LayerNorm(size, eps=config.layer_norm_eps)
-        self.q_proj = NACModulatedLinear(config, size, size, bias)
-        self.k_proj = NACModulatedLinear(config, token_size, size, bias=False)
-        self.v_proj = NACModulatedLinear(config, token_size, size, bias)
-        self.o_proj = NACModulatedLinear(config, size, size)
-        self.layer_scale = nn.Parameter(torch.empty(size))
-        self.layer_scale_init_value = config.read_in_layer_scale_init_value
-
-    def forward(self, states: torch.Tensor, tokens: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
-        """
-        Args:
-            states (`torch.Tensor` of shape `(batch_size, num_latents, hidden_size)`)
-            tokens (`torch.Tensor` of shape `(batch_size, num_tokens, token_size)`)
-            codes (`torch.Tensor` of shape `(num_latents, code_size)`): Or `(1, code_size)`, one for all.
-        """
-        batch_size, num_latents, _ = states.shape
-        heads = (self.num_heads, self.head_dim, -1)
-        tokens = self.sender_layernorm(tokens)
-        queries = self.q_proj(self.receiver_layernorm(states), codes)
-        queries = queries.view(batch_size, num_latents, self.num_heads, self.head_dim)
-        # (batch, latents, heads, token_size): each head of a latent asks for a vector of token space
-        queries = torch.einsum("buhd,hdx->buhx", queries, self.k_proj.weight.view(heads))
-        queries = (queries * self.k_proj.code_scale(codes)[:, None]).flatten(1, 2)[:, None].to(tokens.dtype)
-        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
-        messages, _ = attention_interface(self, queries, tokens[:, None], tokens[:, None], None, scaling=self.scaling)
-        messages = messages.reshape(batch_size, num_latents, self.num_heads, -1)
-        messages = messages * self.v_proj.code_scale(codes)[:, None]
-        values = torch.einsum("buhx,hdx->buhd", messages, self.v_proj.weight.view(heads)).flatten(2)
-        if self.v_proj.bias is not None:
-            values = values + self.v_proj.bias
-        output = self.o_proj(values, codes, self.layer_scale)
-        return states + output if self.has_residual else output
-
-
-class NACLatentAttention(nn.Module):
-    """Receivers attend to senders, along the graph if a bias gives one; every latent has its own code."""
-
-    def __init__(self, config: NACConfig, is_read_out: bool = False):
-        super().__init__()
-        self.config = config
-        self.num_heads, self.head_dim = config.num_attention_heads, config.head_dim
-        self.scaling = self.head_dim**-0.5
-        self.is_causal = False
-        self.has_residual = config.read_out_residual if is_read_out else True
-        size, bias = config.hidden_size, config.qkv_bias
-        self.receiver_layernorm = nn.LayerNorm(size, eps=config.layer_norm_eps)
-        has_own_layernorm = is_read_out or not config.share_layernorm
-        self.sender_layernorm = nn.LayerNorm(size, eps=config.layer_norm_eps) if has_own_layernorm else None
-        self.q_proj = NACModulatedLinear(config, size, size, bias)
-        self.k_proj = NACModulatedLinear(config, size, size, bias)
-        self.v_proj = NACModulatedLinear(config, size, size, bias)
-        self.o_proj = NACModulatedLinear(config, size, size)
-        self.layer_scale = nn.Parameter(torch.empty(size))
-        self.layer_scale_init_value = config.layer_scale_init_value
-        drop_prob = config.read_out_drop_path_rate if is_read_out else config.drop_path_rate
-        self.drop_path = NACDropPath(drop_prob if self.has_residual else 0.0)
-
-    def forward(
-        self,
-        receivers: torch.Tensor,
-        senders: torch.Tensor,
-        receiver_codes: torch.Tensor,
-        sender_codes: torch.Tensor,
-        attention_bias: torch.Tensor | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """
-        Args:
-            receivers (`torch.Tensor` of shape `(batch_size, num_receivers, hidden_size)`): Without a layer norm of
-                their own the senders must end with them.
-            senders (`torch.Tensor` of shape `(batch_size, num_senders, hidden_size)`)
-            receiver_codes, sender_codes (`torch.Tensor` of shape `(num_latents, code_size)`): Or `(1, code_size)`.
-            attention_bias (`torch.Tensor` of shape `(1 or batch_size, 1, num_receivers, num_senders)`, *optional*)
-
-        Returns:
-            States of the receivers of shape `(batch_size, num_receivers, hidden_size)`, and the attention weights if
-            the attention backend gives them.
-        """
-        batch_size, num_receivers, _ = receivers.shape
-        heads = (batch_size, -1, self.num_heads, self.head_dim)
-        if self.sender_layernorm is None:
-            sender_inputs = self.receiver_layernorm(senders)
-            receiver_inputs = sender_inputs[:, -num_receivers:]
-        else:
-            sender_inputs, receiver_inputs = self.sender_layernorm(senders), self.receiver_layernorm(receivers)
-        queries = self.q_proj(receiver_inputs, receiver_codes).view(heads).transpose(1, 2)
-        keys = self.k_proj(sender_inputs, sender_codes).view(heads).transpose(1, 2)
-        values = self.v_proj(sender_inputs, sender_codes).view(heads).transpose(1, 2)
-        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
-        if attention_bias is not None:
-            attention_bias = attention_bias.to(queries.dtype)
-        messages, weights = attention_interface(
-            self, queries, keys, values, attention_bias, scaling=self.scaling, **kwargs
-        )
-        output = self.o_proj(messages.reshape(batch_size, num_receivers, -1), receiver_codes, self.layer_scale)
-        return self.drop_path(receivers, output) if self.has_residual else output, weights
-
-
-class NACFeedForward(nn.Module):
-    """Modulated feed-forward of each latent, with a residual: `x + layer_scale * W_2 act(W_1 layernorm(x))`."""
-
-    def __init__(self, config: NACConfig, drop_path_rate: float):
-        super().__init__()
-        self.is_gated = config.use_geglu
-        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        hidden_size = config.intermediate_size * (2 if self.is_gated else 1)
-        self.fc1 = NACModulatedLinear(config, config.hidden_size, hidden_size)
-        self.fc2 = NACModulatedLinear(config, config.intermediate_size, config.hidden_size)
-        self.activation_fn = ACT2FN[config.hidden_act]
-        self.layer_scale = nn.Parameter(torch.empty(config.hidden_size))
-        self.layer_scale_init_value = config.layer_scale_init_value
-        self.drop_path = NACDropPath(drop_path_rate)
-
-    def forward(self, states: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
-        """`(batch_size, num_latents, hidden_size)` to the same; codes as in [`NACLatentAttention`]."""
-        hidden = self.fc1(self.layernorm(states), codes)
-        if self.is_gated:
-            hidden, gate = hidden.chunk(2, dim=-1)
-            hidden = hidden * self.activation_fn(gate)
-        else:
-            hidden = self.activation_fn(hidden)
-        return self.drop_path(states, self.fc2(hidden, codes, self.layer_scale))
-
-
-class NACDropPath(nn.Module):
-    """Residual sum with stochastic depth: in training whole images drop the branch."""
-
-    def __init__(self, drop_prob: float):
-        super().__init__()
-        self.drop_prob = drop_prob
-
-    def forward(self, hidden_states: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:
-        """`hidden_states + branch`, both of shape `(batch_size, num_latents, hidden_size)`."""
-        if self.drop_prob == 0 or not self.training:
-            return hidden_states + branch
-        keep_prob = 1 - self.drop_prob
-        uniform = torch.rand(branch.shape[0], 1, 1, dtype=branch.dtype, device=branch.device)
-        return hidden_states + branch * (torch.floor(uniform + keep_prob) / keep_prob)
 
 
 # ---- The parts of a circuit ----
@@ -633,6 +276,7 @@ class NACModulatedHead(nn.Module):
     def __init__(self, config: NACConfig):
         super().__init__()
         layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        # CODEPATH: official `pre_output_layernorm: true` normalises; m2mKD's checkpoints have no such head
         self.layernorm = layernorm if config.head_layernorm else nn.Identity()
         self.projection = NACModulatedLinear(config, config.hidden_size, config.num_labels)
 
@@ -698,6 +342,7 @@ class NACPreTrainedModel(PreTrainedModel):
         config, signatures = self.config, latents.signatures
         if getattr(signatures, "_is_hf_initialized", False) or signatures.is_meta:
             return
+        # CODEPATH: only new models; a checkpoint of either kind brings its signatures
         if config.graph_prior is None or not latents.is_mediator:
             init.normal_(signatures)
             return
@@ -723,10 +368,10 @@ class NACModel(NACPreTrainedModel):
         self.input_latents = NACLatents(config, config.num_input_latents)
         self.mediator_latents = NACLatents(config, config.num_mediator_latents, is_mediator=True)
         self.output_latents = NACLatents(config, config.num_output_latents)
+        # CODEPATH: see `NACLatents`
         self.latent_seeder = NACLatentSeeder(config) if config.use_latent_seeder else None
         self.read_in = NACReadIn(config)
-        num_propagators = 1 if config.share_propagators else config.num_hidden_layers
-        self.layers = nn.ModuleList([NACPropagator(config) for _ in range(num_propagators)])
+        self.layers = nn.ModuleList([NACPropagator(config) for _ in range(config.num_propagators)])
         self.read_out = NACReadOut(config)
         self._eval_affinities: tuple[tuple, list[torch.Tensor]] | None = None
         self.post_init()
@@ -736,7 +381,7 @@ class NACModel(NACPreTrainedModel):
 
     def propagator(self, layer_idx: int) -> NACPropagator:
         """The module of one round of messages."""
-        return self.layers[0 if self.config.share_propagators else layer_idx]
+        return self.layers[layer_idx % len(self.layers)]
 
     def inputs_send(self, layer_idx: int) -> bool:
         """Whether input latents send to the mediators in this round."""
@@ -752,6 +397,8 @@ class NACModel(NACPreTrainedModel):
 
         inputs = first_states(self.input_latents, self.input_latents.codes)
         mediators = None
+        # CODEPATH: mediators of m2mKD's checkpoints have first states, official `use_input_states_as_mediator_states`
+        # copies those of the inputs
         if not self.config.mediators_start_as_inputs:
             mediators = first_states(self.mediator_latents, self.mediator_latents.layer_codes(0))
         return inputs, mediators, first_states(self.output_latents, self.output_latents.codes)
@@ -781,12 +428,10 @@ class NACModel(NACPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
         """Read-out: first states of the output latents to their last ones."""
-        sender_codes = self.mediator_latents.layer_codes(-1)
-        if self.config.input_to_output:
-            sender_codes = torch.cat((self.input_latents.codes, sender_codes))
-        else:
-            hidden_states = hidden_states[:, self.config.num_input_latents :]
-        return self.read_out(outputs, hidden_states, self.output_latents.codes, sender_codes, log_affinity, **kwargs)
+        first = self.config.first_output_sender
+        codes = torch.cat((self.input_latents.codes, self.mediator_latents.layer_codes(-1)))[first:]
+        senders = hidden_states[:, first:]
+        return self.read_out(outputs, senders, self.output_latents.codes, codes, log_affinity, **kwargs)
 
     def log_affinities(self) -> list[torch.Tensor]:
         """
@@ -821,7 +466,7 @@ class NACModel(NACPreTrainedModel):
                     known[key] = kernel.log_affinity(distance if inputs_send else distance[:, len(inputs) :])
                 affinities.append(known[key])
             outputs = self.output_latents.signatures.float()
-            distance = cosine_distance(outputs, senders if config.input_to_output else mediators)
+            distance = cosine_distance(outputs, senders[config.first_output_sender :])
             return [*affinities, self.read_out.kernel.log_affinity(distance)]
 
     @merge_with_config_defaults
@@ -882,7 +527,7 @@ class NACForImageClassification(NACPreTrainedModel):
                 config.block_model_p_in,
                 config.block_model_p_out,
             ).to(mediators.device)
-            # one kernel a round, as the official code does as long as bandwidths are learned
+            # CODEPATH: m2mKD's checkpoints learn a bandwidth, and so a graph, a round; fixed ones make one graph
             num_kernels = config.num_hidden_layers if config.learnable_bandwidth else 1
             kernels = [self.nac.propagator(layer_idx).kernel for layer_idx in range(num_kernels)]
             probabilities = [
