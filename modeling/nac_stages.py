@@ -116,7 +116,7 @@ class NACDistilledStage(NACStage):
         hidden_states: torch.Tensor,
         latent_states: torch.Tensor | None,
         latent_codes: torch.Tensor | None,
-        token_codes: Sequence[torch.Tensor],
+        token_codes: Sequence[torch.Tensor] | None,
     ) -> torch.Tensor:
         """
         Args:
@@ -138,7 +138,7 @@ class NACDistilledStage(NACStage):
             # no code noise, as in the official students
             states = part.attention(latent_states, circuit.tokenizer(hidden_states), latent_codes)
             hidden_states = part.ffn(states, latent_codes)
-        for layer, codes in zip(self.rounds, token_codes, strict=False):
+        for layer, codes in zip(self.rounds, () if token_codes is None else token_codes, strict=False):
             part = circuit.propagator(layer)
             hidden_states, _ = part.attention(hidden_states, hidden_states, codes, codes)
             hidden_states = part.ffn(hidden_states, codes)

@@ -68,7 +68,7 @@ class StitchedNACStage(StitchedStage):
         has_latents = stage.is_first or stage.is_last
         self.latent_codes = nn.Buffer(latent_codes.clone()) if has_latents else None
         self.latent_states = nn.Buffer(latent_states.clone()) if has_latents else None
-        self.token_codes = nn.Buffer(token_codes.clone())
+        self.token_codes = nn.Buffer(token_codes.clone()) if len(token_codes) else None
 
     def _run(self, hidden_states: torch.Tensor) -> torch.Tensor:
         states = None
@@ -76,8 +76,10 @@ class StitchedNACStage(StitchedStage):
             states = self.latent_states.expand(hidden_states.shape[0], -1, -1)
         return self.stage(hidden_states, states, self.latent_codes, self._codes_of_tokens(hidden_states))
 
-    def _codes_of_tokens(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Codes of shape `(num_rounds, 1 or num_tokens, code_size)`."""
+    def _codes_of_tokens(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        """Codes of shape `(num_rounds, 1 or num_tokens, code_size)`; `None` for a read-in alone."""
+        if self.token_codes is None:
+            return None
         num_codes = self.token_codes.shape[1]
         if num_codes == 1:
             return self.token_codes

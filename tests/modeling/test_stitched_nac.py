@@ -48,7 +48,8 @@ def official_student(spec: dict[str, Any], case: Case) -> StitchedNACStage:
         pair.latent_codes = codes
         # the official code has a state for each image of the batch
         pair.latent_states = inputs.get("states", inputs.get("receiver_states"))
-    pair.token_codes = codes.expand_as(pair.token_codes)
+    if pair.token_codes is not None:
+        pair.token_codes = codes.expand_as(pair.token_codes)
     return pair
 
 
