@@ -1,13 +1,14 @@
-"""Callbacks of the runner: data epochs, the clock, and a progress bar that says what it is about."""
+"""Callbacks of the runner: data epochs, the clock, and progress."""
 
 import time
 from pathlib import Path
 from typing import Any
 
 from torch.utils.data import Dataset
-from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from m2mkd.trainer.folders import read_json, write_json
+from m2mkd.trainer.screen import Screen
 
 
 SECONDS_FILE = "seconds.json"
@@ -67,22 +68,26 @@ class Stopwatch(TrainerCallback):
         self._since = None
 
 
-class NamedProgress(ProgressCallback):
-    """The Trainer's progress bar, with the phase in front and the newest loss and accuracy behind."""
+class ShownProgress(TrainerCallback):
+    """Shows on a screen how far a phase is, with the newest loss and accuracy. Evaluations take seconds: not shown."""
 
-    def __init__(self, name: str):
-        super().__init__()
-        self.name = name
+    def __init__(self, name: str, screen: Screen):
+        self.name, self.screen = name, screen
+        self._shown: dict[str, str] = {}
+
+    def _advance(self, state: TrainerState) -> None:
+        if state.is_world_process_zero:
+            self.screen.advance(self.name, state.global_step, state.max_steps, self._shown)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        super().on_train_begin(args, state, control, **kwargs)
-        if self.training_bar is not None:
-            self.training_bar.set_description(self.name)
+        self._advance(state)
 
-    def on_prediction_step(self, *args: Any, **kwargs: Any) -> None:
-        """No second bar for evaluations: they take seconds."""
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._advance(state)
 
     def on_log(
         self,
@@ -92,10 +97,14 @@ class NamedProgress(ProgressCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        if self.training_bar is None or not logs or "loss" not in logs:
+        if not logs or "loss" not in logs:
             return
         accuracies = [value for name, value in logs.items() if name.endswith("accuracy")]
-        shown = {"loss": f"{logs['loss']:.3f}"}
+        self._shown = {"loss": f"{logs['loss']:.3f}"}
         if accuracies:
-            shown["accuracy"] = f"{sum(accuracies) / len(accuracies):.3f}"
-        self.training_bar.set_postfix(shown)
+            self._shown["accuracy"] = f"{sum(accuracies) / len(accuracies):.3f}"
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.screen.finish(self.name)

@@ -162,7 +162,10 @@ class Recipe(_Section):
         repeat_seeds (`list[int]`): Repeat distillation and arms with these seeds, sharing meta model and teacher.
         arms (`list[str]`): Which of `e2e`, `kd` and `m2mkd` to run.
         equal_compute (`bool`): Also run the baselines with the FLOPs of the m2mkd arm: its distillation becomes
-            extra epochs of theirs.
+            extra epochs of theirs. A baseline that takes more anyway is not run again; its result counts for both.
+        processes (`int`, *optional*): How many phases to run at once on this machine, each in a process of its own
+            with its share of the threads. `None`: on a CPU as many as there are arms and seeds, as far as there are
+            threads; 1 with a GPU, or where several processes share each phase (torchrun).
         data (`dict[str, DataConfig]`): Data sets by name; the phases refer to them.
         training (`dict`): Training arguments of every phase; a phase's own come on top.
     """
@@ -173,6 +176,7 @@ class Recipe(_Section):
     repeat_seeds: list[int] = Field(default_factory=list)
     arms: list[Arm] = Field(default_factory=lambda: ["e2e", "kd", "m2mkd"], min_length=1)
     equal_compute: bool = False
+    processes: int | None = Field(default=None, ge=1)
     data: dict[str, DataConfig]
     training: Training = Field(default_factory=dict)
     meta: MetaSpec

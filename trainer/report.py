@@ -173,8 +173,8 @@ def _read_costs(path: Path) -> Result:
     if not isinstance(phases, dict):
         raise _damaged(path, "`phases` is no mapping")
     costs: Result = {name: _number(content, name, path) for name in COSTS}
-    if content.get("pretrained"):
-        costs["pretrained"] = content["pretrained"]
+    # a published network; an arm whose model stands for two arms
+    costs |= {name: content[name] for name in ("pretrained", "same_as") if content.get(name)}
     if phases:
         costs["phases"] = {phase: {name: _number(own, name, path) for name in COSTS} for phase, own in phases.items()}
     return costs

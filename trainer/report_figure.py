@@ -157,6 +157,9 @@ def _compute_notes(report: Report) -> str:
     """What the compute of each arm covers and what it leaves out, one point a line."""
     notes = []
     for arm in (arm for arm in ARMS if arm in report["arms"]):
+        if same := report["arms"][arm].get("same_as"):
+            notes.append(f"- {arm}: the model of {same}, whose end-to-end epochs take m2mkd's FLOPs or more.")
+            continue
         own = COVERS[arm.removesuffix("_equal_compute")]
         twin = "; as many epochs as m2mkd's FLOPs allow" if arm.endswith("_equal_compute") else ""
         needs = " and ".join({"teacher": "the teacher", "meta": "the meta model"}[network] for network in ARMS[arm])
@@ -246,9 +249,9 @@ def _points(log: list[dict[str, Any]], name: str) -> Points:
 
 
 def _arm_curves(report: Report, histories: Histories) -> dict[str, dict[str, Points]]:
-    """`{arm: {seed: points}}` of the arms and seeds that were evaluated during training."""
+    """`{arm: {seed: points}}` of the arms and seeds that were trained by themselves and evaluated meanwhile."""
     curves: dict[str, dict[str, Points]] = {}
-    for arm in (arm for arm in ARMS if arm in report["arms"]):
+    for arm in (arm for arm, result in report["arms"].items() if not result.get("same_as")):
         for seed, log in histories.get("arms", {}).get(arm, {}).items():
             if (points := _points(log, "eval_accuracy"))[0]:
                 curves.setdefault(arm, {})[str(seed)] = points

@@ -10,8 +10,9 @@ from m2mkd.trainer.folders import RunError, explained_write_errors, is_finished,
 from m2mkd.trainer.recipe import Recipe
 
 
-# Can change at any time: arms and seeds can be added, and pairs shared out, without touching what is finished.
-_FREE = ("name", "output_dir", "arms", "repeat_seeds", "equal_compute", "distill.pairs")
+# Can change at any time: arms and seeds can be added, and phases or pairs shared out, without touching what is
+# finished.
+_FREE = ("name", "output_dir", "arms", "repeat_seeds", "equal_compute", "processes", "distill.pairs")
 # Phases whose result depends on a section, as patterns of folders; `data` is resolved by name.
 _META, _TEACHER, _PAIRS, _ARMS = "meta", "teacher", "**/pairs/*", "**/arms/*"
 _PHASES_OF = {

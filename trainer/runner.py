@@ -1,57 +1,25 @@
-"""Runs a recipe: each phase once, in order, into a folder of its own; what is finished is skipped."""
+"""Runs a recipe: each phase once, into a folder of its own; what is finished is skipped."""
 
-import math
 import os
-import shutil
-from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
 from accelerate import PartialState
-from accelerate.state import AcceleratorState
-from transformers import AutoImageProcessor, PreTrainedModel, ProgressCallback, TrainerState
-from transformers.image_processing_utils import BaseImageProcessor
 
-from m2mkd.data.processing import build_image_processor
-from m2mkd.modeling.pair_files import keep_stitches, load_stage, save_pair
-from m2mkd.modeling.stages import check_same_normalization, split_into_stages
-from m2mkd.trainer.callbacks import DataEpoch, NamedProgress, Stopwatch
-from m2mkd.trainer.evaluation import evaluate_model, expert_load
-from m2mkd.trainer.flops import count_parameters, training_flops_per_image
-from m2mkd.trainer.folders import (
-    EVAL_RESULTS,
-    TRAIN_RESULTS,
-    RunError,
-    explained_write_errors,
-    is_finished,
-    last_complete_checkpoint,
-    read_json,
-    write_folder,
-    write_json,
-)
-from m2mkd.trainer.m2mkd_config import M2MKDConfig
-from m2mkd.trainer.m2mkd_trainer import M2MKDTrainer
-from m2mkd.trainer.networks import build_config, load_network, new_network
-from m2mkd.trainer.recipe import Recipe, RecipeError, Training
+from m2mkd.trainer.folders import RunError
+from m2mkd.trainer.phases import BEFORE_ARMS, Phases
+from m2mkd.trainer.recipe import Recipe
 from m2mkd.trainer.report import collect, print_report, read_histories, write_report
 from m2mkd.trainer.run_data import RunData
 from m2mkd.trainer.run_folder import claim_folder
+from m2mkd.trainer.schedule import Task, run_tasks
+from m2mkd.trainer.screen import Screen
 
 
-# Defaults of the runner, under those of the recipe.
-_DEFAULTS = {
-    "report_to": "none",
-    # by default it follows the verbosity of transformers, which is turned down
-    "disable_tqdm": False,
-    "save_strategy": "epoch",
-    "save_total_limit": 2,
-    "logging_strategy": "epoch",
-    "eval_strategy": "no",
-}
-_NO_TEACHER = {"alpha": 0.0}
-Results = dict[str, Any]
+# In which order phases start that could start at once: what others wait for, then the longest arms.
+_ORDER = (*BEFORE_ARMS, "e2e_equal_compute", "kd_equal_compute", "kd", "e2e", "m2mkd")
 
 
 def run(recipe: Recipe) -> Path | None:
@@ -67,33 +35,75 @@ def run(recipe: Recipe) -> Path | None:
     Raises:
         `RunError`: the folder holds a run of another recipe, or cannot be written.
     """
-    output_dir = Path(recipe.output_dir)
+    _quieten()
+    _use_all_cores()
+    processes = _num_processes(recipe)
+    data, screen = RunData(recipe), Screen()
+    data.check()
+    runs = [Phases(recipe, data, seed, screen) for seed in [recipe.seed, *recipe.repeat_seeds]]
+    runs[0].check()
+    claim_folder(Path(recipe.output_dir), recipe)
+    tasks = [task for run in runs for task in run.tasks()]
+    # what others wait for first, then the longest arms; seed by seed among equals
+    tasks.sort(key=lambda task: _ORDER.index(_phase(task)))
+    work = partial(_work, recipe, data)
+    if any(run.pairs_elsewhere() for run in runs):
+        run_tasks([task for task in tasks if _phase(task) in BEFORE_ARMS], work, processes)
+        for run in runs:
+            run.say_which_pairs_are_missing()
+        if any(run.missing_pairs() for run in runs):
+            return None
+        tasks = [task for task in tasks if _phase(task) not in BEFORE_ARMS]
+    run_tasks(tasks, work, processes)
+    return make_report(recipe)
+
+
+def _phase(task: Task) -> str:
+    _, phase = task.arguments
+    return phase
+
+
+def _work(recipe: Recipe, data: RunData, screen: Screen, seed: int, phase: str) -> None:
+    """Run one phase, in this process or in a worker."""
+    _quieten()
+    Phases(recipe, data, seed, screen).do(phase)
+
+
+def _quieten() -> None:
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    _use_all_cores()
-    data = RunData(recipe)
-    data.check()
-    _Run(recipe, data, output_dir, output_dir, recipe.seed).check()
-    claim_folder(output_dir, recipe)
-    for seed in [recipe.seed, *recipe.repeat_seeds]:
-        own = output_dir if seed == recipe.seed else output_dir / "seeds" / str(seed)
-        if not _Run(recipe, data, output_dir, own, seed).all_phases():
-            return None
-    return make_report(recipe)
+
+
+def _num_processes(recipe: Recipe) -> int:
+    """How many phases run at once."""
+    alone = PartialState().num_processes == 1
+    if recipe.processes is not None:
+        if recipe.processes > 1 and not alone:
+            raise RunError(
+                f"`processes` is {recipe.processes}, but {PartialState().num_processes} processes already share each "
+                "phase. Leave `processes` out, or start one process."
+            )
+        return recipe.processes
+    if not alone or torch.accelerator.is_available():
+        return 1
+    # small networks gain nothing from a second thread, and all from a second process
+    return min(torch.get_num_threads(), len(recipe.arms) * (1 + len(recipe.repeat_seeds)))
 
 
 def _use_all_cores() -> None:
     """`accelerate launch` gives a process one thread unless told otherwise; alone on a CPU it may have them all."""
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1"
     if launched and PartialState().num_processes == 1 and not torch.accelerator.is_available():
-        torch.set_num_threads(os.cpu_count() or 1)
+        torch.set_num_threads(
+            len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        )
 
 
 def make_report(recipe: Recipe) -> Path:
     """Write `report.json`, `report.md` and `report.png` from the folders of a finished run; returns `report.md`."""
     output_dir = Path(recipe.output_dir)
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     if PartialState().is_main_process:
+        device = _device(recipe)
         report = collect(output_dir, recipe.model_dump(mode="json"), recipe.seed, recipe.repeat_seeds, device)
         write_report(output_dir, report, read_histories(output_dir, recipe.seed, recipe.repeat_seeds))
         print_report(report)
@@ -101,407 +111,9 @@ def make_report(recipe: Recipe) -> Path:
     return output_dir / "report.md"
 
 
-class _Run:
-    """The phases of one seed. `shared` holds meta model and teacher, `own` the pairs and arms of this seed."""
-
-    def __init__(self, recipe: Recipe, data: RunData, shared: Path, own: Path, seed: int):
-        self.recipe, self.data, self.shared, self.own, self.seed = recipe, data, shared, own, seed
-        self.depths = recipe.student.depths
-        self.meta_depths = recipe.meta.depths or [1] * len(self.depths)
-
-    def check(self) -> None:
-        """Build every configuration before anything is trained. Raises `RecipeError` or `StageError`."""
-        recipe = self.recipe
-        for model, data in (
-            (recipe.meta.model, recipe.meta.data),
-            (recipe.teacher.model, recipe.teacher.data),
-            (recipe.student.model, recipe.distill.data),
-            (recipe.student.model, recipe.finetune.data),
-        ):
-            if model is not None:
-                build_config(model, self.data.config(data), self.data.class_names(data))
-        for key, training in (
-            ("meta.training", recipe.meta.training),
-            ("teacher.incubation", recipe.teacher.incubation),
-            ("teacher.finetuning", recipe.teacher.finetuning),
-            ("distill.training", recipe.distill.training),
-            ("finetune.training", recipe.finetune.training),
-            ("kd.training", {**recipe.finetune.training, **recipe.kd.training}),
-        ):
-            try:
-                self._arguments(self.own, self.seed, training, {})
-            except (ValueError, TypeError, ImportError) as error:
-                raise RecipeError(f"The arguments of {key} (with those of training) are refused: {error}") from error
-
-    def all_phases(self) -> bool:
-        """Train whatever is missing. Returns whether the arms are complete."""
-        arms = self.recipe.arms
-        if "m2mkd" in arms or ("kd" in arms and self.recipe.teacher.pretrained is None):
-            self.meta()
-        if "m2mkd" in arms or "kd" in arms:
-            self.teacher()
-        if "m2mkd" in arms and not self.distill():
-            return False
-        for arm in arms:
-            self.arm(arm)
-        if self.recipe.equal_compute and "m2mkd" in arms:
-            for arm in arms:
-                if arm != "m2mkd":
-                    self.arm(arm, equal_compute=True)
-        return True
-
-    # ---- Phases ----
-
-    def meta(self) -> None:
-        """[PT] Train the meta model end to end."""
-        folder, spec = self.shared / "meta", self.recipe.meta
-        if self._skip(folder, "meta"):
-            return
-        config = build_config(spec.model, self.data.config(spec.data), self.data.class_names(spec.data))
-        model = new_network(config, self.meta_depths, self.recipe.seed)
-        results = self._train(folder, "meta", spec.data, model, spec.training, _NO_TEACHER, seed=self.recipe.seed)
-        self._save_model(folder, model, spec.data, results)
-
-    def teacher(self) -> None:
-        """[MT + FT] Incubate the teacher's stages inside the meta model, then fine-tune the whole."""
-        folder, spec = self.shared / "teacher", self.recipe.teacher
-        if self._skip(folder, "teacher"):
-            return
-        if spec.pretrained is not None:
-            self._evaluate_pretrained_teacher(folder)
-            return
-        seed = self.recipe.seed
-        config = build_config(spec.model, self.data.config(spec.data), self.data.class_names(spec.data))
-        model = new_network(config, spec.depths, seed)
-        cut = {"student_depths": spec.depths, "meta_depths": self.meta_depths, "stitch": "none", **_NO_TEACHER}
-        work, meta = self.shared / "teacher-incubation", load_network(self.shared / "meta")
-        phases = {}
-        phases["incubation"] = self._train(
-            work, "teacher: incubating its stages", spec.data, model, spec.incubation, cut, meta=meta, seed=seed
-        )
-        phases["finetuning"] = self._train(
-            folder, "teacher: fine-tuning", spec.data, model, spec.finetuning, _NO_TEACHER, seed=seed
-        )
-        self._save_model(folder, model, spec.data, {**_total(phases), "phases": phases})
-        self._remove_work(self.shared / "teacher-incubation")
-
-    def _evaluate_pretrained_teacher(self, folder: Path) -> None:
-        """A published teacher is not copied; its folder holds its results alone."""
-        source = self.recipe.teacher.pretrained
-        model = load_network(source)
-        evaluation = self._evaluate(model, self.recipe.distill.data)
-        results = {"pretrained": source, "parameters": count_parameters(model), **_NOTHING_TRAINED}
-
-        def write(temporary: Path) -> None:
-            write_json(temporary / EVAL_RESULTS, evaluation)
-            write_json(temporary / TRAIN_RESULTS, results)
-
-        write_folder(folder, write)
-
-    def distill(self) -> bool:
-        """[m2mKD] Distil the pairs that are missing. Returns whether all pairs are there."""
-        spec = self.recipe.distill
-        folders = {index: self.own / "pairs" / str(index) for index in range(len(self.depths))}
-        asked = list(folders) if spec.pairs == "all" else spec.pairs
-        missing = [index for index in asked if not is_finished(folders[index])]
-        if missing:
-            self._distill_pairs(missing, folders)
-        else:
-            self._say(f"pairs {asked}: finished, skipped")
-        absent = [index for index, folder in folders.items() if not is_finished(folder)]
-        if absent:
-            self._say(f"pairs {absent} are still to be distilled (set distill.pairs), then run the recipe again")
-        return not absent
-
-    def _distill_pairs(self, indices: list[int], folders: dict[int, Path]) -> None:
-        spec = self.recipe.distill
-        teacher, meta = self._load_teacher(), load_network(self.shared / "meta")
-        self._check_processors(self._teacher_source(), spec.data)
-        self._check_processors(self.shared / "meta", spec.data)
-        config = build_config(self.recipe.student.model, self.data.config(spec.data), self.data.class_names(spec.data))
-        # stages of other processes stay on the meta device
-        student = new_network(config, self.depths, self.seed, indices)
-        cut = {
-            "student_depths": self.depths,
-            "teacher_depths": self.recipe.teacher.depths,
-            "meta_depths": self.meta_depths,
-            "pairs": indices,
-        }
-        trained: dict[int, Any] = {}
-        work = self.own / "pairs" / f"work-{'-'.join(map(str, indices))}"
-        results = self._train(
-            work,
-            f"distilling pairs {', '.join(map(str, indices))}",
-            spec.data,
-            student,
-            spec.training,
-            cut,
-            teacher=teacher,
-            meta=meta,
-            on_trained=lambda trainer: trained.update(trainer.trained_pairs()),
-        )
-        for index, pair in trained.items():
-            # pairs trained together share time and compute; the history is kept by each for its own curve
-            share = {name: results[name] / len(indices) for name in ("train_seconds", "train_flops")}
-
-            def write(temporary: Path, pair: Any = pair, share: Results = share) -> None:
-                save_pair(pair, temporary, meta.config.hidden_size)
-                write_json(temporary / TRAIN_RESULTS, {**results, **share, "parameters": count_parameters(pair)})
-
-            write_folder(folders[index], write)
-        self._remove_work(work)
-
-    def arm(self, name: str, equal_compute: bool = False) -> None:
-        """[FT / E2E / KD] The end-to-end phase of one arm."""
-        title = f"{name}_equal_compute" if equal_compute else name
-        folder, spec = self.own / "arms" / title, self.recipe.finetune
-        if self._skip(folder, f"arm {title}"):
-            return
-        model, extra = self._arm_model(name)
-        training, own, teacher = spec.training, dict(_NO_TEACHER), None
-        if name == "kd":
-            training, own = {**training, **self.recipe.kd.training}, {}
-            teacher = self._load_teacher()
-            self._check_processors(self._teacher_source(), spec.data)
-        results = self._train(
-            folder,
-            f"arm {title}",
-            spec.data,
-            model,
-            training,
-            own,
-            teacher=teacher,
-            budget_flops=self._flops_of_m2mkd() if equal_compute else 0.0,
-        )
-        self._save_model(folder, model, spec.data, {**results, **extra})
-
-    def _arm_model(self, name: str) -> tuple[PreTrainedModel, Results]:
-        spec, student = self.recipe.finetune, self.recipe.student
-        data, class_names = self.data.config(spec.data), self.data.class_names(spec.data)
-        model = new_network(build_config(student.model, data, class_names), self.depths, self.seed)
-        if name != "m2mkd":
-            return model, {}
-        folders = [self.own / "pairs" / str(index) for index in range(len(self.depths))]
-        misfits = []
-        for stage, folder in zip(split_into_stages(model, self.depths), folders, strict=True):
-            misfits += load_stage(stage, folder, reinitialize=("classifier", "position_embeddings"))
-        if misfits:
-            self._say(f"arm m2mkd: {misfits} do not fit the data {spec.data!r} and start anew")
-        if spec.keep_stitches:
-            model = self._with_stitches(model, folders)
-        return model, {"reinitialized": misfits, "keep_stitches": spec.keep_stitches}
-
-    def _with_stitches(self, model: PreTrainedModel, folders: Sequence[Path]) -> PreTrainedModel:
-        starts = [sum(self.depths[:index]) for index in range(len(self.depths))]
-        config = build_config(
-            self.recipe.student.model,
-            self.data.config(self.recipe.finetune.data),
-            self.data.class_names(self.recipe.finetune.data),
-            stitch_size=load_network(self.shared / "meta").config.hidden_size,
-            pre_stitch_layers=starts[1:],
-            post_stitch_layers=[start - 1 for start in starts[1:]],
-        )
-        stitched = new_network(config, self.depths, self.seed)
-        stitched.load_state_dict({**stitched.state_dict(), **model.state_dict()}, strict=True)
-        for folder in folders:
-            keep_stitches(stitched, folder)
-        return stitched
-
-    # ---- What the phases share ----
-
-    def _train(
-        self,
-        folder: Path,
-        name: str,
-        data: str,
-        model: PreTrainedModel,
-        training: Training,
-        own: Training,
-        teacher: PreTrainedModel | None = None,
-        meta: PreTrainedModel | None = None,
-        seed: int | None = None,
-        budget_flops: float = 0.0,
-        on_trained: Callable[[M2MKDTrainer], None] | None = None,
-    ) -> Results:
-        """Train `model` in place, from its last checkpoint if there is one. Returns what `train_results.json` says."""
-        seed = self.seed if seed is None else seed
-        work = folder.parent / f".{folder.name}.work"
-        args = self._arguments(work, seed, training, own)
-        networks = [network for network in (model, teacher, meta) if network is not None]
-        trainer = self._trainer(args, data, model, teacher, meta, seed)
-        flops_per_image = training_flops_per_image(trainer, networks)
-        images = len(trainer.train_dataset)
-        if budget_flops:
-            # rounded up: the baseline never gets less
-            epochs = math.ceil(budget_flops / (flops_per_image * images))
-            args.num_train_epochs = max(epochs, args.num_train_epochs)
-        self._say(f"{name}: {images} images, {trainer.args.num_train_epochs:g} epochs")
-        checkpoint = last_complete_checkpoint(work)
-        stopwatch = Stopwatch(checkpoint)
-        for callback in (DataEpoch(trainer.train_dataset), stopwatch):
-            trainer.add_callback(callback)
-        trainer.remove_callback(ProgressCallback)
-        trainer.add_callback(NamedProgress(name))
-        with explained_write_errors(work):
-            history = _train_or_restore(trainer, checkpoint)
-        if on_trained is not None:
-            on_trained(trainer)
-        epochs = float(trainer.args.num_train_epochs)
-        results = {
-            "train_seconds": stopwatch.seconds,
-            "train_samples_seen": int(images * epochs),
-            "train_flops": flops_per_image * images * epochs,
-            "parameters": sum(count_parameters(stage) for stage in trainer.trained_pairs().values()),
-            "images": images,
-            "labels": images if trainer.args.alpha < 1 else 0,
-            "epochs": epochs,
-            # the Trainer's last entry sums up the session, not the training
-            "log_history": [_without_clocks(entry) for entry in history if "train_loss" not in entry],
-        }
-        return results
-
-    def _arguments(self, work: Path, seed: int, training: Training, own: Training) -> M2MKDConfig:
-        # the Trainer's state outlives it; a phase may compute in another precision than the last one
-        AcceleratorState._reset_state()
-        use_cpu = not torch.accelerator.is_available()
-        device = {"use_cpu": use_cpu, "dataloader_pin_memory": not use_cpu}
-        if use_cpu and PartialState().num_processes > 1:
-            device["ddp_backend"] = "gloo"
-        return M2MKDConfig(
-            output_dir=str(work), seed=seed, **{**_DEFAULTS, **device, **self.recipe.training, **training, **own}
-        )
-
-    def _trainer(
-        self,
-        args: M2MKDConfig,
-        data: str,
-        model: PreTrainedModel,
-        teacher: PreTrainedModel | None,
-        meta: PreTrainedModel | None,
-        seed: int,
-    ) -> M2MKDTrainer:
-        evaluates = args.eval_strategy != "no" and self._has_test_set(self.recipe.evaluation.iid, data)
-        args.eval_strategy = args.eval_strategy if evaluates else "no"
-        return M2MKDTrainer(
-            model=model,
-            args=args,
-            teacher=teacher,
-            meta=meta,
-            train_dataset=self.data.training_set(data, seed),
-            eval_dataset=self._test_set(self.recipe.evaluation.iid, data) if evaluates else None,
-        )
-
-    def _test_set(self, name: str, like: str) -> Any:
-        return self.data.test_set(name, like, self.data.class_names(like))
-
-    def _has_test_set(self, name: str, like: str) -> bool:
-        """A meta model or teacher may be trained on other classes than the arms; then it is not tested on theirs."""
-        is_arms_data = like == self.recipe.finetune.data
-        return is_arms_data or self.data.shares_labels(name, self.data.class_names(like))
-
-    def _evaluate(self, model: PreTrainedModel, data: str) -> Results:
-        """`iid` and `ood` of `eval_results.json` for a model trained on `data`, and its experts' load."""
-        results: Results = {"iid": None, "ood": None, "expert_load": None}
-        batch_size = self._arguments(self.own / ".evaluation", self.seed, {}, {}).per_device_eval_batch_size
-        use_cpu = not torch.accelerator.is_available()
-        for key, name in (("iid", self.recipe.evaluation.iid), ("ood", self.recipe.evaluation.ood)):
-            if name is not None and self._has_test_set(name, data):
-                test_set = self._test_set(name, data)
-                results[key] = evaluate_model(model, test_set, batch_size, use_cpu)
-                if key == "iid":
-                    results["expert_load"] = expert_load(model, test_set, batch_size)
-        return results
-
-    def _save_model(self, folder: Path, model: PreTrainedModel, data: str, results: Results) -> None:
-        evaluation = self._evaluate(model, data)
-
-        def write(temporary: Path) -> None:
-            model.save_pretrained(temporary)
-            build_image_processor(self.data.config(data)).save_pretrained(temporary)
-            write_json(temporary / EVAL_RESULTS, evaluation)
-            write_json(temporary / TRAIN_RESULTS, {**results, "parameters": count_parameters(model)})
-
-        write_folder(folder, write)
-        self._remove_work(folder)
-        scores = [
-            f"{key.upper()} {100 * evaluation[key]['accuracy']:.2f} %" for key in ("iid", "ood") if evaluation[key]
-        ]
-        self._say(f"{folder.name}: {', '.join(scores) or 'not tested: other classes than the test set'}")
-
-    def _load_teacher(self) -> PreTrainedModel:
-        return load_network(self._teacher_source())
-
-    def _teacher_source(self) -> str | Path:
-        return self.recipe.teacher.pretrained or self.shared / "teacher"
-
-    def _check_processors(self, source: str | Path, data: str) -> None:
-        try:
-            theirs: BaseImageProcessor = AutoImageProcessor.from_pretrained(source)
-        except OSError as error:
-            raise RunError(
-                f"{source} has no image processor ({error}), so nobody knows which pixels it takes."
-            ) from error
-        ours = build_image_processor(self.data.config(data))
-        check_same_normalization(ours, theirs, (f"data set {data!r}", f"network {source}"))
-
-    def _flops_of_m2mkd(self) -> float:
-        """What the m2mkd arm of this seed took: the distillation of its pairs and its end-to-end phase."""
-        folders = [self.own / "pairs" / str(index) for index in range(len(self.depths))]
-        folders.append(self.own / "arms" / "m2mkd")
-        return sum(read_json(folder / TRAIN_RESULTS)["train_flops"] for folder in folders)
-
-    def _skip(self, folder: Path, name: str) -> bool:
-        finished = is_finished(folder)
-        if finished:
-            self._say(f"{name}: finished, skipped")
-        return finished
-
-    def _remove_work(self, folder: Path) -> None:
-        if PartialState().is_main_process:
-            shutil.rmtree(folder.parent / f".{folder.name}.work", ignore_errors=True)
-
-    def _say(self, text: str) -> None:
-        PartialState().print(f"[seed {self.seed}] {text}", flush=True)
-
-
-_NOTHING_TRAINED: Results = {
-    "train_seconds": 0.0,
-    "train_samples_seen": 0,
-    "train_flops": 0.0,
-    "images": 0,
-    "labels": 0,
-    "epochs": 0.0,
-    "log_history": [],
-}
-
-
-def _train_or_restore(trainer: M2MKDTrainer, checkpoint: Path | None) -> list[dict[str, Any]]:
-    """Train from a checkpoint, or take its weights if it is the last one. Returns the log history."""
-    if checkpoint is not None:
-        state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-        if state.global_step >= state.max_steps:
-            # the Trainer would take one step too many
-            trainer._load_from_checkpoint(str(checkpoint))
-            return state.log_history
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
-    return trainer.state.log_history
-
-
-def _without_clocks(entry: dict[str, Any]) -> dict[str, Any]:
-    """A log entry without wall-clock readings, which differ from run to run, and without what is not finite."""
-    clocks = ("runtime", "per_second")
-    return {
-        name: value
-        for name, value in entry.items()
-        if not name.endswith(clocks) and not (isinstance(value, float) and not math.isfinite(value))
-    }
-
-
-def _total(phases: dict[str, Results]) -> Results:
-    summed = ("train_seconds", "train_samples_seen", "train_flops", "epochs")
-    largest = ("images", "labels")
-    return {
-        **{name: sum(phase[name] for phase in phases.values()) for name in summed},
-        **{name: max(phase[name] for phase in phases.values()) for name in largest},
-        "log_history": [entry for phase in phases.values() for entry in phase["log_history"]],
-    }
+def _device(recipe: Recipe) -> str:
+    """In words, what the run was made on."""
+    processes = _num_processes(recipe)
+    aside = f", up to {processes} phases side by side" if processes > 1 else ""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    return f"{device}{aside}"

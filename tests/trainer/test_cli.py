@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -69,18 +70,20 @@ class TestTrain:
         assert {path.name for path in (tmp_path / "run" / "arms").iterdir()} == {"e2e", "kd", "m2mkd"}
 
     @pytest.mark.slow
-    @pytest.mark.parametrize("delay", [8.0, 10.0, 12.0, 14.0])
-    def test_a_run_killed_at_any_moment_ends_with_the_same_files(self, tmp_path: Path, delay: float) -> None:
+    @pytest.mark.parametrize("processes, delays", [("1", (8.0, 9.0, 10.0)), ("2", (12.0, 14.0, 16.0))])
+    def test_a_run_killed_at_any_moment_ends_with_the_same_files(
+        self, tmp_path: Path, processes: str, delays: Sequence[float]
+    ) -> None:
         path = recipe_file(tmp_path)
         assert train(str(path)).returncode == 0
         whole = tmp_path / "whole"
         (tmp_path / "run").rename(whole)
-        process = subprocess.Popen(
-            [sys.executable, str(ROOT / "train.py"), str(path)], env={**os.environ, "OMP_NUM_THREADS": "1"}
-        )
-        time.sleep(delay)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        command = [sys.executable, str(ROOT / "train.py"), str(path), "--processes", processes]
+        for delay in delays:
+            process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
+            time.sleep(delay)
+            process.send_signal(signal.SIGKILL)
+            process.wait()
         assert train(str(path)).returncode == 0
         names = sorted(str(file.relative_to(whole)) for file in whole.rglob("*") if file.is_file())
         run = tmp_path / "run"

@@ -73,6 +73,6 @@ class TestClaimFolder:
         claim(content)
         assert not checkpoints(content)
 
-    def test_arms_and_seeds_can_be_added(self, content: dict[str, Any]) -> None:
-        claim({**content, "arms": ["e2e"], "repeat_seeds": [3], "equal_compute": True})
+    def test_arms_and_seeds_can_be_added_and_phases_shared_out(self, content: dict[str, Any]) -> None:
+        claim({**content, "arms": ["e2e"], "repeat_seeds": [3], "equal_compute": True, "processes": 2})
         assert checkpoints(content)

@@ -1,8 +1,10 @@
 """Whole runs in miniature: order, skipping, interruption, damage, repetition."""
 
 import json
+import multiprocessing
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -95,6 +97,68 @@ class TestRun:
         first = load_file(run / "pairs" / "0" / "model.safetensors")
         second = load_file(run / "seeds" / "5" / "pairs" / "0" / "model.safetensors")
         assert any(not torch.equal(first[name], second[name]) for name in first)
+
+    def test_phases_side_by_side_leave_what_phases_one_by_one_do(
+        self, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        runner.run(_copy_of(finished, tmp_path, equal_compute=True, repeat_seeds=[5], processes=3))
+        found, expected = tensors(tmp_path / "run"), tensors(finished / "run")
+        assert files(tmp_path / "run") == files(finished / "run")
+        for name in expected:
+            assert_equal(found[name], expected[name])
+        for phase in ("teacher", "pairs/0", "seeds/5/arms/kd_equal_compute"):
+            assert _log(tmp_path, phase) == _log(finished, phase)
+        printed = capsys.readouterr().out
+        assert "[seed 5] arm kd_equal_compute: 12 images" in printed and "phases side by side" in printed
+
+    def test_a_run_that_fails_side_by_side_goes_on_one_by_one(self, finished: Path, tmp_path: Path) -> None:
+        recipe = _copy_of(finished, tmp_path, without=["pairs", "arms"], processes=2)
+        teacher = tmp_path / "run" / "teacher" / "model.safetensors"
+        whole = teacher.read_bytes()
+        teacher.write_bytes(whole[:-100])
+        with pytest.raises(StageError, match="teacher cannot be loaded"):
+            runner.run(recipe)
+        assert not multiprocessing.active_children()
+        teacher.write_bytes(whole)
+        runner.run(recipe.model_copy(update={"processes": 1}))
+        expected = tensors(finished / "run")
+        for name, value in tensors(tmp_path / "run").items():
+            assert_equal(value, expected[name])
+
+    def test_a_baseline_that_takes_the_flops_of_m2mkd_anyway_is_not_trained_twice(
+        self, finished: Path, tmp_path: Path
+    ) -> None:
+        finetune = {"data": "labelled", "training": {"num_train_epochs": 18}}
+        recipe = _copy_of(
+            finished, tmp_path, without=["arms"], finetune=finetune, arms=["kd", "m2mkd"], equal_compute=True
+        )
+        runner.run(recipe)
+        run = tmp_path / "run"
+        plain, twin = load_file(run / "arms/kd/model.safetensors"), run / "arms/kd_equal_compute"
+        assert_equal(load_file(twin / "model.safetensors"), plain)
+        report = json.loads((run / "report.json").read_text())
+        assert report["arms"]["kd_equal_compute"]["same_as"] == "kd"
+        assert report["arms"]["kd"]["train_flops"] >= report["arms"]["m2mkd"]["train_flops"]
+        assert "kd_equal_compute: the model of kd" in (run / "report.md").read_text()
+
+    @pytest.mark.parametrize(
+        "threads, gpu, asked, processes",
+        [(8, False, None, 6), (2, False, None, 2), (8, True, None, 1), (1, False, 4, 4)],
+    )
+    def test_phases_run_side_by_side_on_a_cpu_as_far_as_there_are_threads(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: int, gpu: bool, asked: int, processes: int
+    ) -> None:
+        monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+        monkeypatch.setattr(torch.accelerator, "is_available", lambda: gpu)
+        assert runner._num_processes(tiny_recipe(tmp_path, repeat_seeds=[1], processes=asked)) == processes
+
+    def test_processes_that_share_each_phase_run_one_phase_at_a_time(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(runner, "PartialState", lambda: SimpleNamespace(num_processes=2))
+        assert runner._num_processes(tiny_recipe(tmp_path)) == 1
+        with pytest.raises(RunError, match="`processes` is 3, but 2 processes already share each phase"):
+            runner.run(tiny_recipe(tmp_path, processes=3))
 
     def test_another_recipe_in_the_same_folder_is_refused_by_key(self, finished: Path) -> None:
         content = recipe_content(finished)
@@ -227,7 +291,7 @@ class TestBadInput:
 
         before = files(tmp_path / "run")
         monkeypatch.setattr("m2mkd.modeling.modeling_vmoe.VMoEForImageClassification.save_pretrained", no_space)
-        with pytest.raises(RunError, match=r"Cannot write .*arms/e2e: .*No space left on device.*GB are free"):
+        with pytest.raises(RunError, match=r"Cannot write .*arms/kd: .*No space left on device.*GB are free"):
             runner.run(recipe)
         monkeypatch.undo()
         assert set(before) <= set(files(tmp_path / "run"))

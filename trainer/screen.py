@@ -1,0 +1,79 @@
+"""What a user sees while phases run: lines, and a progress bar for each phase on its way."""
+
+import sys
+import time
+from multiprocessing.connection import Connection
+
+from accelerate import PartialState
+from tqdm.auto import tqdm
+
+
+# A log file gets a line of progress as often as this, a terminal a bar.
+SECONDS_BETWEEN_LINES = 30.0
+# A worker reports its steps no more often than this.
+SECONDS_BETWEEN_REPORTS = 0.2
+
+
+class Screen:
+    """Draws in this process. Of several that train together, the main one draws."""
+
+    def __init__(self) -> None:
+        self._bars: dict[str, tqdm] = {}
+        self._last_line: dict[str, float] = {}
+
+    def say(self, text: str) -> None:
+        """Print a line above the bars."""
+        if PartialState().is_main_process:
+            # tqdm takes its bars away while it writes
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+
+    def advance(self, name: str, step: int, total: int, shown: dict[str, str]) -> None:
+        """Show that the phase `name` has done `step` of `total` steps, with a few values beside them."""
+        if not sys.stderr.isatty():
+            self._advance_by_line(name, step, total, shown)
+            return
+        if name not in self._bars:
+            self._bars[name] = tqdm(desc=name, initial=step, total=total, dynamic_ncols=True)
+        bar = self._bars[name]
+        bar.set_postfix(shown, refresh=False)
+        bar.update(step - bar.n)
+
+    def _advance_by_line(self, name: str, step: int, total: int, shown: dict[str, str]) -> None:
+        now = time.monotonic()
+        if now - self._last_line.setdefault(name, now) >= SECONDS_BETWEEN_LINES:
+            self._last_line[name] = now
+            values = "".join(f", {key} {value}" for key, value in shown.items())
+            self.say(f"{name}: step {step:,} of {total:,}{values}")
+
+    def finish(self, name: str) -> None:
+        """Leave the bar of a phase as it is and make room for the next."""
+        self._last_line.pop(name, None)
+        if name in self._bars:
+            self._bars.pop(name).close()
+
+    def finish_all(self) -> None:
+        """Leave all bars, so that an error message stands below them."""
+        for name in list(self._bars):
+            self.finish(name)
+
+
+class RemoteScreen(Screen):
+    """The screen of a worker process: what it is told goes through a pipe to the process that draws."""
+
+    def __init__(self, connection: Connection):
+        super().__init__()
+        self._connection = connection
+        self._last_report = 0.0
+
+    def say(self, text: str) -> None:
+        self._connection.send(("say", text))
+
+    def advance(self, name: str, step: int, total: int, shown: dict[str, str]) -> None:
+        now = time.monotonic()
+        if now - self._last_report >= SECONDS_BETWEEN_REPORTS or step == total:
+            self._last_report = now
+            self._connection.send(("advance", name, step, total, shown))
+
+    def finish(self, name: str) -> None:
+        self._connection.send(("finish", name))
