@@ -35,7 +35,15 @@ _TRAINING_TYPES = {
     if field.init and field.name not in _SET_BY_THE_RUNNER
 }
 # They weigh a teacher; elsewhere there is none, and they would be ignored.
-_LOSS_ARGUMENTS = {"alpha", "temperature", "distillation_type", "kl_reduction", "stitch", "nac_codes", "read_in_latents"}
+_LOSS_ARGUMENTS = {
+    "alpha",
+    "temperature",
+    "distillation_type",
+    "kl_reduction",
+    "stitch",
+    "nac_codes",
+    "read_in_latents",
+}
 Training = dict[str, Any]
 Arm = Literal["e2e", "kd", "m2mkd"]
 
