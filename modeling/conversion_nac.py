@@ -20,37 +20,73 @@ from typing import Any
 import torch
 
 from m2mkd.configuration.configuration_nac import STEM_STRIDE, NACConfig
-from m2mkd.modeling.conversion import ConversionError
+from m2mkd.modeling.conversion import ConversionError, NameTable, OfficialArguments, Shapes
 
 
-_LINEAR_NAMES = {
-    "query_compiler": "q_proj",
-    "key_compiler": "k_proj",
-    "value_compiler": "v_proj",
-    "exit_layer": "o_proj",
-    "ffn.0": "ffn.fc1",
-    "ffn.2": "ffn.fc2",
-}
-_PARAMETER_NAMES = {
+_MODULATED = {
     "native_weight": "weight",
     "native_bias": "bias",
     "scale.weight": "code_projection.weight",
     "scale_gain": "gain",
 }
-# Whole names, as patterns; `{}` takes their groups in order.
-_PATTERNS = [
-    (r"backbone\.downsample_layers\.0\.0\.(\w+)", "nac.tokenizer.stages.0.projection.{}"),
-    (r"backbone\.downsample_layers\.0\.1\.(\w+)", "nac.tokenizer.stages.0.layernorm.{}"),
-    (r"backbone\.downsample_layers\.(\d+)\.0\.(\w+)", "nac.tokenizer.stages.{}.layernorm.{}"),
-    (r"backbone\.downsample_layers\.(\d+)\.1\.(\w+)", "nac.tokenizer.stages.{}.projection.{}"),
-    (r"backbone\.stages\.(\d+)\.(\d+)\.gamma", "nac.tokenizer.stages.{}.blocks.{}.layer_scale"),
-    (r"backbone\.stages\.(\d+)\.(\d+)\.dwconv\.(\w+)", "nac.tokenizer.stages.{}.blocks.{}.depthwise.{}"),
-    (r"backbone\.stages\.(\d+)\.(\d+)\.norm\.(\w+)", "nac.tokenizer.stages.{}.blocks.{}.layernorm.{}"),
-    (r"backbone\.stages\.(\d+)\.(\d+)\.pwconv([12])\.(\w+)", "nac.tokenizer.stages.{}.blocks.{}.fc{}.{}"),
-    (r"positional_grid\.grid", "nac.tokenizer.position_embeddings"),
-]
-_OUTPUT_NAMES = {"confidence_scorer": "pooling.confidence", "to_logits": "classifier"}
-_SEEDER_NAMES = {"layernorm": "layernorm", "code_to_state_mu": "mean", "code_to_state_logvar": "log_variance"}
+
+
+def _modulated(official: str, ours: str) -> list[tuple[str, str]]:
+    """Rows of a modulated linear layer."""
+    return [(f"{official}.{theirs}", f"{ours}.{name}") for theirs, name in _MODULATED.items()]
+
+
+def _part(official: str, ours: str, attention: str) -> list[tuple[str, str]]:
+    """Rows of read-in, propagator or read-out: attention and feed-forward."""
+    theirs = f"{official}.{attention}"
+    rows = [
+        (f"{official}.latent_attention.kernel.bandwidth", f"{ours}.kernel.bandwidth"),
+        (f"{theirs}.receiver_layernorm.*", f"{ours}.attention.receiver_layernorm.*"),
+        (f"{theirs}.sender_layernorm.*", f"{ours}.attention.sender_layernorm.*"),
+        (f"{theirs}.layer_scale.gamma", f"{ours}.attention.layer_scale"),
+        (f"{official}.ffn.layernorm.*", f"{ours}.ffn.layernorm.*"),
+        (f"{official}.ffn.layer_scale.gamma", f"{ours}.ffn.layer_scale"),
+        *_modulated(f"{official}.ffn.ffn.0", f"{ours}.ffn.fc1"),
+        *_modulated(f"{official}.ffn.ffn.2", f"{ours}.ffn.fc2"),
+    ]
+    for name, projection in (("query", "q_proj"), ("key", "k_proj"), ("value", "v_proj")):
+        rows += _modulated(f"{theirs}.{name}_compiler", f"{ours}.attention.{projection}")
+    return rows + _modulated(f"{theirs}.exit_layer", f"{ours}.attention.o_proj")
+
+
+def _rows() -> list[tuple[str, str]]:
+    backbone, stage, graph = "input_tokenizer.backbone", "nac.tokenizer.stages", "latent_graphs.0"
+    rows = [
+        # the stem normalises its output, the other stages their input
+        (f"{backbone}.downsample_layers.0.0.*", f"{stage}.0.projection.*"),
+        (f"{backbone}.downsample_layers.0.1.*", f"{stage}.0.layernorm.*"),
+        (f"{backbone}.downsample_layers.#.0.*", f"{stage}.#.layernorm.*"),
+        (f"{backbone}.downsample_layers.#.1.*", f"{stage}.#.projection.*"),
+        (f"{backbone}.stages.#.#.gamma", f"{stage}.#.blocks.#.layer_scale"),
+        (f"{backbone}.stages.#.#.dwconv.*", f"{stage}.#.blocks.#.depthwise.*"),
+        (f"{backbone}.stages.#.#.norm.*", f"{stage}.#.blocks.#.layernorm.*"),
+        (f"{backbone}.stages.#.#.pwconv1.*", f"{stage}.#.blocks.#.fc1.*"),
+        (f"{backbone}.stages.#.#.pwconv2.*", f"{stage}.#.blocks.#.fc2.*"),
+        ("input_tokenizer.positional_grid.grid", "nac.tokenizer.position_embeddings"),
+        (f"{graph}.latent_seeder.layernorm.*", "nac.latent_seeder.layernorm.*"),
+        (f"{graph}.latent_seeder.code_to_state_mu.*", "nac.latent_seeder.mean.*"),
+        (f"{graph}.latent_seeder.code_to_state_logvar.*", "nac.latent_seeder.log_variance.*"),
+        (f"{graph}.read_out.head.0.module.*", "classifier.layernorm.*"),
+        *_modulated(f"{graph}.read_out.head.1", "classifier.projection"),
+        ("output_tokenizer.confidence_scorer.*", "pooling.confidence.*"),
+        ("output_tokenizer.to_logits.*", "classifier.*"),
+    ]
+    for latents in ("input_latents", "mediator_latents", "output_latents"):
+        for name in ("codes", "signatures", "initial_states"):
+            rows.append((f"{graph}.{latents}.{name}_", f"nac.{latents}.{name}"))
+    rows += _part(f"{graph}.read_in", "nac.read_in", "read_in_attention")
+    rows += _part(f"{graph}.propagators.#", "nac.layers.#", "latent_attention")
+    return rows + _part(f"{graph}.read_out", "nac.read_out", "latent_attention")
+
+
+_TABLE = NameTable(_rows())
+# It adds the same to all scores of a latent, so no output depends on it, and our read-in does not have it.
+_KEY_BIAS = "latent_graphs.0.read_in.read_in_attention.key_compiler.native_bias"
 
 
 def convert_nac(official: Mapping[str, torch.Tensor], share_propagators: bool = False) -> dict[str, torch.Tensor]:
@@ -70,14 +106,7 @@ def convert_nac(official: Mapping[str, torch.Tensor], share_propagators: bool = 
     Raises:
         `ConversionError`: names that are no NAC's, or propagators that should be equal and are not.
     """
-    converted: dict[str, torch.Tensor] = {}
-    unknown = []
-    for name, tensor in official.items():
-        ours = _model_name(name)
-        if ours is None:
-            unknown.append(name)
-        elif ours != "":
-            converted[ours] = tensor[None] if ours.endswith("position_embeddings") else tensor
+    converted, unknown = _convert(official, {name: name for name in official})
     _refuse(unknown, "NAC")
     return _share(converted) if share_propagators else converted
 
@@ -99,85 +128,108 @@ def convert_nac_student(
     Raises:
         `ConversionError`: names that are no part of this stage.
     """
-    is_first, is_last = index == 0, index == num_stages - 1
-    stage, stitches, unknown = {}, {}, []
+    stitches, full_names = {}, {}
     for name, tensor in official.items():
-        side, _, parameter = name.partition("_stitch.")
-        if parameter:
-            stitches[f"{side}.linear.{parameter}"] = tensor
-            continue
-        if is_first:
-            full = name.replace("tokenizer.", "input_tokenizer.", 1) if name.startswith("tokenizer.") else name
-            full = f"latent_graphs.0.{full}" if full.startswith("read_in.") else full
-        elif is_last and name.startswith("tokenizer."):
-            full = f"output_{name}"
+        stitch = re.fullmatch(r"(pre|post)_stitch\.(weight|bias)", name)
+        if stitch:
+            stitches[f"{stitch[1]}.linear.{stitch[2]}"] = tensor
         else:
-            part = "read_out" if is_last else f"propagators.{index - 1}"
-            full = f"latent_graphs.0.{part}.{name}"
-        ours = _model_name(full)
-        if ours is None:
-            unknown.append(name)
-        elif ours != "":
-            stage[ours] = tensor[None] if ours.endswith("position_embeddings") else tensor
+            full_names[name] = _full_name(name, index, num_stages)
+    stage, unknown = _convert(official, full_names)
     _refuse(unknown, f"student of stage {index} of {num_stages} of a NAC")
     return stage, stitches
 
 
-def _model_name(name: str) -> str | None:
-    """Our name of an official tensor; empty if we have no use for it, `None` if it is not known."""
-    top, _, rest = name.partition(".")
-    if top == "input_tokenizer":
-        for pattern, ours in _PATTERNS:
-            match = re.fullmatch(pattern, rest)
-            if match:
-                return ours.format(*match.groups())
-        return None
-    if top == "output_tokenizer":
-        module, _, parameter = rest.partition(".")
-        return f"{_OUTPUT_NAMES[module]}.{parameter}" if module in _OUTPUT_NAMES else None
-    if top != "latent_graphs" or not rest.startswith("0."):
-        return None
-    part, _, rest = rest[2:].partition(".")
-    if part in ("input_latents", "mediator_latents", "output_latents"):
-        is_known = rest in ("codes_", "signatures_", "initial_states_")
-        return f"nac.{part}.{rest.removesuffix('_')}" if is_known else None
-    if part == "latent_seeder":
-        module, _, parameter = rest.partition(".")
-        return f"nac.latent_seeder.{_SEEDER_NAMES[module]}.{parameter}" if module in _SEEDER_NAMES else None
-    if part == "propagators":
-        layer, _, rest = rest.partition(".")
-        return _part_name(f"nac.layers.{layer}", rest)
-    if part in ("read_in", "read_out"):
-        return _part_name(f"nac.{part}", rest)
-    return None
+def nac_shapes(ours: Mapping[str, torch.Tensor], config: NACConfig) -> Shapes:
+    """
+    What an official checkpoint of a NAC has to hold: the inverse of [`convert_nac`], shapes only.
+
+    Args:
+        ours (`Mapping[str, torch.Tensor]`): State dict of the `NACForImageClassification`, on the meta device if need
+            be.
+        config (`NACConfig`): Of that model.
+
+    Returns:
+        `dict[str, tuple[int, ...]]`: Shapes by official names.
+    """
+    shapes: Shapes = {_KEY_BIAS: (config.hidden_size,)} if config.qkv_bias else {}
+    for name, tensor in ours.items():
+        shape = tuple(tensor.shape)
+        official = _TABLE.official(name)
+        if official is None:
+            raise ConversionError(f"{name} of our NAC has no official counterpart.")
+        shapes[official] = shape[1:] if name.endswith("position_embeddings") else shape
+    if config.share_propagators:
+        first = {name: shape for name, shape in shapes.items() if ".propagators.0." in name}
+        for layer in range(1, config.num_hidden_layers):
+            shapes.update(
+                {name.replace(".propagators.0.", f".propagators.{layer}."): shape for name, shape in first.items()}
+            )
+    return shapes
 
 
-def _part_name(prefix: str, rest: str) -> str | None:
-    """A tensor of read-in, propagator or read-out."""
-    if rest == "read_in_attention.key_compiler.native_bias":
-        return ""
-    if rest == "latent_attention.kernel.bandwidth":
-        return f"{prefix}.kernel.bandwidth"
-    head = re.fullmatch(r"head\.(0\.module|1)\.(.+)", rest)
-    if head:
-        is_layernorm = head[1] != "1"
-        parameter = head[2] if is_layernorm else _PARAMETER_NAMES.get(head[2])
-        return parameter and f"classifier.{'layernorm' if is_layernorm else 'projection'}.{parameter}"
-    module, _, inner = rest.partition(".")
-    if module in ("read_in_attention", "latent_attention"):
-        prefix = f"{prefix}.attention"
-    elif module == "ffn":
-        prefix = f"{prefix}.ffn"
-    else:
-        return None
-    if inner == "layer_scale.gamma":
-        return f"{prefix}.layer_scale"
-    if re.fullmatch(r"(sender_|receiver_)?layernorm\.(weight|bias)", inner):
-        return f"{prefix}.{inner}"
-    for official, ours in _LINEAR_NAMES.items():
-        parameter = _PARAMETER_NAMES.get(inner.removeprefix(f"{official}."))
-        if inner.startswith(f"{official}.") and parameter:
-            return f"{prefix}.{ours.removeprefix('ffn.')}.{parameter}"
+def nac_student_shapes(
+    ours: Mapping[str, torch.Tensor], config: NACConfig, index: int, num_stages: int, stitch_size: int
+) -> Shapes:
+    """
+    What an official student has to hold: the inverse of [`convert_nac_student`], shapes only. It has neither latents
+    nor kernels.
+
+    Args:
+        ours (`Mapping[str, torch.Tensor]`): State dict of the whole `NACForImageClassification`.
+        config (`NACConfig`): Of that model.
+        index (`int`), num_stages (`int`): As in [`convert_nac_student`].
+        stitch_size (`int`): Width of the meta model.
+
+    Returns:
+        `dict[str, tuple[int, ...]]`: Shapes by official names.
+    """
+    size = config.hidden_size
+    shapes: Shapes = {}
+    if index > 0:
+        shapes.update({"pre_stitch.weight": (size, stitch_size), "pre_stitch.bias": (size,)})
+    if index < num_stages - 1:
+        shapes.update({"post_stitch.weight": (stitch_size, size), "post_stitch.bias": (stitch_size,)})
+    for full_name, shape in nac_shapes(ours, config).items():
+        name = _student_name(full_name, index, num_stages)
+        if name is not None and not full_name.endswith("kernel.bandwidth"):
+            shapes[name] = shape
+    return shapes
+
+
+def _convert(
+    official: Mapping[str, torch.Tensor], full_names: Mapping[str, str]
+) -> tuple[dict[str, torch.Tensor], list[str]]:
+    converted, unknown = {}, []
+    for name, full_name in full_names.items():
+        ours = _TABLE.ours(full_name)
+        if ours is None:
+            unknown.append(name)
+        elif full_name != _KEY_BIAS:
+            converted[ours] = official[name][None] if ours.endswith("position_embeddings") else official[name]
+    return converted, unknown
+
+
+def _prefixes(index: int, num_stages: int) -> dict[str, str]:
+    """Names of a student's parts, and what the full model calls them; the most special come first."""
+    if index == 0:
+        return {"tokenizer.": "input_tokenizer.", "read_in.": "latent_graphs.0.read_in."}
+    if index == num_stages - 1:
+        return {"tokenizer.": "output_tokenizer.", "": "latent_graphs.0.read_out."}
+    return {"": f"latent_graphs.0.propagators.{index - 1}."}
+
+
+def _full_name(name: str, index: int, num_stages: int) -> str:
+    for own, full in _prefixes(index, num_stages).items():
+        if name.startswith(own):
+            return full + name.removeprefix(own)
+    return ""
+
+
+def _student_name(full_name: str, index: int, num_stages: int) -> str | None:
+    for own, full in _prefixes(index, num_stages).items():
+        if full_name.startswith(full):
+            return own + full_name.removeprefix(full)
     return None
 
 
@@ -224,32 +276,6 @@ _TOKENIZER_DEPTHS = {
 }
 
 
-class _Arguments:
-    """Arguments of the official code, taken one by one; what is left at the end is refused by name."""
-
-    def __init__(self, values: Mapping[str, Any] | None, path: str):
-        self.values, self.path = dict(values or {}), path
-
-    def take(self, name: str, default: Any) -> Any:
-        return self.values.pop(name, default)
-
-    def section(self, name: str) -> "_Arguments":
-        return _Arguments(self.values.pop(name, None), f"{self.path}{name}.")
-
-    def require(self, name: str, value: Any) -> None:
-        """Only this value can be converted; it is also the official default."""
-        given = self.take(name, value)
-        if given != value:
-            raise ConversionError(f"`{self.path}{name}` is {given!r}; only {value!r} can be converted.")
-
-    def end(self) -> None:
-        if self.values:
-            raise ConversionError(f"These arguments of the official NAC are not known: {self._left()}.")
-
-    def _left(self) -> list[str]:
-        return sorted(f"{self.path}{name}" for name in self.values)
-
-
 def nac_config(kwargs: Mapping[str, Any], **overrides: Any) -> NACConfig:
     """
     The configuration of an official `NeuralCompiler`.
@@ -261,11 +287,11 @@ def nac_config(kwargs: Mapping[str, Any], **overrides: Any) -> NACConfig:
     Raises:
         `ConversionError`: an argument is not known, or has a value that no `NACConfig` expresses.
     """
-    model = _Arguments(kwargs, "")
+    model = OfficialArguments(kwargs)
     fields: dict[str, Any] = {
         "num_channels": model.take("input_dim", 3),
-        "num_labels": model.take("output_dim", None),
-        "hidden_size": model.take("state_dim", None),
+        "num_labels": model.need("output_dim"),
+        "hidden_size": model.need("state_dim"),
     }
     # where the official trainer finds weights, not what the model is
     for name in ("simplified_interface", "student_state_dict_dir", "student_type"):
@@ -295,8 +321,36 @@ def nac_student_config(share: Mapping[str, Any], role: str, own: Mapping[str, An
     Raises:
         `ConversionError`: as [`nac_config`].
     """
-    shared, mine = _Arguments(share, "share_kwargs."), _Arguments(own, f"{role}.")
-    fields: dict[str, Any] = {"hidden_size": shared.take("state_dim", None)}
+    return nac_students_config(share, {role: own}, **overrides)
+
+
+def nac_students_config(
+    share: Mapping[str, Any], roles: Mapping[str, Mapping[str, Any]], **overrides: Any
+) -> NACConfig:
+    """
+    The configuration of a NAC whose stages are the official students of one configuration file.
+
+    Args:
+        share (`Mapping[str, Any]`): Its `share_kwargs`.
+        roles (`Mapping[str, Mapping[str, Any]]`): Its sections `"readin"`, `"mediator"` and `"readout"`, or some.
+        overrides: Fields of [`NACConfig`] that differ, e.g. `num_hidden_layers`.
+
+    Raises:
+        `ConversionError`: as [`nac_config`], or two roles differ in what a NAC has once.
+    """
+    fields: dict[str, Any] = {}
+    for role, own in roles.items():
+        for field, value in _student_fields(share, role, own).items():
+            if fields.setdefault(field, value) != value:
+                raise ConversionError(
+                    f"`{role}` gives `{field}` as {value!r}, another role as {fields[field]!r}; a NAC has one."
+                )
+    return NACConfig(**{**fields, **overrides})
+
+
+def _student_fields(share: Mapping[str, Any], role: str, own: Mapping[str, Any]) -> dict[str, Any]:
+    shared, mine = OfficialArguments(share, "share_kwargs."), OfficialArguments(own, f"{role}.")
+    fields: dict[str, Any] = {"hidden_size": shared.need("state_dim")}
     fields.update(_common_fields(shared, fields["hidden_size"]))
     fields["num_attention_heads"], fields["head_dim"] = mine.take("num_heads", 6), mine.take("head_dim", 64)
     rate = mine.take("path_drop_prob", 0.0)
@@ -308,10 +362,12 @@ def nac_student_config(share: Mapping[str, Any], role: str, own: Mapping[str, An
         fields["read_in_drop_path_rate"] = rate
     elif role == "mediator":
         fields["drop_path_rate"] = rate
-        fields["share_layernorm"] = mine.section("latent_attention_kwargs").take("share_layernorm", False)
+        attention = mine.section("latent_attention_kwargs")
+        fields["share_layernorm"] = attention.take("share_layernorm", False)
+        attention.end()
     elif role == "readout":
         fields["read_out_drop_path_rate"] = rate
-        fields["num_labels"] = mine.take("output_dim", None)
+        fields["num_labels"] = mine.need("output_dim")
         fields["read_out_residual"] = mine.take("include_residual_in_latent_attention", False)
         tokenizer = mine.take("tokenizer_type", "FirstSlotAsLogits")
         fields.update(_pooling_fields(tokenizer, mine.section("tokenizer_kwargs")))
@@ -320,10 +376,10 @@ def nac_student_config(share: Mapping[str, Any], role: str, own: Mapping[str, An
         raise ConversionError(f"The role of a NAC student is 'readin', 'mediator' or 'readout', not {role!r}.")
     shared.end()
     mine.end()
-    return NACConfig(**{**fields, **overrides})
+    return fields
 
 
-def _tokenizer_fields(arguments: _Arguments, hidden_size: int) -> dict[str, Any]:
+def _tokenizer_fields(arguments: OfficialArguments, hidden_size: int) -> dict[str, Any]:
     num_stages = arguments.take("num_stages", 3)
     preset = arguments.take("capacity_preset", "tiny")
     if preset not in _TOKENIZER_DEPTHS:
@@ -343,7 +399,7 @@ def _tokenizer_fields(arguments: _Arguments, hidden_size: int) -> dict[str, Any]
     }
 
 
-def _pooling_fields(tokenizer: str, arguments: _Arguments) -> dict[str, Any]:
+def _pooling_fields(tokenizer: str, arguments: OfficialArguments) -> dict[str, Any]:
     if tokenizer == "FirstSlotAsLogits":
         arguments.end()
         return {"pooling": "first"}
@@ -358,7 +414,7 @@ def _pooling_fields(tokenizer: str, arguments: _Arguments) -> dict[str, Any]:
     return fields
 
 
-def _head_fields(arguments: _Arguments, pooling: str) -> dict[str, Any]:
+def _head_fields(arguments: OfficialArguments, pooling: str) -> dict[str, Any]:
     has_head = arguments.take("use_head", True)
     if has_head != (pooling == "first"):
         raise ConversionError(
@@ -368,10 +424,10 @@ def _head_fields(arguments: _Arguments, pooling: str) -> dict[str, Any]:
     return {"head_layernorm": arguments.take("pre_output_layernorm", True)}
 
 
-def _common_fields(arguments: _Arguments, hidden_size: int) -> dict[str, Any]:
+def _common_fields(arguments: OfficialArguments, hidden_size: int) -> dict[str, Any]:
     """What full model and students share."""
     fields = {
-        "code_size": arguments.take("code_dim", None),
+        "code_size": arguments.need("code_dim"),
         "layer_scale_init_value": arguments.take("layer_scale_initial_value", 1e-6),
         "use_geglu": arguments.take("use_geglu", False),
         "qkv_bias": arguments.take("qkv_bias_in_attention", True),
@@ -391,17 +447,17 @@ def _common_fields(arguments: _Arguments, hidden_size: int) -> dict[str, Any]:
     return fields
 
 
-def _graph_fields(graph: _Arguments, known: dict[str, Any]) -> dict[str, Any]:
+def _graph_fields(graph: OfficialArguments, known: dict[str, Any]) -> dict[str, Any]:
     rate = graph.take("path_drop_prob", 0.0)
     heads = {"num_attention_heads": graph.take("num_heads", 1), "head_dim": graph.take("head_dim", 64)}
     fields = {
         **_common_fields(graph, known["hidden_size"]),
         **heads,
-        "signature_size": graph.take("signature_dim", None),
-        "num_input_latents": graph.take("num_input_latents", None),
-        "num_mediator_latents": graph.take("num_mediator_latents", None),
-        "num_output_latents": graph.take("num_output_latents", None),
-        "num_hidden_layers": graph.take("num_iterations", None),
+        "signature_size": graph.need("signature_dim"),
+        "num_input_latents": graph.need("num_input_latents"),
+        "num_mediator_latents": graph.need("num_mediator_latents"),
+        "num_output_latents": graph.need("num_output_latents"),
+        "num_hidden_layers": graph.need("num_iterations"),
         "share_propagators": graph.take("share_propagator_weights", True),
         "drop_path_rate": rate,
         "code_noise_scale": graph.take("code_noise_scale", None) or 0.0,
@@ -442,7 +498,7 @@ def _graph_fields(graph: _Arguments, known: dict[str, Any]) -> dict[str, Any]:
     return fields
 
 
-def _prior_fields(latents: _Arguments, num_latents: int) -> dict[str, Any]:
+def _prior_fields(latents: OfficialArguments, num_latents: int) -> dict[str, Any]:
     preset = latents.take("graph_preset", None)
     generator = dict(latents.take("graph_generator_kwargs", None) or {})
     latents.require("init_with_identical_codes", False)
@@ -458,7 +514,7 @@ def _prior_fields(latents: _Arguments, num_latents: int) -> dict[str, Any]:
 
 
 def _read_in_fields(
-    read_in: _Arguments, heads: dict[str, int], rate: float, layer_scale_init_value: float
+    read_in: OfficialArguments, heads: dict[str, int], rate: float, layer_scale_init_value: float
 ) -> dict[str, Any]:
     read_in.require("num_heads", heads["num_attention_heads"])
     read_in.require("head_dim", heads["head_dim"])
@@ -472,7 +528,7 @@ def _read_in_fields(
     return fields
 
 
-def _propagator_fields(propagator: _Arguments) -> dict[str, Any]:
+def _propagator_fields(propagator: OfficialArguments) -> dict[str, Any]:
     attention = propagator.section("latent_attention_kwargs")
     propagator.require("include_residual_in_latent_attention", True)
     attention.require("kernel_type", "DotProductKernel")
@@ -499,7 +555,7 @@ def _propagator_fields(propagator: _Arguments) -> dict[str, Any]:
     return fields
 
 
-def _read_out_fields(read_out: _Arguments, rate: float, pooling: str) -> dict[str, Any]:
+def _read_out_fields(read_out: OfficialArguments, rate: float, pooling: str) -> dict[str, Any]:
     fields = {
         "read_out_residual": read_out.take("include_residual_in_latent_attention", True),
         "read_out_drop_path_rate": read_out.take("path_drop_prob", rate),
@@ -509,4 +565,12 @@ def _read_out_fields(read_out: _Arguments, rate: float, pooling: str) -> dict[st
     return fields
 
 
-__all__ = ["convert_nac", "convert_nac_student", "nac_config", "nac_student_config"]
+__all__ = [
+    "convert_nac",
+    "convert_nac_student",
+    "nac_config",
+    "nac_shapes",
+    "nac_student_config",
+    "nac_student_shapes",
+    "nac_students_config",
+]
