@@ -228,8 +228,8 @@ class TestStudentConfig:
         assert (config.image_size, config.num_labels, config.share_layernorm) == (224, 1000, True)
         assert (config.drop_path_rate, config.read_in_drop_path_rate, config.read_out_drop_path_rate) == (0.1, 0, 0)
         assert config.graph_prior is None
-        for role in ROLES:
-            alone = nac_student_config(SHARE, role, ROLES[role])
+        for role, own in ROLES.items():
+            alone = nac_student_config(SHARE, role, own)
             assert (alone.hidden_size, alone.intermediate_size, alone.num_attention_heads) == (384, 768, 6)
 
     def test_roles_that_no_single_nac_has_are_refused(self) -> None:
