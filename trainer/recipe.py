@@ -85,17 +85,37 @@ class NetworkSpec(_Section):
 
 
 class MetaSpec(_Section):
-    """The meta model [PT]: `depths` defaults to one layer a stage."""
+    """
+    The meta model [PT].
 
-    model: NetworkSpec
+    Args:
+        init (`str`): `"random"`: `model` is trained by the labels, and the teacher can be incubated inside it.
+            `"from_teacher"`: made of the teacher, whose stage boundaries its layers learn; any pretrained ViT will do.
+        model (`NetworkSpec`, *optional*): What to train; `from_teacher` has the teacher's architecture.
+        depths (`list[int]`, *optional*): Layers of each stage. `None`: one.
+        data (`str`): Name of the training set; `from_teacher` does not read its labels.
+        training (`dict`): Training arguments.
+    """
+
+    init: Literal["random", "from_teacher"] = "random"
+    model: NetworkSpec | None = None
     depths: list[int] | None = None
     data: str
     training: Training = Field(default_factory=dict)
 
+    @model_validator(mode="after")
+    def _one_source(self) -> "MetaSpec":
+        if (self.init == "random") == (self.model is None):
+            raise ValueError(
+                "give `model` (what to train), or `init: from_teacher` (the teacher's architecture), and not both"
+            )
+        return self
+
 
 class TeacherSpec(_Section):
     """
-    The teacher: incubated inside the meta model and fine-tuned [MT + FT], or a published one.
+    The teacher: incubated inside the meta model and fine-tuned [MT + FT], or a published one. With
+    `meta.init: from_teacher` there is no meta model to incubate in yet: a `model` is trained by `finetuning` alone.
 
     Args:
         pretrained (`str`, *optional*): Hub id or folder of a trained classifier; beside it only `depths` is read.
@@ -215,6 +235,11 @@ class Recipe(_Section):
                     f"`student.depths` {self.student.depths} makes {num_pairs} stages and `{key}` {depths} makes "
                     f"{len(depths)}; pair i takes stage i of each network"
                 )
+        if self.meta.init == "from_teacher" and self.teacher.incubation:
+            raise ValueError(
+                "`teacher.incubation` needs a meta model to incubate in, but `meta.init` is from_teacher; leave it "
+                "out (`teacher.finetuning` trains the whole teacher), or train a `meta.model`"
+            )
         if self.finetune.keep_stitches and self.student.model.model_type != "vmoe":
             raise ValueError(
                 f"`finetune.keep_stitches` is for a vmoe; a {self.student.model.model_type} has no place for stitches"

@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from m2mkd.data.config import DataConfig
 from m2mkd.data.dataset import ImageDataset
 from m2mkd.data.errors import DataError
@@ -84,6 +86,12 @@ class RunData:
         except DataError as error:
             raise DataError(f"data.{name}: {error}") from error
         return ImageDataset(images, self.config(name).model_copy(update=pixels), train=False)
+
+    def plain_set(self, name: str, most: int) -> ImageDataset:
+        """Up to `most` images of a training set, spread evenly over it, without augmentation."""
+        images = self.images(name)
+        chosen = np.linspace(0, len(images) - 1, min(most, len(images))).round().astype(np.int64)
+        return ImageDataset(images.select(chosen), self.config(name), train=False)
 
     def shares_labels(self, name: str, class_names: Sequence[str]) -> bool:
         """Whether every class of the data set is one of `class_names`."""
