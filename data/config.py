@@ -8,6 +8,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 IMAGEFOLDER_PREFIX = "imagefolder:"
 PackagedSource = Literal["mnist5k", "uci_digits"]
 
+# What `augmentation: imagenet` stands for where a recipe gives no value of its own (official code, all phases).
+IMAGENET_AUGMENTATION = {"color_jitter": 0.4, "random_erasing": 0.25, "mixup": 0.8, "cutmix": 1.0, "repeated": 3}
+
 
 def _list_to_tuple(value: Any) -> Any:
     """YAML has no tuples: take a list for one."""
@@ -38,8 +41,19 @@ class DataConfig(BaseModel):
         mean: mean of each channel (R, G, B), for pixels in [0, 1].
         std: standard deviation of each channel (R, G, B), for pixels in [0, 1].
         resample: filter of every resize.
-        augmentation: `"none"`, `"affine"` (light geometry, for digits) or `"crop_flip"` (random resized crop and
-            horizontal flip, for natural images). Applied to training samples only.
+        center_crop: share of the shorter side that evaluation keeps: the image is resized to `image_size /
+            center_crop` on that side and its centre is cut out. 0.875 is the paper's (256 to 224). `None`: the whole
+            image is resized to a square.
+        augmentation: `"none"`, `"affine"` (light geometry, for digits), `"crop_flip"` (random resized crop and
+            horizontal flip, for natural images) or `"imagenet"`, the paper's: random resized crop of 8 to 100 % of the
+            area, flip, RandAugment (timm's rand-m9-mstd0.5-inc1), and the official values of the five keys below
+            where they are not given. Applied to training samples only, as these are.
+        color_jitter: largest change of brightness, contrast and saturation with `"crop_flip"`. It does nothing with
+            `"imagenet"`, whose RandAugment takes its place (as in timm).
+        random_erasing: chance that a box of an image becomes noise.
+        mixup: parameter of the Beta distribution that blends two images and their labels; 0 is off.
+        cutmix: the same for a box of one image in the other. With both on, each batch takes one or the other.
+        repeated: times that an image comes in an epoch, which keeps its length: it sees so many times fewer images.
 
     Raises:
         pydantic.ValidationError: an unknown key, a value of another type, or a value outside its range.
@@ -59,7 +73,20 @@ class DataConfig(BaseModel):
     mean: Channels = (0.5, 0.5, 0.5)
     std: PositiveChannels = (0.5, 0.5, 0.5)
     resample: Literal["bilinear", "bicubic"] = "bicubic"
-    augmentation: Literal["none", "affine", "crop_flip"] = "none"
+    center_crop: float | None = Field(default=None, gt=0.0, le=1.0)
+    augmentation: Literal["none", "affine", "crop_flip", "imagenet"] = "none"
+    color_jitter: float = Field(default=0.0, ge=0.0, le=1.0)
+    random_erasing: float = Field(default=0.0, ge=0.0, le=1.0)
+    mixup: float = Field(default=0.0, ge=0.0, allow_inf_nan=False)
+    cutmix: float = Field(default=0.0, ge=0.0, allow_inf_nan=False)
+    repeated: int = Field(default=1, ge=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in_preset(cls, values: Any) -> Any:
+        """The official values where `augmentation` is "imagenet" and the recipe gives none."""
+        is_preset = isinstance(values, dict) and values.get("augmentation") == "imagenet"
+        return {**IMAGENET_AUGMENTATION, **values} if is_preset else values
 
     @model_validator(mode="after")
     def _check_source_options(self) -> "DataConfig":
@@ -73,4 +100,8 @@ class DataConfig(BaseModel):
             )
         if self.config_name is not None and (is_folder or self.source in get_args(PackagedSource)):
             raise ValueError(f"config_name={self.config_name!r} is for `datasets` sources, not for {self.source!r}")
+        if self.color_jitter and self.augmentation not in ("crop_flip", "imagenet"):
+            raise ValueError(
+                f"color_jitter={self.color_jitter} goes with augmentation 'crop_flip', not with {self.augmentation!r}"
+            )
         return self

@@ -1,6 +1,6 @@
 """Labelled images as the data set that a Trainer reads."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
@@ -8,34 +8,50 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from m2mkd.data.augmentation import random_affine, random_resized_crop_flip
+from m2mkd.data.augmentation import (
+    IMAGENET_CROP_AREA,
+    color_jitter,
+    random_affine,
+    random_resized_crop_flip,
+)
 from m2mkd.data.config import DataConfig
 from m2mkd.data.labeled_images import LabeledImages
+from m2mkd.data.mixing import mix_batch, random_erasing
 from m2mkd.data.processing import PixelTransform, pil_resample
+from m2mkd.data.rand_augment import rand_augment
 
 
 Augmentation = Callable[[Image.Image, np.random.Generator], Image.Image]
+Sample = dict[str, torch.Tensor | int]
+OF_BATCH = 1  # ends the seed of what is drawn once a batch
 
 
 def _augmentation(config: DataConfig) -> Augmentation | None:
-    if config.augmentation == "affine":
-        return random_affine
-    if config.augmentation == "crop_flip":
-        return partial(_crop_flip, image_size=config.image_size, resample=pil_resample(config))
-    return None
+    augmentations = {"affine": random_affine, "crop_flip": _crop_flip, "imagenet": _imagenet}
+    augment = augmentations.get(config.augmentation)
+    return augment if augment in (None, random_affine) else partial(augment, config=config)
 
 
-def _crop_flip(
-    image: Image.Image, rng: np.random.Generator, image_size: int, resample: Image.Resampling
-) -> Image.Image:
-    return random_resized_crop_flip(image, image_size, resample, rng)
+def _crop_flip(image: Image.Image, rng: np.random.Generator, config: DataConfig) -> Image.Image:
+    image = random_resized_crop_flip(image, config.image_size, pil_resample(config), rng)
+    return color_jitter(image, config.color_jitter, rng) if config.color_jitter else image
 
 
-class ImageDataset(Dataset[dict[str, torch.Tensor | int]]):
+def _imagenet(image: Image.Image, rng: np.random.Generator, config: DataConfig) -> Image.Image:
+    resample = pil_resample(config)
+    image = random_resized_crop_flip(image, config.image_size, resample, rng, IMAGENET_CROP_AREA)
+    return rand_augment(image, resample, tuple(min(255, max(0, round(255 * mean))) for mean in config.mean), rng)
+
+
+class ImageDataset(Dataset[Sample]):
     """Samples `{"pixel_values": float32 (3, image_size, image_size), "labels": int}`.
 
     A training sample is augmented by a pure function of (seed, epoch, index): the order of access, the number of
-    workers and an interrupted run change nothing. An evaluation sample is never augmented.
+    workers and an interrupted run change nothing. An index is a position or, where images are repeated, a pair
+    (position, repeat). An evaluation sample is never augmented.
+
+    Mixup and CutMix happen where a `DataLoader` fetches a whole batch; its samples then have float32 labels
+    (classes,), which sum to 1. They are drawn by the index of the batch's first sample.
 
     Args:
         data: the images and labels.
@@ -54,8 +70,8 @@ class ImageDataset(Dataset[dict[str, torch.Tensor | int]]):
         self.config = config
         self.train = train
         self.seed = seed
-        self._pixels = PixelTransform(config)
         self._augment = _augmentation(config) if train else None
+        self._pixels = PixelTransform(config, is_cropped=train and config.augmentation in ("crop_flip", "imagenet"))
         # Shared memory: persistent workers hold copies of this object, made long before the epoch changes.
         self._epoch = torch.zeros((), dtype=torch.long).share_memory_()
 
@@ -85,19 +101,48 @@ class ImageDataset(Dataset[dict[str, torch.Tensor | int]]):
             raise ValueError(f"epoch={epoch}: it must be at least 0")
         self._epoch.fill_(epoch)
 
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor | int]:
-        """The sample at `index`, which may be negative as in a list.
+    def __getitem__(self, index: int | tuple[int, int]) -> Sample:
+        """The sample at `index`, or at the position and repeat `index`; a position may be negative as in a list.
 
         Raises:
             IndexError: `index` is outside the data set.
             DataError: the image cannot be decoded.
         """
-        position = int(index)
-        if position < 0:
-            position += len(self)
-        if not 0 <= position < len(self):
-            raise IndexError(f"index {index} into {len(self)} samples")
+        position, repeat = self._place(index)
         image = self.data.images[position]
-        if self._augment is not None:
-            image = self._augment(image, np.random.default_rng((self.seed, self.epoch, position)))
-        return {"pixel_values": self._pixels(image), "labels": int(self.data.labels[position])}
+        if not self.train:
+            return {"pixel_values": self._pixels(image), "labels": int(self.data.labels[position])}
+        rng = np.random.default_rng((self.seed, self.epoch, position, *([repeat] if repeat else [])))
+        pixel_values = self._pixels(image if self._augment is None else self._augment(image, rng))
+        if self.config.random_erasing:
+            pixel_values = random_erasing(pixel_values, self.config.random_erasing, rng)
+        return {"pixel_values": pixel_values, "labels": int(self.data.labels[position])}
+
+    def __getitems__(self, indices: Sequence[int | tuple[int, int]]) -> list[Sample]:
+        """The samples of a batch, mixed with each other if the configuration says so. A `DataLoader` calls it.
+
+        Raises:
+            IndexError, DataError: as for a single sample.
+        """
+        samples = [self[index] for index in indices]
+        mixup, cutmix = self.config.mixup, self.config.cutmix
+        if not self.train or not (mixup or cutmix):
+            return samples
+        rng = np.random.default_rng((self.seed, self.epoch, *self._place(indices[0]), OF_BATCH))
+        pixel_values, labels = mix_batch(
+            torch.stack([sample["pixel_values"] for sample in samples]),
+            torch.tensor([sample["labels"] for sample in samples]),
+            len(self.data.class_names),
+            mixup,
+            cutmix,
+            rng,
+        )
+        return [{"pixel_values": image, "labels": label} for image, label in zip(pixel_values, labels, strict=True)]
+
+    def _place(self, index: int | tuple[int, int]) -> tuple[int, int]:
+        """Position and repeat of a sample."""
+        position, repeat = index if isinstance(index, tuple) else (int(index), 0)
+        place = position + len(self) if position < 0 else position
+        if not 0 <= place < len(self):
+            raise IndexError(f"index {position} into {len(self)} samples")
+        return place, repeat

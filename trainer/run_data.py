@@ -80,7 +80,7 @@ class RunData:
             `DataError`: it has a class that the model does not know.
         """
         model = self.config(like)
-        pixels = {field: getattr(model, field) for field in ("image_size", "mean", "std", "resample")}
+        pixels = {field: getattr(model, field) for field in ("image_size", "mean", "std", "resample", "center_crop")}
         try:
             images = self.images(name).relabel(class_names)
         except DataError as error:

@@ -24,6 +24,13 @@ class TestDataConfig:
             {"resample": "nearest"},
             {"augmentation": "mixup"},
             {"imagesize": 28},
+            {"center_crop": 0.0},
+            {"center_crop": 1.1},
+            {"random_erasing": 1.5},
+            {"mixup": -0.1},
+            {"cutmix": float("inf")},
+            {"repeated": 0},
+            {"color_jitter": 0.4},
             {"source": ""},
         ],
     )
@@ -42,3 +49,18 @@ class TestDataConfig:
     def test_frozen(self):
         with pytest.raises(ValidationError):
             DataConfig(source="mnist5k").image_size = 3
+
+
+class TestImagenetAugmentation:
+    def test_official_values(self):
+        config = DataConfig(source="x", augmentation="imagenet")
+        assert (config.mixup, config.cutmix, config.random_erasing, config.repeated) == (0.8, 1.0, 0.25, 3)
+
+    def test_the_recipe_wins(self):
+        config = DataConfig(source="x", augmentation="imagenet", repeated=1, mixup=0.0)
+        assert (config.mixup, config.cutmix, config.repeated) == (0.0, 1.0, 1)
+        assert DataConfig(**config.model_dump()) == config
+
+    def test_others_change_nothing(self):
+        config = DataConfig(source="x", augmentation="crop_flip")
+        assert (config.mixup, config.cutmix, config.random_erasing, config.repeated) == (0.0, 0.0, 0.0, 1)

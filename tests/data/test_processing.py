@@ -8,13 +8,13 @@ from m2mkd.data import DataConfig, build_image_processor
 from m2mkd.data.processing import PixelTransform
 
 
+@pytest.mark.parametrize("center_crop", [None, 0.875])
 @pytest.mark.parametrize("resample", ["bilinear", "bicubic"])
 @pytest.mark.parametrize("size", [(28, 28), (50, 31), (9, 40)])
 class TestParity:
-    def test_bit_equal_to_the_saved_processor(self, tmp_path, resample, size):
-        config = DataConfig(
-            source="x", image_size=28, resample=resample, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)
-        )
+    def test_bit_equal_to_the_saved_processor(self, tmp_path, resample, size, center_crop):
+        normalization = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+        config = DataConfig(source="x", image_size=28, resample=resample, center_crop=center_crop, **normalization)
         build_image_processor(config).save_pretrained(tmp_path)
         processor = AutoImageProcessor.from_pretrained(tmp_path)
         array = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
@@ -38,3 +38,9 @@ class TestBuildImageProcessor:
         grey = Image.new("L", (5, 5), 100)
         values = build_image_processor(config)(grey, return_tensors="pt")["pixel_values"][0]
         assert torch.equal(values, PixelTransform(config)(grey.convert("RGB")))
+
+    @pytest.mark.parametrize(("image_size", "short"), [(224, 256), (64, 73)])
+    def test_sizes_of_the_paper(self, image_size, short):
+        saved = build_image_processor(DataConfig(source="x", image_size=image_size, center_crop=0.875)).to_dict()
+        assert saved["size"] == {"shortest_edge": short}
+        assert saved["crop_size"] == {"height": image_size, "width": image_size} and saved["do_center_crop"]
