@@ -136,23 +136,24 @@ class _Hybrids(nn.Module):
 
 def judge_hybrids(measured: Hybrids) -> tuple[list[str], list[str]]:
     """
-    Which hybrids are too poor to be distilled from. Chance cannot be told apart from less than two standard errors.
+    Which hybrids are too poor to be distilled from. An accuracy is known to two standard errors.
 
     Args:
         measured (`dict`): From [`hybrid_accuracies`].
 
     Returns:
         `list[str]`, `list[str]`: Indices of the hybrids that are noise (less than a tenth of the way from chance to
-        the teacher's own accuracy) and of those that are weak (less than half of it). None of either if the teacher
-        itself is no better than chance.
+        the teacher's own accuracy, measured on enough images to tell that from half the way) and of the others that
+        are weak (less than half the way). None of either if the teacher itself is no better than chance.
     """
     chance, own = measured["chance"], measured["teacher"]
-    error = math.sqrt(chance * (1 - chance) / measured["n"])
-    if own <= chance + 2 * error:
+    error = 2 * math.sqrt(chance * (1 - chance) / measured["n"])
+    if own <= chance + error:
         return [], []
     way = {index: (accuracy - chance) / (own - chance) for index, accuracy in measured["hybrids"].items()}
-    noise = [index for index, share in way.items() if share < NOISE]
-    return noise, [index for index, share in way.items() if NOISE <= share < WEAK]
+    weak = [index for index, share in way.items() if share < WEAK]
+    noise = [index for index in weak if way[index] < NOISE and way[index] + error / (own - chance) < WEAK]
+    return noise, [index for index in weak if index not in noise]
 
 
 def hybrids_sentence(measured: Hybrids) -> str:

@@ -252,7 +252,8 @@ class Recipe(_Section):
 
 def load_recipe(path: str | Path | None = None, overrides: dict[str, Any] | None = None) -> Recipe:
     """
-    Read a recipe.
+    Read a recipe. Its key `extends` names another recipe, relative to its own folder, whose values it takes over but
+    for those that it gives itself: sections are merged key by key, anything else is replaced.
 
     Args:
         path (`str` or `Path`, *optional*): A YAML file. `None`: the embedded default.
@@ -263,6 +264,14 @@ def load_recipe(path: str | Path | None = None, overrides: dict[str, Any] | None
         `RecipeError`: a file that is no YAML mapping, an unknown key, a wrong type or value.
     """
     source = Path(path) if path is not None else resources.files("m2mkd.trainer") / "default.yaml"
+    content = _read(source, [])
+    for key, value in (overrides or {}).items():
+        _set(content, key, value)
+    return parse_recipe(content, str(source))
+
+
+def _read(source: Any, extended: list[str]) -> dict[str, Any]:
+    """The content of a recipe, with what it extends; `extended` are those that extend it."""
     if not source.is_file():
         raise RecipeError(f"There is no recipe {source}. Recipes are YAML files; the repository's are in recipes/.")
     try:
@@ -271,9 +280,22 @@ def load_recipe(path: str | Path | None = None, overrides: dict[str, Any] | None
         raise RecipeError(f"{source} is no YAML file: {error}") from error
     if not isinstance(content, dict):
         raise RecipeError(f"{source} holds no mapping of keys to values.")
-    for key, value in (overrides or {}).items():
-        _set(content, key, value)
-    return parse_recipe(content, str(source))
+    base = content.pop("extends", None)
+    if base is None:
+        return content
+    if not isinstance(base, str):
+        raise RecipeError(f"{source}: `extends` is {base!r}; give the path of one recipe.")
+    if str(source) in extended:
+        raise RecipeError(f"{source} extends itself, by way of {extended}.")
+    return _merged(_read(source.parent / base, [*extended, str(source)]), content)
+
+
+def _merged(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in own.items():
+        both = isinstance(value, dict) and isinstance(base.get(key), dict)
+        merged[key] = _merged(base[key], value) if both else value
+    return merged
 
 
 def parse_recipe(content: dict[str, Any], source: str) -> Recipe:

@@ -103,13 +103,20 @@ class TestHybridAccuracies:
 
 
 @pytest.mark.parametrize(
-    "accuracy, teacher, noise, weak",
-    [(0.1, 0.9, ["1"], []), (0.4, 0.9, [], ["1"]), (0.8, 0.9, [], []), (0.1, 0.11, [], [])],
+    "accuracy, teacher, n, noise, weak",
+    [
+        (0.1, 0.9, 1000, ["1"], []),
+        (0.4, 0.9, 1000, [], ["1"]),
+        (0.8, 0.9, 1000, [], []),
+        (0.1, 0.11, 1000, [], []),
+        # too few images to be sure
+        (0.1, 0.5, 10, [], ["1"]),
+    ],
 )
 def test_hybrids_are_judged_between_chance_and_the_teachers_own(
-    accuracy: float, teacher: float, noise: list[str], weak: list[str]
+    accuracy: float, teacher: float, n: int, noise: list[str], weak: list[str]
 ) -> None:
-    measured = {"hybrids": {"1": accuracy}, "teacher": teacher, "chance": 0.1, "n": 1000}
+    measured = {"hybrids": {"1": accuracy}, "teacher": teacher, "chance": 0.1, "n": n}
     assert judge_hybrids(measured) == (noise, weak)
 
 
@@ -127,13 +134,14 @@ def from_teacher_content(folder: Path, **changes: Any) -> dict[str, Any]:
     return {**content, **own, **changes}
 
 
-class TestRecipe:
-    @pytest.fixture(scope="class")
-    def finished(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
-        folder = tmp_path_factory.mktemp("aligned")
-        runner.run(parse_recipe(from_teacher_content(folder), "from_teacher"))
-        return folder
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("aligned")
+    runner.run(parse_recipe(from_teacher_content(folder), "from_teacher"))
+    return folder
 
+
+class TestRecipe:
     def test_the_report_has_the_hybrids_before_and_after(
         self, finished: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:

@@ -1,0 +1,166 @@
+"""The plan counts on the meta device what a run counts on real networks."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from tiny_run import recipe_content
+from torch import nn
+from transformers import Trainer
+
+from m2mkd.data.errors import DataError
+from m2mkd.modeling.stages import StageError
+from m2mkd.trainer import runner
+from m2mkd.trainer.plan import Plan, make_plan, measure_throughput, print_plan
+from m2mkd.trainer.recipe import Recipe, parse_recipe
+
+
+NAC = {
+    "hidden_size": 8,
+    "code_size": 6,
+    "signature_size": 6,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 8,
+    "tokenizer_depths": [1],
+    "tokenizer_hidden_sizes": [4],
+    "position_embedding_size": 4,
+    "num_input_latents": 3,
+    "num_mediator_latents": 6,
+    "num_output_latents": 2,
+    "graph_prior": "ring_of_cliques",
+    "graph_prior_kwargs": {"num_cliques": 2, "clique_size": 3},
+}
+
+
+def content(folder: Path, **changes: Any) -> dict[str, Any]:
+    """The tiny recipe, one epoch a phase."""
+    own = recipe_content(folder)
+    own["training"]["num_train_epochs"] = 1
+    return {**own, **changes}
+
+
+def nac_content(folder: Path) -> dict[str, Any]:
+    own = content(folder)
+    own["student"] = {"model": {"model_type": "nac", "config": NAC}, "depths": [1, 1, 1]}
+    own["teacher"]["depths"] = [1, 1, 1]
+    own["meta"]["model"]["config"]["num_hidden_layers"] = 3
+    return own
+
+
+def aligned_content(folder: Path) -> dict[str, Any]:
+    own = content(folder)
+    own["meta"] = {"init": "from_teacher", "data": "train"}
+    return own
+
+
+def planned(plan: Plan) -> dict[str, float]:
+    return {phase.name: phase.flops for phase in plan.phases}
+
+
+def counted(run: Path) -> dict[str, float]:
+    """`train_flops` of a run by the names of the plan."""
+    report = json.loads((run / "report.json").read_text())
+    teacher, m2mkd = report["teacher"]["phases"], report["arms"]["m2mkd"]["phases"]
+    found = {"meta": report["meta"]["train_flops"], "pairs": m2mkd["distill"]["train_flops"]}
+    names = {
+        "incubation": "teacher: incubation",
+        "finetuning": "teacher: fine-tuning" if len(teacher) > 1 else "teacher",
+    }
+    found |= {names[name]: phase["train_flops"] for name, phase in teacher.items()}
+    found |= {f"arm {arm}": report["arms"][arm]["train_flops"] for arm in ("e2e", "kd")}
+    return {**found, "arm m2mkd": m2mkd["finetune"]["train_flops"]}
+
+
+@pytest.mark.parametrize("make", [content, nac_content, aligned_content], ids=["vmoe", "nac", "from_teacher"])
+def test_flops_of_every_phase_are_those_that_torch_counts_in_the_run(tmp_path: Path, make: Any) -> None:
+    recipe = parse_recipe(make(tmp_path), "tiny")
+    plan = make_plan(recipe)
+    runner.run(recipe)
+    found, expected = planned(plan), counted(tmp_path / "run")
+    assert expected.keys() == {name for name in found if not name.startswith("pair ")}
+    for name, flops in expected.items():
+        assert found[name] == pytest.approx(flops, rel=0.02), name
+    # a pair alone repeats the prefix
+    alone = sum(flops for name, flops in found.items() if name.startswith("pair "))
+    assert alone >= found["pairs"]
+    assert plan.totals["m2mkd"] == pytest.approx(expected["pairs"] + expected["arm m2mkd"], rel=0.02)
+
+
+class TestMakePlan:
+    @pytest.fixture
+    def recipe(self, tmp_path: Path) -> Recipe:
+        return parse_recipe(content(tmp_path), "tiny")
+
+    def test_nothing_is_trained_and_nothing_is_on_a_device(
+        self, recipe: Recipe, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        def forbidden(*args: Any, **kwargs: Any) -> None:
+            raise AssertionError("a plan trains nothing")
+
+        monkeypatch.setattr(Trainer, "train", forbidden)
+        devices = set()
+        forward = nn.Linear.forward
+
+        def linear(self: nn.Linear, *args: Any) -> Any:
+            devices.add(self.weight.device.type)
+            return forward(self, *args)
+
+        monkeypatch.setattr(nn.Linear, "forward", linear)
+        make_plan(recipe)
+        assert devices == {"meta"} and not (tmp_path / "run").exists()
+
+    def test_parameters_steps_and_batches(self, recipe: Recipe) -> None:
+        phases = {phase.name: phase for phase in make_plan(recipe, gpus=2).phases}
+        assert list(phases) == [
+            *("meta", "teacher: incubation", "teacher: fine-tuning"),
+            *("pair 0", "pair 1", "pairs", "arm e2e", "arm kd", "arm m2mkd"),
+        ]
+        # 24 images in batches of 6 on 2 devices
+        assert (phases["pairs"].images, phases["pairs"].batch, phases["pairs"].steps) == (24, 12, 2)
+        assert (phases["arm e2e"].images, phases["arm e2e"].steps) == (12, 1)
+        assert phases["pairs"].parameters == phases["pair 0"].parameters + phases["pair 1"].parameters
+        assert phases["arm e2e"].frozen == 0
+        assert phases["arm kd"].frozen == phases["teacher: fine-tuning"].parameters
+        # the meta model and the teacher's two stages
+        assert phases["pairs"].frozen == phases["meta"].parameters + phases["teacher: fine-tuning"].parameters
+        assert all(phase.memory >= 16 * phase.parameters for phase in phases.values())
+
+    def test_published_sets_need_no_data(self, tmp_path: Path) -> None:
+        own = content(tmp_path)
+        for name in ("train", "labelled"):
+            own["data"][name] = {"source": "imagenet-1k", "split": "train", "image_size": 8}
+        own["data"]["labelled"]["samples_per_class"] = 13
+        phases = {phase.name: phase for phase in make_plan(parse_recipe(own, "published")).phases}
+        assert phases["meta"].images == 1_281_167 and phases["arm e2e"].images == 13_000
+
+    def test_max_steps_is_what_is_planned(self, tmp_path: Path) -> None:
+        own = content(tmp_path)
+        own["training"]["max_steps"] = 3
+        assert {phase.steps for phase in make_plan(parse_recipe(own, "steps")).phases} == {3}
+
+    def test_a_set_that_is_not_there_cannot_be_counted(self, tmp_path: Path) -> None:
+        own = content(tmp_path)
+        own["data"]["train"]["source"] = "imagefolder:/nowhere"
+        with pytest.raises(DataError, match="data.train: .*/nowhere"):
+            make_plan(parse_recipe(own, "nowhere"))
+
+    def test_networks_that_do_not_fit_are_found_without_training(self, tmp_path: Path) -> None:
+        own = content(tmp_path)
+        own["teacher"]["model"]["config"]["hidden_size"] = 16
+        with pytest.raises(StageError, match="The teacher is 16 wide and the meta model 12"):
+            make_plan(parse_recipe(own, "widths"))
+
+    def test_it_is_printed_with_hours_against_e2e(self, recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
+        plan = make_plan(recipe, gpus=8)
+        print_plan(plan, 150.0, "stated", Console(width=200))
+        printed = capsys.readouterr().out
+        assert "Plan of tiny on 8 GPUs" in printed and "at 150 TFLOP/s a GPU (stated)" in printed
+        for word in ("pair 0", "teacher: incubation", "m2mkd, meta model and teacher included", "1.00"):
+            assert word in printed
+
+
+def test_throughput_is_measured_on_this_machine() -> None:
+    assert measure_throughput(seconds=0.1) > 1e-4

@@ -1,0 +1,426 @@
+"""What a recipe would cost: parameters, FLOPs, memory and steps of every phase, without data, GPUs or training."""
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel, ViTConfig
+
+from m2mkd.modeling.frozen_networks import FrozenNetworks
+from m2mkd.modeling.meta_from_teacher import meta_from_teacher
+from m2mkd.modeling.stages import StageError, check_stitchable, count_layers, split_into_stages
+from m2mkd.modeling.stitched_student import StitchedStudent
+from m2mkd.trainer.flops import count_parameters
+from m2mkd.trainer.networks import build_config
+from m2mkd.trainer.recipe import NetworkSpec, Recipe, Training
+from m2mkd.trainer.run_data import RunData
+
+
+# TFLOP/s of one GPU in training, where none is stated: about a third of what an A100 can do in bfloat16.
+THROUGHPUT = 100.0
+# Images of the pass that is counted: a batch of one would hide what grows with it.
+COUNTED_IMAGES = 2
+# float32 weights, gradients and the two moments of AdamW
+BYTES_A_TRAINED_PARAMETER = 16
+# transformers' defaults
+_DEFAULTS = {
+    "num_train_epochs": 3,
+    "max_steps": -1,
+    "per_device_train_batch_size": 8,
+    "gradient_accumulation_steps": 1,
+    "bf16": False,
+    "fp16": False,
+}
+# Training images and classes of published sets, by name and split; other sets are counted where they are.
+KNOWN_SIZES = {
+    ("imagenet-1k", "train"): (1_281_167, 1000),
+    ("tiny-imagenet", "train"): (100_000, 200),
+    ("cifar10", "train"): (50_000, 10),
+    ("cifar100", "train"): (50_000, 100),
+    ("cub-200", "train"): (5_994, 200),
+}
+COLUMNS = ("Phase", "Trained", "Frozen", "Images", "Epochs", "Batch", "Steps", "GFLOPs/image", "EFLOPs", "GiB/GPU")
+
+
+@dataclass(frozen=True)
+class PhasePlan:
+    """
+    One phase.
+
+    Args:
+        name (`str`)
+        parameters (`int`): Trained ones, stitches included.
+        frozen (`int`): Parameters of what the images pass through untrained.
+        images (`int`): In an epoch.
+        epochs (`float`)
+        batch (`int`): Images of a step, over all GPUs and accumulation steps.
+        flops_per_image (`float`): Forward and backward, multiplications and additions apart.
+        memory (`float`): Bytes on each GPU: weights, gradients, AdamW's moments, and the activations of one device
+            batch without attention maps, which fused attention does not keep.
+    """
+
+    name: str
+    parameters: int
+    frozen: int
+    images: int
+    epochs: float
+    batch: int
+    flops_per_image: float
+    memory: float
+
+    @property
+    def steps(self) -> int:
+        """Updates of the weights."""
+        return math.ceil(math.ceil(self.images / self.batch) * self.epochs)
+
+    @property
+    def flops(self) -> float:
+        """Of the whole phase."""
+        return self.flops_per_image * self.images * self.epochs
+
+
+@dataclass(frozen=True)
+class Plan:
+    """
+    A recipe's phases in the order in which they run, and what each arm adds up to.
+
+    Args:
+        name (`str`): The recipe's.
+        phases (`list[PhasePlan]`): `pair 0`, `pair 1`, … are each alone in a process of its own; `pairs` are those
+            that the recipe trains together.
+        totals (`dict[str, float]`): FLOPs by arm, and of what the arms need beforehand.
+        gpus (`int`): That the steps and the memory are for.
+    """
+
+    name: str
+    phases: list[PhasePlan]
+    totals: dict[str, float]
+    gpus: int
+
+
+def make_plan(recipe: Recipe, gpus: int = 1) -> Plan:
+    """
+    Plan a recipe. Its networks are built on the meta device, without memory for their weights.
+
+    Args:
+        recipe (`Recipe`)
+        gpus (`int`, *optional*, defaults to 1): Devices that share each phase.
+
+    Raises:
+        `RecipeError` or `StageError`: the networks do not fit the recipe's depths or each other.
+        `DataError`: the images of a set can be counted only where they are, and they are not there.
+    """
+    return _Planner(recipe, gpus).plan()
+
+
+class _Planner:
+    def __init__(self, recipe: Recipe, gpus: int):
+        self.recipe, self.gpus, self.data = recipe, gpus, RunData(recipe)
+        self.depths = recipe.student.depths
+        self.meta_depths = recipe.meta.depths or [1] * len(self.depths)
+        self.teacher = self._teacher()
+        aligned = recipe.meta.init == "from_teacher"
+        self.meta = (
+            meta_from_teacher(self.teacher, recipe.teacher.depths, self.meta_depths)
+            if aligned
+            else self._network(recipe.meta.model, recipe.meta.data)
+        )
+
+    def plan(self) -> Plan:
+        recipe = self.recipe
+        beforehand = [*self._meta(), *self._trained_teacher()]
+        if recipe.meta.init == "from_teacher":
+            beforehand.reverse()
+        pairs, arms = self._pairs() if "m2mkd" in recipe.arms else [], self._arms()
+        flops = {phase.name: phase.flops for phase in [*beforehand, *pairs, *arms]}
+        trained = sum(phase.flops for phase in beforehand)
+        teacher = sum(phase.flops for phase in beforehand if recipe.meta.init == "random" or phase.name != "meta")
+        totals = {arm: flops[f"arm {arm}"] for arm in ("e2e", "kd") if arm in recipe.arms}
+        if "m2mkd" in recipe.arms:
+            totals["m2mkd"] = flops["pairs"] + flops["arm m2mkd"]
+        if trained:
+            names = {
+                "kd": ("kd, teacher included", teacher),
+                "m2mkd": ("m2mkd, meta model and teacher included", trained),
+            }
+            totals |= {name: totals[arm] + extra for arm, (name, extra) in names.items() if arm in totals and extra}
+        return Plan(recipe.name, [*beforehand, *pairs, *arms], totals, self.gpus)
+
+    # ---- Networks and data ----
+
+    def _size(self, name: str) -> tuple[int, list[str]]:
+        """Images of an epoch of a training set, and the names of its classes."""
+        config = self.data.config(name)
+        known = KNOWN_SIZES.get((config.source.partition(":")[0], config.split))
+        if known is None:
+            return len(self.data.images(name)), self.data.class_names(name)
+        images, num_classes = known
+        if config.samples_per_class is not None:
+            images = config.samples_per_class * num_classes
+        return images, [f"class {index}" for index in range(num_classes)]
+
+    def _network(self, spec: NetworkSpec, data: str) -> PreTrainedModel:
+        return _on_meta(build_config(spec, self.data.config(data), self._size(data)[1]))
+
+    def _teacher(self) -> PreTrainedModel:
+        spec = self.recipe.teacher
+        if spec.model is not None:
+            return self._network(spec.model, spec.data)
+        try:
+            config = AutoConfig.from_pretrained(spec.pretrained)
+        except Exception as error:
+            raise StageError(f"The configuration of {spec.pretrained} cannot be loaded: {error}") from error
+        config.image_size = self.data.config(self.recipe.distill.data).image_size
+        return _on_meta(config)
+
+    # ---- Phases ----
+
+    def _meta(self) -> list[PhasePlan]:
+        spec = self.recipe.meta
+        if not {"m2mkd", "kd"} & set(self.recipe.arms):
+            return []
+        if spec.init == "random":
+            return [self._phase("meta", spec.data, spec.training, self.meta)]
+        if "m2mkd" not in self.recipe.arms:
+            return []
+        cut = {"depths": self.meta_depths, "meta": self.teacher, "meta_depths": self.recipe.teacher.depths}
+        return [self._phase("meta", spec.data, spec.training, self.meta, **cut, stitch="none", aligns=True)]
+
+    def _trained_teacher(self) -> list[PhasePlan]:
+        spec = self.recipe.teacher
+        if spec.model is None or not {"m2mkd", "kd"} & set(self.recipe.arms):
+            return []
+        if self.recipe.meta.init == "from_teacher":
+            return [self._phase("teacher", spec.data, spec.finetuning, self.teacher)]
+        cut = {"depths": spec.depths, "meta": self.meta, "meta_depths": self.meta_depths, "stitch": "none"}
+        return [
+            self._phase("teacher: incubation", spec.data, spec.incubation, self.teacher, **cut),
+            self._phase("teacher: fine-tuning", spec.data, spec.finetuning, self.teacher),
+        ]
+
+    def _pairs(self) -> list[PhasePlan]:
+        spec, indices = self.recipe.distill, range(len(self.depths))
+        student = self._network(self.recipe.student.model, spec.data)
+        check_stitchable(student.config, self.teacher.config, self.meta.config)
+        cut = {"depths": self.depths, "meta": self.meta, "meta_depths": self.meta_depths}
+        if spec.training.get("alpha", 1) > 0:
+            cut |= {"teacher": self.teacher, "teacher_depths": self.recipe.teacher.depths}
+        options = {
+            name: spec.training[name] for name in ("stitch", "nac_codes", "read_in_latents") if name in spec.training
+        }
+        ways = [(f"pair {index}", [index]) for index in indices] + [("pairs", list(indices))]
+        return [
+            self._phase(name, spec.data, spec.training, student, indices=chosen, **cut, **options)
+            for name, chosen in ways
+        ]
+
+    def _arms(self) -> list[PhasePlan]:
+        spec = self.recipe.finetune
+        student = self._network(self.recipe.student.model, spec.data)
+        arms = []
+        for arm in self.recipe.arms:
+            own = {"teacher": self.teacher} if arm == "kd" else {}
+            training = {**spec.training, **(self.recipe.kd.training if arm == "kd" else {})}
+            arms.append(self._phase(f"arm {arm}", spec.data, training, student, **own))
+        return arms
+
+    def _phase(
+        self,
+        name: str,
+        data: str,
+        training: Training,
+        student: PreTrainedModel,
+        depths: Sequence[int] | None = None,
+        indices: Sequence[int] | None = None,
+        meta: PreTrainedModel | None = None,
+        meta_depths: Sequence[int] = (),
+        teacher: PreTrainedModel | None = None,
+        teacher_depths: Sequence[int] | None = None,
+        stitch: str | None = None,
+        aligns: bool = False,
+        **options: Any,
+    ) -> PhasePlan:
+        """The networks put together as `M2MKDTrainer` does, and one step of them counted."""
+        training = {**_DEFAULTS, **self.recipe.training, **training}
+        stages = split_into_stages(student, depths or [count_layers(student)])
+        indices = range(len(stages)) if indices is None else indices
+        meta_stages = split_into_stages(meta, meta_depths) if meta is not None else []
+        cut = split_into_stages(teacher, teacher_depths or [count_layers(teacher)]) if teacher is not None else []
+        width = (meta or teacher or student).config.hidden_size
+        with torch.device("meta"):
+            chosen, stitch = [stages[index] for index in indices], stitch if len(stages) > 1 else "none"
+            stitched = StitchedStudent(student, chosen, width, stitch, **options)
+        frozen = FrozenNetworks(meta_stages, {index: cut[index] for index in indices if cut})
+        stitched.requires_grad_(not aligns)
+        for stage in chosen if aligns else ():
+            nn.ModuleList(stage.layers).requires_grad_(True)
+        for network in (student, meta, teacher):
+            if network is not None:
+                # what the counter knows; fused attention and grouped products are the same mathematics
+                network.set_attn_implementation("eager")
+                network.config._experts_implementation = "batched_mm"
+        flops, activations = _count_step(stitched, frozen, indices, self.data.config(data).image_size, aligns)
+        half = training["bf16"] or training["fp16"]
+        parameters = sum(parameter.numel() for parameter in stitched.parameters() if parameter.requires_grad)
+        device_batch = training["per_device_train_batch_size"]
+        images, _ = self._size(data)
+        batch = device_batch * training["gradient_accumulation_steps"] * self.gpus
+        epochs = training["num_train_epochs"]
+        if training["max_steps"] > 0:
+            epochs = training["max_steps"] / math.ceil(images / batch)
+        return PhasePlan(
+            name,
+            parameters,
+            count_parameters(frozen),
+            images,
+            epochs,
+            batch,
+            flops,
+            parameters * BYTES_A_TRAINED_PARAMETER
+            + count_parameters(frozen) * (2 if half else 4)
+            + activations * device_batch / (2 if half else 1),
+        )
+
+
+def _on_meta(config: PreTrainedConfig) -> PreTrainedModel:
+    with torch.device("meta"):
+        return AutoModelForImageClassification.from_config(config)
+
+
+def _count_step(
+    stitched: StitchedStudent, frozen: FrozenNetworks, indices: Sequence[int], image_size: int, aligns: bool
+) -> tuple[float, float]:
+    """FLOPs of an image, forward and backward, and bytes that float32 activations of an image take in between."""
+    saved = _SavedActivations({*stitched.parameters(), *frozen.parameters()})
+    pixel_values = torch.empty(COUNTED_IMAGES, 3, image_size, image_size, device="meta")
+    stitched.train()
+    with FlopCounterMode(display=False) as counter, saved:
+        inputs = frozen.prefix(pixel_values, indices)
+        outputs = stitched(inputs)
+        if aligns:
+            frozen.meta[-1](inputs[max(indices)])
+            ends = [hidden_states for hidden_states, _ in outputs.values()]
+        else:
+            frozen.teacher_logits(inputs)
+            ends = [frozen.suffix(hidden_states, index) for index, (hidden_states, _) in outputs.items()]
+        torch.stack([end.sum() for end in ends]).sum().backward()
+    stitched.zero_grad(set_to_none=True)
+    return counter.get_total_flops() / COUNTED_IMAGES, saved.nbytes / COUNTED_IMAGES
+
+
+class _SavedActivations(torch.autograd.graph.saved_tensors_hooks):
+    """Bytes of what autograd keeps for the backward pass, without parameters and what fused kernels do not keep."""
+
+    def __init__(self, parameters: set[torch.Tensor]):
+        self._parameters = {parameter.untyped_storage()._cdata for parameter in parameters}
+        # a product with the experts' weights gathered for each token keeps them; grouped products do not
+        self._gathered = {tuple(parameter.shape[1:]) for parameter in parameters if parameter.ndim == 3}
+        self._gathered |= {shape[::-1] for shape in self._gathered}
+        # kept alive, so that no storage takes the place of another
+        self._kept: dict[int, torch.Tensor] = {}
+        super().__init__(self._keep, lambda tensor: tensor)
+
+    def _keep(self, tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()._cdata
+        is_map = tensor.ndim >= 3 and tensor.shape[-1] == tensor.shape[-2]
+        is_gathered = tensor.ndim == 3 and tuple(tensor.shape[1:]) in self._gathered
+        if storage not in self._parameters and not is_map and not is_gathered:
+            self._kept[storage] = tensor
+        return tensor
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.untyped_storage().nbytes() for tensor in self._kept.values())
+
+
+# ---- Throughput ----
+
+
+def measure_throughput(seconds: float = 3.0) -> float:
+    """
+    TFLOP/s of this machine's device in training: the embeddings and four layers of ViT-Base, forward and backward,
+    in bfloat16 on an accelerator.
+
+    Args:
+        seconds (`float`): How long to measure, after a first step.
+    """
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    device = accelerator or torch.device("cpu")
+    batch = 64 if accelerator else 2
+    model = AutoModelForImageClassification.from_config(ViTConfig(num_hidden_layers=4)).to(device)
+    pixel_values = torch.randn(batch, 3, 224, 224, device=device)
+
+    def step() -> None:
+        with torch.autocast(device.type, torch.bfloat16, enabled=accelerator is not None):
+            model(pixel_values).logits.sum().backward()
+        if accelerator is not None:
+            torch.accelerator.synchronize()
+
+    model.set_attn_implementation("eager")
+    with FlopCounterMode(display=False) as counter:
+        step()
+    model.set_attn_implementation("sdpa")
+    step()
+    steps, start = 0, time.perf_counter()
+    while time.perf_counter() - start < seconds:
+        step()
+        steps += 1
+    return counter.get_total_flops() * steps / (time.perf_counter() - start) / 1e12
+
+
+# ---- Showing it ----
+
+
+def print_plan(plan: Plan, throughput: float, how: str, console: Console | None = None) -> None:
+    """
+    Print the phases, and what each arm costs.
+
+    Args:
+        plan (`Plan`)
+        throughput (`float`): TFLOP/s of one GPU in training.
+        how (`str`): Where that number comes from, e.g. `"stated"`.
+        console (`Console`, *optional*): Defaults to the terminal.
+    """
+    console = console or Console(width=None if Console().is_terminal else 140)
+    gpus = f"{plan.gpus} GPU{'s' * (plan.gpus > 1)}"
+    phases = Table(title=f"Plan of {plan.name} on {gpus}", caption=_CAPTION, caption_justify="left")
+    for column in COLUMNS:
+        phases.add_column(column, justify="left" if column == "Phase" else "right", no_wrap=True)
+    for phase in plan.phases:
+        phases.add_row(*_row(phase))
+    console.print(phases)
+    title = f"In all, at {throughput:g} TFLOP/s a GPU ({how})"
+    totals = Table(title=title, caption=_TOTALS_CAPTION, caption_justify="left")
+    for column in ("Arm", "EFLOPs", "GPU-hours", f"Hours on {gpus}", "times e2e"):
+        totals.add_column(column, justify="left" if column == "Arm" else "right")
+    for name, flops in plan.totals.items():
+        hours = flops / (throughput * 1e12) / 3600
+        ratio = f"{flops / plan.totals['e2e']:.2f}" if "e2e" in plan.totals else "–"
+        totals.add_row(name, _number(flops / 1e18), _number(hours), _number(hours / plan.gpus), ratio)
+    console.print(totals)
+
+
+_CAPTION = (
+    "Trained and frozen: parameters. Each pair is planned alone, in a process of its own; `pairs` trains all of them "
+    "in one, with one pass through the meta model. GiB/GPU: weights, gradients, AdamW and the activations of one "
+    "device batch; fused attention and grouped experts are assumed."
+)
+_TOTALS_CAPTION = "FLOPs of forward and backward passes in training; evaluation, data and communication come on top."
+
+
+def _row(phase: PhasePlan) -> list[str]:
+    millions = [f"{number / 1e6:,.1f} M" for number in (phase.parameters, phase.frozen)]
+    counts = [f"{phase.images:,}", f"{phase.epochs:,.4g}", f"{phase.batch:,}", f"{phase.steps:,}"]
+    work = [f"{phase.flops_per_image / 1e9:,.4g}", _number(phase.flops / 1e18), _number(phase.memory / 2**30)]
+    return [phase.name, *millions, *counts, *work]
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
