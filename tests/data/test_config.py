@@ -25,6 +25,7 @@ class TestDataConfig:
             {"augmentation": "mixup"},
             {"imagesize": 28},
             {"center_crop": 0.0},
+            {"max_corrupt_share": 1.0},
             {"center_crop": 1.1},
             {"random_erasing": 1.5},
             {"mixup": -0.1},
@@ -45,6 +46,12 @@ class TestDataConfig:
             DataConfig(source="uci_digits", config_name="full")
         with pytest.raises(ValidationError, match="has no path"):
             DataConfig(source="imagefolder:")
+        with pytest.raises(ValidationError, match="has no path: write cifar10:PATH"):
+            DataConfig(source="cifar10:")
+        with pytest.raises(ValidationError, match="before a colon stands imagefolder or one of imagenet-1k, "):
+            DataConfig(source="tinyimagenet:x")
+        with pytest.raises(ValidationError, match="partial is for local copies"):
+            DataConfig(source="cifar10", partial=True)
 
     def test_frozen(self):
         with pytest.raises(ValidationError):
