@@ -23,6 +23,9 @@ _OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
 def run_command(
     context: typer.Context,
     plan: Annotated[bool, typer.Option("--plan", help="Print what it would cost, and train nothing.")] = False,
+    miniature: Annotated[
+        bool, typer.Option("--miniature", help="The same phases on tiny networks and a few generated images.")
+    ] = False,
     throughput: Annotated[str, typer.Option(help="TFLOP/s of a GPU for --plan, or 'measured' on this machine.")] = "",
     gpus: Annotated[int | None, typer.Option(help="GPUs for --plan; by default the processes started.")] = None,
 ) -> None:
@@ -36,6 +39,8 @@ def run_command(
     Several processes: accelerate launch train.py RECIPE.yaml, or torchrun --nproc_per_node N train.py RECIPE.yaml.
 
     What it would cost, without data or GPUs: train.py RECIPE.yaml --plan --gpus 8 --throughput 150.
+
+    Whether it runs, in seconds: train.py RECIPE.yaml --miniature.
     """
 
     def work() -> None:
@@ -45,6 +50,10 @@ def run_command(
         has_recipe = bool(context.args) and not context.args[0].startswith("--")
         path, options = (context.args[0], context.args[1:]) if has_recipe else (None, context.args)
         recipe = load_recipe(path, _overrides(options))
+        if miniature:
+            from m2mkd.trainer.miniature import make_miniature
+
+            recipe = make_miniature(recipe)
         if plan:
             _print_plan(recipe, throughput, gpus)
             return

@@ -13,6 +13,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel, ViTConfig
 
+from m2mkd.data.errors import DataError
+from m2mkd.data.imagenet_classes import imagenet_classes
+from m2mkd.data.known_sets import KNOWN_SETS
 from m2mkd.modeling.frozen_networks import FrozenNetworks
 from m2mkd.modeling.meta_from_teacher import meta_from_teacher
 from m2mkd.modeling.stages import StageError, check_stitchable, count_layers, split_into_stages
@@ -38,14 +41,8 @@ _DEFAULTS = {
     "bf16": False,
     "fp16": False,
 }
-# Training images and classes of published sets, by name and split; other sets are counted where they are.
-KNOWN_SIZES = {
-    ("imagenet-1k", "train"): (1_281_167, 1000),
-    ("tiny-imagenet", "train"): (100_000, 200),
-    ("cifar10", "train"): (50_000, 10),
-    ("cifar100", "train"): (50_000, 100),
-    ("cub-200", "train"): (5_994, 200),
-}
+# Of published sets that are not drawn from ImageNet.
+CLASSES = {"cifar10": range(10), "cifar100": range(100), "cub-200": range(200)}
 COLUMNS = ("Phase", "Trained", "Frozen", "Images", "Epochs", "Batch", "Steps", "GFLOPs/image", "EFLOPs", "GiB/GPU")
 
 
@@ -135,6 +132,8 @@ class _Planner:
 
     def plan(self) -> Plan:
         recipe = self.recipe
+        student = self._network(recipe.student.model, recipe.distill.data)
+        check_stitchable(student.config, self.teacher.config, self.meta.config)
         beforehand = [*self._meta(), *self._trained_teacher()]
         if recipe.meta.init == "from_teacher":
             beforehand.reverse()
@@ -158,13 +157,20 @@ class _Planner:
     def _size(self, name: str) -> tuple[int, list[str]]:
         """Images of an epoch of a training set, and the names of its classes."""
         config = self.data.config(name)
-        known = KNOWN_SIZES.get((config.source.partition(":")[0], config.split))
-        if known is None:
+        source = config.source.partition(":")[0]
+        known = KNOWN_SETS.get(source)
+        if known is None or config.partial:
             return len(self.data.images(name)), self.data.class_names(name)
-        images, num_classes = known
+        _, images = known.splits.get(config.split, (None, None))
+        if images is None:
+            raise DataError(
+                f"data.{name}: {source} has no training split {config.split!r}: set split to "
+                f"{' or '.join(map(repr, known.splits))}"
+            )
+        classes = imagenet_classes(*known.marks) if known.marks is not None else CLASSES[source]
         if config.samples_per_class is not None:
-            images = config.samples_per_class * num_classes
-        return images, [f"class {index}" for index in range(num_classes)]
+            images = config.samples_per_class * len(classes)
+        return images, [str(name) for name in classes]
 
     def _network(self, spec: NetworkSpec, data: str) -> PreTrainedModel:
         return _on_meta(build_config(spec, self.data.config(data), self._size(data)[1]))
@@ -208,7 +214,6 @@ class _Planner:
     def _pairs(self) -> list[PhasePlan]:
         spec, indices = self.recipe.distill, range(len(self.depths))
         student = self._network(self.recipe.student.model, spec.data)
-        check_stitchable(student.config, self.teacher.config, self.meta.config)
         cut = {"depths": self.depths, "meta": self.meta, "meta_depths": self.meta_depths}
         if spec.training.get("alpha", 1) > 0:
             cut |= {"teacher": self.teacher, "teacher_depths": self.recipe.teacher.depths}
@@ -299,20 +304,27 @@ def _count_step(
 ) -> tuple[float, float]:
     """FLOPs of an image, forward and backward, and bytes that float32 activations of an image take in between."""
     saved = _SavedActivations({*stitched.parameters(), *frozen.parameters()})
-    pixel_values = torch.empty(COUNTED_IMAGES, 3, image_size, image_size, device="meta")
-    stitched.train()
-    with FlopCounterMode(display=False) as counter, saved:
-        inputs = frozen.prefix(pixel_values, indices)
-        outputs = stitched(inputs)
-        if aligns:
-            frozen.meta[-1](inputs[max(indices)])
-            ends = [hidden_states for hidden_states, _ in outputs.values()]
-        else:
-            frozen.teacher_logits(inputs)
-            ends = [frozen.suffix(hidden_states, index) for index, (hidden_states, _) in outputs.items()]
-        torch.stack([end.sum() for end in ends]).sum().backward()
-    stitched.zero_grad(set_to_none=True)
+    with FlopCounterMode(display=False) as counter:
+        # in evaluation mode, as a run counts its FLOPs
+        _step(stitched.eval(), frozen, indices, image_size, aligns)
+    with saved:
+        _step(stitched.train(), frozen, indices, image_size, aligns)
     return counter.get_total_flops() / COUNTED_IMAGES, saved.nbytes / COUNTED_IMAGES
+
+
+def _step(stitched: nn.Module, frozen: FrozenNetworks, indices: Sequence[int], image_size: int, aligns: bool) -> None:
+    """Forward and backward as in `M2MKDTrainer` or `AlignmentTrainer`, but for the loss, which has no products."""
+    pixel_values = torch.empty(COUNTED_IMAGES, 3, image_size, image_size, device="meta")
+    inputs = frozen.prefix(pixel_values, indices)
+    outputs = stitched(inputs)
+    if aligns:
+        frozen.meta[-1](inputs[max(indices)])
+        ends = [hidden_states for hidden_states, _ in outputs.values()]
+    else:
+        frozen.teacher_logits(inputs)
+        ends = [frozen.suffix(hidden_states, index) for index, (hidden_states, _) in outputs.items()]
+    torch.stack([end.sum() for end in ends]).sum().backward()
+    stitched.zero_grad(set_to_none=True)
 
 
 class _SavedActivations(torch.autograd.graph.saved_tensors_hooks):

@@ -110,7 +110,7 @@ class TestHybridAccuracies:
         (0.8, 0.9, 1000, [], []),
         (0.1, 0.11, 1000, [], []),
         # too few images to be sure
-        (0.1, 0.5, 10, [], ["1"]),
+        (0.1, 0.5, 8, [], ["1"]),
     ],
 )
 def test_hybrids_are_judged_between_chance_and_the_teachers_own(
