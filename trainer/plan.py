@@ -271,6 +271,9 @@ class _Planner:
                 # what the counter knows; fused attention and grouped products are the same mathematics
                 network.set_attn_implementation("eager")
                 network.config._experts_implementation = "batched_mm"
+        if hasattr(student.config, "block_model_coef"):
+            # it orders the latents by their values, which are not there; it has no products of matrices
+            student.config.block_model_coef = 0.0
         flops, activations = _count_step(stitched, frozen, indices, self.data.config(data).image_size, aligns)
         half = training["bf16"] or training["fp16"]
         parameters = sum(parameter.numel() for parameter in stitched.parameters() if parameter.requires_grad)
