@@ -47,6 +47,8 @@ class DataConfig(BaseModel):
         max_corrupt_share: share of the images that may be undecodable. Above 0, every image is decoded once when the
             set is loaded, and those that cannot be are named in a log and left out. At 0, the first one met is an
             error.
+        streaming: read a Hub set while it comes in instead of downloading it first. It must say how many rows it has,
+            and its labels must have names.
         samples_per_class: take only so many images of each class of the split.
         subset_seed: which images `samples_per_class` takes.
         image_size: side of the square input of the model, in pixels.
@@ -80,6 +82,7 @@ class DataConfig(BaseModel):
     label_column: str = "label"
     holdout: float = Field(default=0.0, ge=0.0, lt=1.0)
     partial: bool = False
+    streaming: bool = False
     max_corrupt_share: float = Field(default=0.0, ge=0.0, lt=1.0)
     samples_per_class: int | None = Field(default=None, gt=0)
     subset_seed: int = Field(default=0, ge=0, lt=2**32)
@@ -122,6 +125,10 @@ class DataConfig(BaseModel):
             raise ValueError(f"config_name={self.config_name!r} is for `datasets` sources, not for {self.source!r}")
         if self.partial and not (is_named and path):
             raise ValueError(f"partial is for local copies of published sets (NAME:PATH), not for {self.source!r}")
+        if self.streaming and (colon or self.source in get_args(PackagedSource)):
+            raise ValueError(f"streaming is for sets on the Hub, not for {self.source!r}")
+        if self.streaming and self.samples_per_class is not None:
+            raise ValueError("samples_per_class needs all labels at once, which a stream does not have: leave one out")
         if self.color_jitter and self.augmentation not in ("crop_flip", "imagenet"):
             raise ValueError(
                 f"color_jitter={self.color_jitter} goes with augmentation 'crop_flip', not with {self.augmentation!r}"

@@ -43,6 +43,38 @@ def _imagenet(image: Image.Image, rng: np.random.Generator, config: DataConfig) 
     return rand_augment(image, resample, tuple(min(255, max(0, round(255 * mean))) for mean in config.mean), rng)
 
 
+class SamplePixels:
+    """An image to the pixels that a network takes: augmented in training, as the image processor has it otherwise.
+
+    Args:
+        config: size, normalisation and augmentation.
+        train: whether to augment.
+    """
+
+    def __init__(self, config: DataConfig, train: bool) -> None:
+        self.erasing = config.random_erasing if train else 0.0
+        self._augment = _augmentation(config) if train else None
+        self._pixels = PixelTransform(config, is_cropped=train and config.augmentation in ("crop_flip", "imagenet"))
+
+    def __call__(self, image: Image.Image, rng: np.random.Generator) -> torch.Tensor:
+        """A `PIL.Image` of mode RGB and any size to float32 (3, image_size, image_size); `rng` is of the sample."""
+        pixel_values = self._pixels(image if self._augment is None else self._augment(image, rng))
+        return random_erasing(pixel_values, self.erasing, rng) if self.erasing else pixel_values
+
+
+def mix_samples(samples: list[Sample], num_labels: int, config: DataConfig, rng: np.random.Generator) -> list[Sample]:
+    """The samples mixed with each other (see `mix_batch`), their labels float32 (num_labels,)."""
+    pixel_values, labels = mix_batch(
+        torch.stack([sample["pixel_values"] for sample in samples]),
+        torch.tensor([sample["labels"] for sample in samples]),
+        num_labels,
+        config.mixup,
+        config.cutmix,
+        rng,
+    )
+    return [{"pixel_values": image, "labels": label} for image, label in zip(pixel_values, labels, strict=True)]
+
+
 class ImageDataset(Dataset[Sample]):
     """Samples `{"pixel_values": float32 (3, image_size, image_size), "labels": int}`.
 
@@ -70,8 +102,7 @@ class ImageDataset(Dataset[Sample]):
         self.config = config
         self.train = train
         self.seed = seed
-        self._augment = _augmentation(config) if train else None
-        self._pixels = PixelTransform(config, is_cropped=train and config.augmentation in ("crop_flip", "imagenet"))
+        self._pixels = SamplePixels(config, train)
         # Shared memory: persistent workers hold copies of this object, made long before the epoch changes.
         self._epoch = torch.zeros((), dtype=torch.long).share_memory_()
 
@@ -82,6 +113,11 @@ class ImageDataset(Dataset[Sample]):
 
     def __len__(self) -> int:
         return len(self.data)
+
+    @property
+    def possible(self) -> np.ndarray | None:
+        """Labels that a sample can have, rising, if these are not all; see `LabeledImages`."""
+        return self.data.possible
 
     @property
     def epoch(self) -> int:
@@ -110,13 +146,8 @@ class ImageDataset(Dataset[Sample]):
         """
         position, repeat = self._place(index)
         image = self.data.images[position]
-        if not self.train:
-            return {"pixel_values": self._pixels(image), "labels": int(self.data.labels[position])}
         rng = np.random.default_rng((self.seed, self.epoch, position, *([repeat] if repeat else [])))
-        pixel_values = self._pixels(image if self._augment is None else self._augment(image, rng))
-        if self.config.random_erasing:
-            pixel_values = random_erasing(pixel_values, self.config.random_erasing, rng)
-        return {"pixel_values": pixel_values, "labels": int(self.data.labels[position])}
+        return {"pixel_values": self._pixels(image, rng), "labels": int(self.data.labels[position])}
 
     def __getitems__(self, indices: Sequence[int | tuple[int, int]]) -> list[Sample]:
         """The samples of a batch, mixed with each other if the configuration says so. A `DataLoader` calls it.
@@ -125,19 +156,10 @@ class ImageDataset(Dataset[Sample]):
             IndexError, DataError: as for a single sample.
         """
         samples = [self[index] for index in indices]
-        mixup, cutmix = self.config.mixup, self.config.cutmix
-        if not self.train or not (mixup or cutmix):
+        if not self.train or not (self.config.mixup or self.config.cutmix):
             return samples
         rng = np.random.default_rng((self.seed, self.epoch, *self._place(indices[0]), OF_BATCH))
-        pixel_values, labels = mix_batch(
-            torch.stack([sample["pixel_values"] for sample in samples]),
-            torch.tensor([sample["labels"] for sample in samples]),
-            len(self.data.class_names),
-            mixup,
-            cutmix,
-            rng,
-        )
-        return [{"pixel_values": image, "labels": label} for image, label in zip(pixel_values, labels, strict=True)]
+        return mix_samples(samples, len(self.data.class_names), self.config, rng)
 
     def _place(self, index: int | tuple[int, int]) -> tuple[int, int]:
         """Position and repeat of a sample."""

@@ -1,11 +1,15 @@
 """The evaluation transform, twice: fast for our data sets, and as the image processor that is saved with a model."""
 
+from typing import Any
+
 import numpy as np
 import torch
 from PIL import Image
 from transformers import ViTImageProcessorPil
+from transformers.image_processing_utils import BaseImageProcessor
 
 from m2mkd.data.config import DataConfig
+from m2mkd.data.errors import DataError
 
 
 def pil_resample(config: DataConfig) -> Image.Resampling:
@@ -34,7 +38,43 @@ def build_image_processor(config: DataConfig) -> ViTImageProcessorPil:
 
 def _short_side(image_size: int, center_crop: float) -> int:
     """Pixels of the shorter side before the centre is cut out: 256 for 224 at 0.875, 73 for 64."""
-    return int(image_size / center_crop)
+    return int(image_size / center_crop + 1e-9)  # 64 / (64 / 73) must be 73 again
+
+
+def pixels_of_processor(processor: BaseImageProcessor, source: str) -> dict[str, Any]:
+    """What a `DataConfig` says about pixels, so that they come out as this image processor makes them.
+
+    Args:
+        processor: of a saved model: a square resize, or a resize of the shorter side and a centre crop.
+        source: what the error calls it.
+
+    Returns:
+        `image_size`, `center_crop`, `resample`, `mean` and `std`.
+
+    Raises:
+        DataError: the processor does something else.
+    """
+    said = processor.to_dict()
+    size, crop = dict(said["size"]), dict(said.get("crop_size") or {})
+    is_crop, short = bool(said.get("do_center_crop")), size.get("shortest_edge")
+    square = crop if is_crop else size
+    side = square.get("height")
+    resample = {Image.Resampling.BILINEAR: "bilinear", Image.Resampling.BICUBIC: "bicubic"}.get(said.get("resample"))
+    fits = side is not None and side == square.get("width") and (short is not None) == is_crop and resample
+    if not fits or not said.get("do_rescale") or abs(said["rescale_factor"] * 255 - 1) > 1e-6:
+        raise DataError(
+            f"the image processor of {source} resizes to {size}, crops to {crop}, resample={said.get('resample')}, "
+            f"rescale_factor={said.get('rescale_factor')}: a square (bilinear or bicubic), or the centre of a resized "
+            "shorter side, of pixels in [0, 1] is what can be reproduced here"
+        )
+    normalize = said.get("do_normalize")
+    return {
+        "image_size": side,
+        "center_crop": side / short if is_crop else None,
+        "resample": resample,
+        "mean": tuple(said["image_mean"]) if normalize else (0.0, 0.0, 0.0),
+        "std": tuple(said["image_std"]) if normalize else (1.0, 1.0, 1.0),
+    }
 
 
 class PixelTransform:
