@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import Dataset
@@ -83,7 +84,8 @@ def hybrid_accuracies(
     Args:
         meta, teacher (`Sequence[Stage]`): All stages of both networks.
         indices (`Sequence[int]`): Stages to swap in, one at a time, counted from 0.
-        dataset (`Dataset`): Gives `pixel_values` and `labels`.
+        dataset (`Dataset`): Gives `pixel_values` and `labels`. If it has some of the networks' classes only, the
+            others are left out, as in every evaluation.
         batch_size (`int`): Images a device.
         use_cpu (`bool`): Stay on the CPU.
 
@@ -103,7 +105,8 @@ def hybrid_accuracies(
             remove_unused_columns=False,
             label_names=["labels"],
         )
-        trainer = Trainer(_Hybrids(meta, teacher, indices), args=args)
+        possible = getattr(dataset, "possible", None)
+        trainer = Trainer(_Hybrids(meta, teacher, indices, possible), args=args)
         trainer.remove_callback(PrinterCallback)
         found = trainer.predict(dataset)
     accuracies = found.predictions.mean(axis=0).tolist()
@@ -119,9 +122,12 @@ def hybrid_accuracies(
 class _Hybrids(nn.Module):
     """Which images each hybrid, and last the teacher, gets right: `(batch_size, num_hybrids + 1)` of 0 and 1."""
 
-    def __init__(self, meta: Sequence[Stage], teacher: Sequence[Stage], indices: Sequence[int]):
+    def __init__(
+        self, meta: Sequence[Stage], teacher: Sequence[Stage], indices: Sequence[int], possible: np.ndarray | None
+    ):
         super().__init__()
         self.indices = indices
+        self.possible = None if possible is None else torch.from_numpy(possible)
         self.frozen = FrozenNetworks(meta, {index: teacher[index] for index in indices})
         self.teacher = nn.ModuleList(teacher).eval()
 
@@ -130,8 +136,14 @@ class _Hybrids(nn.Module):
         own = pixel_values
         for stage in self.teacher:
             own = stage(own)
-        right = [(z.argmax(dim=-1) == labels).float() for z in [*logits.values(), own]]
+        right = [(self._predict(z) == labels).float() for z in [*logits.values(), own]]
         return right[-1].mean(), torch.stack(right, dim=1)
+
+    def _predict(self, logits: torch.Tensor) -> torch.Tensor:
+        if self.possible is None:
+            return logits.argmax(dim=-1)
+        possible = self.possible.to(logits.device)
+        return possible[logits[:, possible].argmax(dim=-1)]
 
 
 def judge_hybrids(measured: Hybrids) -> tuple[list[str], list[str]]:

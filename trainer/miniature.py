@@ -136,7 +136,7 @@ def _source(name: str, data: dict[str, Any], folder: Path) -> dict[str, Any]:
     source = data["source"].partition(":")[0]
     if source in ("mnist5k", "uci_digits"):
         return {"samples_per_class": IMAGES_PER_CLASS}
-    few = {"samples_per_class": None, "max_corrupt_share": 0.0}
+    few = {"samples_per_class": None, "max_corrupt_share": 0.0, "streaming": False}
     if source in _LAYOUTS:
         _LAYOUTS[source](folder / source)
         return {**few, "source": f"{source}:{folder / source}", "partial": True}

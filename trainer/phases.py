@@ -34,7 +34,7 @@ from m2mkd.trainer.folders import (
 )
 from m2mkd.trainer.m2mkd_config import M2MKDConfig
 from m2mkd.trainer.m2mkd_trainer import M2MKDTrainer
-from m2mkd.trainer.networks import build_config, load_network, new_network
+from m2mkd.trainer.networks import build_config, load_network, new_network, take_class_names
 from m2mkd.trainer.recipe import Recipe, RecipeError, Training
 from m2mkd.trainer.run_data import RunData
 from m2mkd.trainer.schedule import Task
@@ -514,11 +514,7 @@ class Phases:
     def _load_teacher(self) -> PreTrainedModel:
         teacher, data = load_network(self._teacher_source()), self.recipe.distill.data
         fit_image_size(teacher, self.data.config(data).image_size)
-        names = self.data.class_names(data)
-        if len(names) == teacher.config.num_labels and set(names).isdisjoint(teacher.config.id2label.values()):
-            # other words for the classes, as the Hub's for ImageNet: taken in order; its accuracy tells if that holds
-            teacher.config.id2label = dict(enumerate(names))
-            teacher.config.label2id = {name: index for index, name in enumerate(names)}
+        take_class_names(teacher.config, self.data.class_names(data))
         return teacher
 
     def _teacher_source(self) -> str | Path:

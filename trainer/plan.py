@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from m2mkd.modeling.meta_from_teacher import meta_from_teacher
 from m2mkd.modeling.stages import StageError, check_stitchable, count_layers, split_into_stages
 from m2mkd.modeling.stitched_student import StitchedStudent
 from m2mkd.trainer.flops import count_parameters
-from m2mkd.trainer.networks import build_config
+from m2mkd.trainer.networks import build_config, take_class_names
 from m2mkd.trainer.recipe import NetworkSpec, Recipe, Training
 from m2mkd.trainer.run_data import RunData
 
@@ -140,16 +140,17 @@ class _Planner:
         pairs, arms = self._pairs() if "m2mkd" in recipe.arms else [], self._arms()
         flops = {phase.name: phase.flops for phase in [*beforehand, *pairs, *arms]}
         trained = sum(phase.flops for phase in beforehand)
-        teacher = sum(phase.flops for phase in beforehand if recipe.meta.init == "random" or phase.name != "meta")
+        # an incubated teacher needs the meta model, too
+        own = [phase for phase in beforehand if recipe.meta.init == "random" or phase.name != "meta"]
+        teacher = sum(phase.flops for phase in own) if recipe.teacher.pretrained is None else 0.0
         totals = {arm: flops[f"arm {arm}"] for arm in ("e2e", "kd") if arm in recipe.arms}
         if "m2mkd" in recipe.arms:
             totals["m2mkd"] = flops["pairs"] + flops["arm m2mkd"]
-        if trained:
-            names = {
-                "kd": ("kd, teacher included", teacher),
-                "m2mkd": ("m2mkd, meta model and teacher included", trained),
-            }
-            totals |= {name: totals[arm] + extra for arm, (name, extra) in names.items() if arm in totals and extra}
+        for arm, extra, what in (("kd", teacher, "teacher"), ("m2mkd", trained, "meta model and teacher")):
+            if arm in totals and extra:
+                totals[f"{arm}, {what} included"] = totals[arm] + extra
+        if recipe.equal_compute and "m2mkd" in totals:
+            arms += [_with_flops(phase, totals["m2mkd"]) for phase in arms if phase.name != "arm m2mkd"]
         return Plan(recipe.name, [*beforehand, *pairs, *arms], totals, self.gpus)
 
     # ---- Networks and data ----
@@ -160,7 +161,7 @@ class _Planner:
         source = config.source.partition(":")[0]
         known = KNOWN_SETS.get(source)
         if known is None or config.partial:
-            return len(self.data.images(name)), self.data.class_names(name)
+            return len(self.data.training_set(name, seed=0)), self.data.class_names(name)
         _, images = known.splits.get(config.split, (None, None))
         if images is None:
             raise DataError(
@@ -184,6 +185,7 @@ class _Planner:
         except Exception as error:
             raise StageError(f"The configuration of {spec.pretrained} cannot be loaded: {error}") from error
         config.image_size = self.data.config(self.recipe.distill.data).image_size
+        take_class_names(config, self._size(self.recipe.distill.data)[1])
         return _on_meta(config)
 
     # ---- Phases ----
@@ -295,6 +297,12 @@ class _Planner:
             + count_parameters(frozen) * (2 if half else 4)
             + activations * device_batch / (2 if half else 1),
         )
+
+
+def _with_flops(phase: PhasePlan, flops: float) -> PhasePlan:
+    """A baseline once more, with as many epochs as take these FLOPs; rounded up, as the runner does."""
+    epochs = math.ceil(flops / (phase.flops_per_image * phase.images))
+    return replace(phase, name=f"{phase.name}_equal_compute", epochs=max(epochs, phase.epochs))
 
 
 def _on_meta(config: PreTrainedConfig) -> PreTrainedModel:

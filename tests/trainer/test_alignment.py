@@ -1,9 +1,11 @@
 """Meta models aligned with a teacher, and the warning about those that are not."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from testing_utils import NoiseImages, assert_equal, changed, distillation_args, run_chain, snapshot, vit
@@ -99,6 +101,13 @@ class TestHybridAccuracies:
             {"0": accuracy([theirs[0], *own[1:]]), "2": accuracy([*own[:2], theirs[2]])}
         )
         assert found["teacher"] == pytest.approx(accuracy(theirs))
+        # of the classes that the set can have only
+        images.possible = np.array([1, 3])
+        among = hybrid_accuracies(own, theirs, [0], images, batch_size=3, use_cpu=True)["teacher"]
+        with torch.no_grad():
+            logits = run_chain(theirs, pixel_values)
+        chosen = torch.where(logits[:, 3] > logits[:, 1], 3, 1)
+        assert among == pytest.approx((chosen == labels).float().mean().item())
         assert found["chance"] == labels.bincount().max().item() / len(labels) and found["n"] == len(images)
 
 
@@ -161,8 +170,12 @@ class TestRecipe:
         meta = AutoModelForImageClassification.from_pretrained(finished / "run" / "meta")
         assert meta.config.num_hidden_layers == 2 and meta.config.id2label[0] == "blue"
 
-    def test_a_folder_serves_as_teacher_directly(self, finished: Path, tmp_path: Path) -> None:
-        teacher = {"pretrained": str(finished / "run" / "teacher"), "depths": [2, 2]}
+    def test_a_folder_with_words_of_its_own_for_the_classes_is_a_teacher(self, finished: Path, tmp_path: Path) -> None:
+        model = AutoModelForImageClassification.from_pretrained(finished / "run" / "teacher")
+        model.config.id2label = dict(enumerate(("navy", "lime", "crimson")))
+        model.save_pretrained(tmp_path / "published")
+        shutil.copy(finished / "run" / "teacher" / "preprocessor_config.json", tmp_path / "published")
+        teacher = {"pretrained": str(tmp_path / "published"), "depths": [2, 2]}
         content = from_teacher_content(finished, teacher=teacher, output_dir=str(tmp_path / "run"))
         runner.run(parse_recipe(content, "published"))
         report = json.loads((tmp_path / "run" / "report.json").read_text())

@@ -54,6 +54,13 @@ class TestTrain:
         assert all(number in done.stdout for number in ("483.3 M", "1,281,167", "1,024", "125,200"))
         assert not list(tmp_path.iterdir())
 
+    def test_a_miniature_is_another_recipe_in_another_folder(self, tmp_path: Path) -> None:
+        recipe = str(ROOT / "recipes" / "image_folder.yaml")
+        done = train(recipe, "--miniature", "--plan", "--arms", "[e2e]", "--output_dir", f"{tmp_path}/mine")
+        assert done.returncode == 0, done.stderr
+        assert "image folder (miniature)" in done.stdout
+        assert [path.name for path in tmp_path.iterdir()] == ["mine-miniature"]
+
     @pytest.mark.parametrize(
         "arguments, message",
         [

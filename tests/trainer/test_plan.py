@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 from tiny_run import recipe_content
 from torch import nn
-from transformers import Trainer
+from transformers import Trainer, ViTConfig, ViTForImageClassification
 
 from m2mkd.data.errors import DataError
 from m2mkd.modeling.stages import StageError
@@ -135,6 +135,22 @@ class TestMakePlan:
         own["data"]["labelled"]["samples_per_class"] = 13
         phases = {phase.name: phase for phase in make_plan(parse_recipe(own, "published")).phases}
         assert phases["meta"].images == 1_281_167 and phases["arm e2e"].images == 13_000
+
+    def test_a_published_teacher_costs_nothing_and_may_call_the_classes_otherwise(self, tmp_path: Path) -> None:
+        own = content(tmp_path)
+        config = ViTConfig(**own["teacher"]["model"]["config"], image_size=16, num_labels=3)
+        ViTForImageClassification(config).save_pretrained(tmp_path / "published")
+        own["teacher"] = {"pretrained": str(tmp_path / "published"), "depths": [2, 1]}
+        own["meta"] = {"init": "from_teacher", "data": "train"}
+        plan = make_plan(parse_recipe(own, "published"))
+        assert "teacher" not in planned(plan) and planned(plan)["meta"] > 0
+        assert plan.totals.keys() == {"e2e", "kd", "m2mkd", "m2mkd, meta model and teacher included"}
+
+    def test_baselines_of_equal_compute_are_planned_too(self, tmp_path: Path) -> None:
+        plan = make_plan(parse_recipe(content(tmp_path, equal_compute=True), "equal"))
+        flops = planned(plan)
+        epoch = next(phase for phase in plan.phases if phase.name == "arm e2e").flops
+        assert plan.totals["m2mkd"] <= flops["arm e2e_equal_compute"] < plan.totals["m2mkd"] + epoch
 
     def test_max_steps_is_what_is_planned(self, tmp_path: Path) -> None:
         own = content(tmp_path)
