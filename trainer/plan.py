@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,9 +16,8 @@ from transformers import AutoConfig, AutoModelForImageClassification, PreTrained
 from m2mkd.data.errors import DataError
 from m2mkd.data.imagenet_classes import imagenet_classes
 from m2mkd.data.known_sets import KNOWN_SETS
-from m2mkd.modeling.frozen_networks import FrozenNetworks
 from m2mkd.modeling.meta_from_teacher import meta_from_teacher
-from m2mkd.modeling.stages import StageError, check_stitchable, count_layers, split_into_stages
+from m2mkd.modeling.stages import Stage, StageError, check_stitchable, count_layers, split_into_stages
 from m2mkd.modeling.stitched_student import StitchedStudent
 from m2mkd.trainer.flops import count_parameters
 from m2mkd.trainer.networks import build_config, take_class_names
@@ -119,7 +118,7 @@ def make_plan(recipe: Recipe, gpus: int = 1) -> Plan:
 
 class _Planner:
     def __init__(self, recipe: Recipe, gpus: int):
-        self.recipe, self.gpus, self.data = recipe, gpus, RunData(recipe)
+        self.recipe, self.gpus, self.data, self.counter = recipe, gpus, RunData(recipe), _Counter()
         self.depths = recipe.student.depths
         self.meta_depths = recipe.meta.depths or [1] * len(self.depths)
         self.teacher = self._teacher()
@@ -195,108 +194,176 @@ class _Planner:
         if not {"m2mkd", "kd"} & set(self.recipe.arms):
             return []
         if spec.init == "random":
-            return [self._phase("meta", spec.data, spec.training, self.meta)]
+            return [self._phase("meta", spec.data, spec.training, self._whole(self.meta, spec.data))]
         if "m2mkd" not in self.recipe.arms:
             return []
-        cut = {"depths": self.meta_depths, "meta": self.teacher, "meta_depths": self.recipe.teacher.depths}
-        return [self._phase("meta", spec.data, spec.training, self.meta, **cut, stitch="none", aligns=True)]
+        return [self._phase("meta", spec.data, spec.training, self._aligned(spec.data))]
 
     def _trained_teacher(self) -> list[PhasePlan]:
         spec = self.recipe.teacher
         if spec.model is None or not {"m2mkd", "kd"} & set(self.recipe.arms):
             return []
+        whole = self._whole(self.teacher, spec.data)
         if self.recipe.meta.init == "from_teacher":
-            return [self._phase("teacher", spec.data, spec.finetuning, self.teacher)]
-        cut = {"depths": spec.depths, "meta": self.meta, "meta_depths": self.meta_depths, "stitch": "none"}
+            return [self._phase("teacher", spec.data, spec.finetuning, whole)]
+        pairs = self._pair_steps(self.teacher, spec.depths, spec.data, teacher=None, stitch="none")
+        incubation = self._together(pairs, range(len(pairs)), spec.data)
         return [
-            self._phase("teacher: incubation", spec.data, spec.incubation, self.teacher, **cut),
-            self._phase("teacher: fine-tuning", spec.data, spec.finetuning, self.teacher),
+            self._phase("teacher: incubation", spec.data, spec.incubation, incubation),
+            self._phase("teacher: fine-tuning", spec.data, spec.finetuning, whole),
         ]
 
     def _pairs(self) -> list[PhasePlan]:
         spec, indices = self.recipe.distill, range(len(self.depths))
         student = self._network(self.recipe.student.model, spec.data)
-        cut = {"depths": self.depths, "meta": self.meta, "meta_depths": self.meta_depths}
-        if spec.training.get("alpha", 1) > 0:
-            cut |= {"teacher": self.teacher, "teacher_depths": self.recipe.teacher.depths}
-        options = {
-            name: spec.training[name] for name in ("stitch", "nac_codes", "read_in_latents") if name in spec.training
-        }
+        names = ("stitch", "nac_codes", "read_in_latents")
+        options = {name: spec.training[name] for name in names if name in spec.training}
+        teacher = self.teacher if spec.training.get("alpha", 1) > 0 else None
+        steps = self._pair_steps(student, self.depths, spec.data, teacher, **options)
         ways = [(f"pair {index}", [index]) for index in indices] + [("pairs", list(indices))]
         return [
-            self._phase(name, spec.data, spec.training, student, indices=chosen, **cut, **options)
+            self._phase(name, spec.data, spec.training, self._together(steps, chosen, spec.data))
             for name, chosen in ways
         ]
 
     def _arms(self) -> list[PhasePlan]:
         spec = self.recipe.finetune
         student = self._network(self.recipe.student.model, spec.data)
-        arms = []
+        plain, arms = self._whole(student, spec.data), []
         for arm in self.recipe.arms:
-            own = {"teacher": self.teacher} if arm == "kd" else {}
-            training = {**spec.training, **(self.recipe.kd.training if arm == "kd" else {})}
-            arms.append(self._phase(f"arm {arm}", spec.data, training, student, **own))
+            step, training = plain, spec.training
+            if arm == "kd":
+                step = (
+                    plain + self._frozen(split_into_stages(self.teacher, [count_layers(self.teacher)]), spec.data)[-1]
+                )
+                training = {**training, **self.recipe.kd.training}
+            arms.append(self._phase(f"arm {arm}", spec.data, training, step))
         return arms
 
-    def _phase(
-        self,
-        name: str,
-        data: str,
-        training: Training,
-        student: PreTrainedModel,
-        depths: Sequence[int] | None = None,
-        indices: Sequence[int] | None = None,
-        meta: PreTrainedModel | None = None,
-        meta_depths: Sequence[int] = (),
-        teacher: PreTrainedModel | None = None,
-        teacher_depths: Sequence[int] | None = None,
-        stitch: str | None = None,
-        aligns: bool = False,
-        **options: Any,
-    ) -> PhasePlan:
-        """The networks put together as `M2MKDTrainer` does, and one step of them counted."""
+    def _phase(self, name: str, data: str, training: Training, step: "_Step") -> PhasePlan:
         training = {**_DEFAULTS, **self.recipe.training, **training}
-        stages = split_into_stages(student, depths or [count_layers(student)])
-        indices = range(len(stages)) if indices is None else indices
-        meta_stages = split_into_stages(meta, meta_depths) if meta is not None else []
-        cut = split_into_stages(teacher, teacher_depths or [count_layers(teacher)]) if teacher is not None else []
-        width = (meta or teacher or student).config.hidden_size
-        with torch.device("meta"):
-            chosen, stitch = [stages[index] for index in indices], stitch if len(stages) > 1 else "none"
-            stitched = StitchedStudent(student, chosen, width, stitch, **options)
-        frozen = FrozenNetworks(meta_stages, {index: cut[index] for index in indices if cut})
-        stitched.requires_grad_(not aligns)
-        for stage in chosen if aligns else ():
-            nn.ModuleList(stage.layers).requires_grad_(True)
-        for network in (student, meta, teacher):
-            if network is not None:
-                # what the counter knows; fused attention and grouped products are the same mathematics
-                network.set_attn_implementation("eager")
-                network.config._experts_implementation = "batched_mm"
-        if hasattr(student.config, "block_model_coef"):
-            # it orders the latents by their values, which are not there; it has no products of matrices
-            student.config.block_model_coef = 0.0
-        flops, activations = _count_step(stitched, frozen, indices, self.data.config(data).image_size, aligns)
         half = training["bf16"] or training["fp16"]
-        parameters = sum(parameter.numel() for parameter in stitched.parameters() if parameter.requires_grad)
         device_batch = training["per_device_train_batch_size"]
         images, _ = self._size(data)
         batch = device_batch * training["gradient_accumulation_steps"] * self.gpus
         epochs = training["num_train_epochs"]
         if training["max_steps"] > 0:
             epochs = training["max_steps"] / math.ceil(images / batch)
-        return PhasePlan(
-            name,
-            parameters,
-            count_parameters(frozen),
-            images,
-            epochs,
-            batch,
-            flops,
-            parameters * BYTES_A_TRAINED_PARAMETER
-            + count_parameters(frozen) * (2 if half else 4)
-            + activations * device_batch / (2 if half else 1),
+        weights = step.parameters * BYTES_A_TRAINED_PARAMETER + step.frozen * (2 if half else 4)
+        memory = weights + step.saved * device_batch / (2 if half else 1)
+        return PhasePlan(name, step.parameters, step.frozen, images, epochs, batch, step.flops, memory)
+
+    # ---- Steps: what M2MKDTrainer and AlignmentTrainer do with one image ----
+
+    def _images(self, data: str) -> tuple[int, ...]:
+        size = self.data.config(data).image_size
+        return (COUNTED_IMAGES, 3, size, size)
+
+    def _whole(self, network: PreTrainedModel, data: str) -> "_Step":
+        """A network that is trained end to end."""
+        (stage,) = split_into_stages(network, [count_layers(network)])
+        return _trained(_stitched(network, [stage], network.config.hidden_size, "none")[0], self._images(data))[0]
+
+    def _frozen(self, stages: Sequence[Stage], data: str) -> list["_Step"]:
+        """A chain of stages without gradient: what it takes up to each."""
+        steps, shape = [_Step()], self._images(data)
+        for stage in stages:
+            step, shape = self.counter.forward(stage, shape)
+            steps.append(steps[-1] + step)
+        return steps[1:]
+
+    def _aligned(self, data: str) -> "_Step":
+        """The layers of a meta model on the boundaries of the teacher's stages."""
+        theirs = split_into_stages(self.teacher, self.recipe.teacher.depths)
+        own = split_into_stages(self.meta, self.meta_depths)
+        total, shape = self._frozen(theirs, data)[-1], self._images(data)
+        for pair, source in zip(_stitched(self.meta, own, self.meta.config.hidden_size, "none"), theirs, strict=True):
+            total += _trained(pair, shape, layers_only=True)[0]
+            shape = self.counter.forward(source, shape)[1]
+        return total
+
+    def _pair_steps(
+        self,
+        student: PreTrainedModel,
+        depths: Sequence[int],
+        data: str,
+        teacher: PreTrainedModel | None,
+        stitch: str | None = None,
+        **options: Any,
+    ) -> list["_Step"]:
+        """Each pair on the meta model's hidden states, which the prefix gives; its teacher and suffix included."""
+        meta = split_into_stages(self.meta, self.meta_depths)
+        theirs = split_into_stages(teacher, self.recipe.teacher.depths) if teacher is not None else []
+        stages, shape, steps = split_into_stages(student, depths), self._images(data), []
+        pairs = _stitched(
+            student, stages, self.meta.config.hidden_size, stitch if len(stages) > 1 else "none", **options
         )
+        for index, pair in enumerate(pairs):
+            step, ours = _trained(pair, shape)
+            for stage in meta[index + 1 :]:
+                suffix, ours = self.counter.passed(stage, ours)
+                step += suffix
+            if theirs:
+                own, states = self.counter.forward(theirs[index], shape)
+                step += own
+                for stage in meta[index + 1 :]:
+                    suffix, states = self.counter.forward(stage, states)
+                    step += replace(suffix, frozen=0)
+            # the meta model is counted once, where the pairs come together
+            steps.append(replace(step, frozen=count_parameters(theirs[index]) if theirs else 0))
+            shape = self.counter.forward(meta[index], shape)[1]
+        return steps
+
+    def _together(self, steps: Sequence["_Step"], indices: Sequence[int], data: str) -> "_Step":
+        """Pairs in one process, with one pass through the meta model up to the last of them."""
+        meta = split_into_stages(self.meta, self.meta_depths)
+        prefix = [_Step(), *self._frozen(meta, data)][max(indices)]
+        total = replace(prefix, frozen=count_parameters(self.meta))
+        for index in indices:
+            total += steps[index]
+        return total
+
+
+@dataclass(frozen=True)
+class _Step:
+    """FLOPs of an image, bytes of float32 that it leaves for the backward pass, and parameters on its way."""
+
+    flops: float = 0.0
+    saved: float = 0.0
+    parameters: int = 0
+    frozen: int = 0
+
+    def __add__(self, other: "_Step") -> "_Step":
+        return _Step(
+            self.flops + other.flops,
+            self.saved + other.saved,
+            self.parameters + other.parameters,
+            self.frozen + other.frozen,
+        )
+
+
+class _Counter:
+    """Steps through frozen stages, each counted once for each shape of its input."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[Any, ...], tuple[_Step, torch.Size]] = {}
+
+    def forward(self, stage: Stage, shape: Sequence[int]) -> tuple[_Step, torch.Size]:
+        """Without gradient: the step, and the shape of what comes out."""
+        return self._count(stage, tuple(shape), passes_gradient=False)
+
+    def passed(self, stage: Stage, shape: Sequence[int]) -> tuple[_Step, torch.Size]:
+        """With gradient for the input."""
+        return self._count(stage, tuple(shape), passes_gradient=True)
+
+    def _count(self, stage: Stage, shape: tuple[int, ...], passes_gradient: bool) -> tuple[_Step, torch.Size]:
+        # the networks live as long as the plan is made, so an identity stands for one of them
+        key = (id(stage.config), stage.layer_indices, shape, passes_gradient)
+        if key not in self._known:
+            stage.requires_grad_(False).eval()
+            flops, saved, out = _run(stage, shape, passes_gradient, backward=passes_gradient)
+            self._known[key] = _Step(flops, saved, frozen=count_parameters(stage)), out
+        return self._known[key]
 
 
 def _with_flops(phase: PhasePlan, flops: float) -> PhasePlan:
@@ -307,41 +374,56 @@ def _with_flops(phase: PhasePlan, flops: float) -> PhasePlan:
 
 def _on_meta(config: PreTrainedConfig) -> PreTrainedModel:
     with torch.device("meta"):
-        return AutoModelForImageClassification.from_config(config)
+        model = AutoModelForImageClassification.from_config(config)
+    # what the counter knows; fused attention and grouped products are the same mathematics
+    model.set_attn_implementation("eager")
+    model.config._experts_implementation = "batched_mm"
+    if hasattr(model.config, "block_model_coef"):
+        # it orders the latents by their values, which are not there; it has no products of matrices
+        model.config.block_model_coef = 0.0
+    return model
 
 
-def _count_step(
-    stitched: StitchedStudent, frozen: FrozenNetworks, indices: Sequence[int], image_size: int, aligns: bool
-) -> tuple[float, float]:
-    """FLOPs of an image, forward and backward, and bytes that float32 activations of an image take in between."""
-    saved = _SavedActivations({*stitched.parameters(), *frozen.parameters()})
-    with FlopCounterMode(display=False) as counter:
-        # in evaluation mode, as a run counts its FLOPs
-        _step(stitched.eval(), frozen, indices, image_size, aligns)
-    with saved:
-        _step(stitched.train(), frozen, indices, image_size, aligns)
-    return counter.get_total_flops() / COUNTED_IMAGES, saved.nbytes / COUNTED_IMAGES
+def _stitched(
+    student: PreTrainedModel, stages: Sequence[Stage], width: int, stitch: str | None, **options: Any
+) -> list[nn.Module]:
+    with torch.device("meta"):
+        return list(StitchedStudent(student, stages, width, stitch, **options).pairs.values())
 
 
-def _step(stitched: nn.Module, frozen: FrozenNetworks, indices: Sequence[int], image_size: int, aligns: bool) -> None:
-    """Forward and backward as in `M2MKDTrainer` or `AlignmentTrainer`, but for the loss, which has no products."""
-    pixel_values = torch.empty(COUNTED_IMAGES, 3, image_size, image_size, device="meta")
-    inputs = frozen.prefix(pixel_values, indices)
-    outputs = stitched(inputs)
-    if aligns:
-        frozen.meta[-1](inputs[max(indices)])
-        ends = [hidden_states for hidden_states, _ in outputs.values()]
-    else:
-        frozen.teacher_logits(inputs)
-        ends = [frozen.suffix(hidden_states, index) for index, (hidden_states, _) in outputs.items()]
-    torch.stack([end.sum() for end in ends]).sum().backward()
-    stitched.zero_grad(set_to_none=True)
+def _trained(pair: nn.Module, shape: Sequence[int], layers_only: bool = False) -> tuple[_Step, torch.Size]:
+    """The step through a pair that is trained, whole or its layers only, and the shape of what comes out."""
+    pair.requires_grad_(not layers_only)
+    for layer in pair.stage.layers if layers_only else ():
+        layer.requires_grad_(True)
+    # in evaluation mode, as a run counts its FLOPs; what is kept, as in training
+    flops, _, out = _run(pair.eval(), shape, passes_gradient=False, backward=True)
+    _, saved, _ = _run(pair.train(), shape, passes_gradient=False, backward=True)
+    pair.zero_grad(set_to_none=True)
+    trained = sum(parameter.numel() for parameter in pair.parameters() if parameter.requires_grad)
+    return _Step(flops, saved, parameters=trained), out
+
+
+def _run(
+    module: nn.Module, shape: Sequence[int], passes_gradient: bool, backward: bool
+) -> tuple[float, float, torch.Size]:
+    """FLOPs and saved bytes of an image through a module, and the shape that comes out."""
+    states = torch.empty(*shape, device="meta", requires_grad=passes_gradient)
+    saved = _SavedActivations(module.parameters())
+    with torch.set_grad_enabled(backward), FlopCounterMode(display=False) as counter, saved:
+        out = module(states)
+        out = out[0] if isinstance(out, tuple) else out
+        if backward:
+            # a loss has no products of matrices
+            out.sum().backward()
+    return counter.get_total_flops() / COUNTED_IMAGES, saved.nbytes / COUNTED_IMAGES, out.shape
 
 
 class _SavedActivations(torch.autograd.graph.saved_tensors_hooks):
     """Bytes of what autograd keeps for the backward pass, without parameters and what fused kernels do not keep."""
 
-    def __init__(self, parameters: set[torch.Tensor]):
+    def __init__(self, parameters: Iterable[torch.Tensor]):
+        parameters = list(parameters)
         self._parameters = {parameter.untyped_storage()._cdata for parameter in parameters}
         # a product with the experts' weights gathered for each token keeps them; grouped products do not
         self._gathered = {tuple(parameter.shape[1:]) for parameter in parameters if parameter.ndim == 3}
