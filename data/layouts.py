@@ -74,7 +74,7 @@ def _class_folders(root: Path, classes: Sequence[str], partial: bool, inner: str
     """One folder a class, its images below `inner`; the labels are those of `classes`, or of the folders present.
 
     Raises:
-        DataError: archives that were not unpacked, images beside the folders, or folders that are missing.
+        DataError: archives that were not unpacked, images beside the folders, or folders that are missing or no class.
     """
     folder = _folder(root, "which holds one folder a class")
     entries = [entry for entry in sorted(folder.iterdir()) if not is_junk(entry.name)]
@@ -89,6 +89,9 @@ def _class_folders(root: Path, classes: Sequence[str], partial: bool, inner: str
             "of its class"
         )
     present = {entry.name for entry in entries if entry.is_dir()}
+    unknown = sorted(present - set(classes) - set(imagenet_classes()))
+    if unknown:
+        raise DataError(f"{root} holds folders that are no class of the set ({_some(unknown)}): move them away")
     missing = [name for name in classes if name not in present]
     if len(missing) == len(classes) or (missing and not partial):
         raise DataError(

@@ -10,7 +10,7 @@ def default_workers(image_size: int, use_cpu: bool) -> int:
     """Worker processes of a data loader where nobody says how many.
 
     With a GPU a core each, shared by the processes of this machine: at 224 pixels and the paper's augmentation a core
-    makes some ninety images a second (benchmarks/input_pipeline.py), and a GPU takes hundreds, so no core is too many.
+    makes some 200 images a second (benchmarks/input_pipeline.py) and a GPU takes more, so no core is too many.
     None on a CPU, where training needs the cores itself, nor for images of up to 32 pixels.
 
     Args:

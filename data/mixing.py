@@ -92,14 +92,13 @@ def mix_batch(
         Mixed images of the same shape, and float32 targets (batch_size, C) whose rows sum to 1.
     """
     weight, is_cutmix = draw_mix(mixup, cutmix, rng)
-    others = pixel_values.flip(0)
     if is_cutmix:
         height, width = pixel_values.shape[-2:]
         top, bottom, left, right = draw_box(height, width, weight, rng)
         mixed = pixel_values.clone()
-        mixed[:, :, top:bottom, left:right] = others[:, :, top:bottom, left:right]
+        mixed[:, :, top:bottom, left:right] = pixel_values[:, :, top:bottom, left:right].flip(0)
         weight = 1 - (bottom - top) * (right - left) / (height * width)
     else:
-        mixed = pixel_values * weight + others * (1 - weight)
+        mixed = pixel_values.flip(0).lerp_(pixel_values, weight)
     targets = torch.nn.functional.one_hot(labels, num_labels).float()
     return mixed, targets * weight + targets.flip(0) * (1 - weight)

@@ -187,6 +187,11 @@ def open_stream(config: DataConfig, train: bool, seed: int = 0) -> StreamedImage
                 f"{config.source} has no split {split!r}: set split to {' or '.join(map(repr, known.splits))}"
             )
         split, length = known.splits[split]
+        if length is None:
+            raise DataError(
+                f"{config.source} is a part of another set and cannot be streamed: download it (streaming: false), or "
+                f"give a local copy, '{config.source}:PATH'"
+            )
         image_column, label_column = known.columns
         own = {"source": known.hub, "image_column": image_column, "label_column": label_column}
         config = config.model_copy(update=own)

@@ -25,6 +25,7 @@ class RunData:
     def __init__(self, recipe: Recipe):
         self.recipe = recipe
         self._loaded: dict[str, LabeledImages] = {}
+        self._streamed_classes: dict[str, list[str]] = {}
 
     def check(self) -> None:
         """
@@ -69,7 +70,9 @@ class RunData:
             `DataError`: a class has no image, so nothing could be learnt of it.
         """
         if self.config(name).streaming:
-            return self._stream(name, self.config(name), train=False).class_names
+            if name not in self._streamed_classes:
+                self._streamed_classes[name] = self._stream(name, self.config(name), train=False).class_names
+            return self._streamed_classes[name]
         images = self.images(name)
         present = set(images.labels.tolist())
         absent = [class_name for label, class_name in enumerate(images.class_names) if label not in present]

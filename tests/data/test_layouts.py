@@ -73,6 +73,12 @@ class TestImageNet:
         ):
             load("imagenet-1k", tmp_path, "val")
 
+    def test_folder_that_is_no_class(self, tmp_path):
+        root = imagenet(tmp_path, THREE)
+        (root / "val" / "tench").mkdir()
+        with pytest.raises(DataError, match=r"no class of the set \(tench\): move them away"):
+            load("imagenet-1k", root, "val")
+
     def test_empty_class(self, tmp_path):
         root = imagenet(tmp_path, THREE)
         (root / "val" / imagenet_classes()[7]).mkdir()

@@ -189,6 +189,10 @@ class TestOpenStream:
         with pytest.raises(DataError, match="imagenet-1k has no split None"):
             open_stream(DataConfig(source="imagenet-1k", streaming=True), train=False)
 
+    def test_a_part_of_another_set(self):
+        with pytest.raises(DataError, match="tiny-imagenet-r is a part of another set and cannot be streamed"):
+            open_stream(DataConfig(source="tiny-imagenet-r", streaming=True), train=False)
+
     def test_no_network(self, monkeypatch):
         def load_dataset(*args, **kwargs):
             raise ConnectionError("no network")

@@ -50,6 +50,17 @@ class TestRepeatedSampling:
         assert set(ranks[0]["seen"]["0"]) != set(ranks[0]["seen"]["1"])
 
 
+class TestStream:
+    def test_training_sees_every_image(self, ranks):
+        seen = Counter(ranks[0]["seen"]["stream"]) + Counter(ranks[1]["seen"]["stream"])
+        assert set(seen) == set(range(COUNT)) and sum(seen.values()) == 24
+
+    def test_evaluation_counts_each_image_once(self, ranks):
+        single = predict(vit(), grey_images(train=False), batch_size=4, use_cpu=True)
+        for rank in ranks:
+            assert rank["stream"] == {"ranked": single.ranked.tolist(), "labels": single.labels.tolist()}
+
+
 class TestEvaluation:
     def test_each_image_counts_once(self, ranks):
         single = predict(vit(), grey_images(train=False), batch_size=4, use_cpu=True)

@@ -1,5 +1,8 @@
 """The paper's augmentation through the trainer: mixed images, soft targets, repeated samples."""
 
+from io import BytesIO
+
+import datasets
 import numpy as np
 import pytest
 import torch.nn.functional as F
@@ -8,6 +11,7 @@ from testing_utils import NUM_LABELS, assert_equal, distillation_trainer, meta_m
 from transformers import TrainerCallback
 
 from m2mkd.data import DataConfig, ImageDataset, LabeledImages, RepeatedSampler
+from m2mkd.data.streaming import StreamedImages
 from m2mkd.trainer.callbacks import DataEpoch
 
 
@@ -21,6 +25,24 @@ def photos(train: bool = True, **changes) -> ImageDataset:
     labels = np.arange(12, dtype=np.int64) % NUM_LABELS
     data = LabeledImages(images, labels, list("abcde"), [str(index) for index in range(12)])
     return ImageDataset(data, CONFIG.model_copy(update=changes), train=train)
+
+
+def stream() -> StreamedImages:
+    """Twelve noise images from a stream of two files, augmented as in the paper."""
+
+    def generate(files):
+        for file in files:
+            for index in file:
+                noise = np.random.default_rng(index).integers(0, 256, (12, 10, 3), dtype=np.uint8)
+                buffer = BytesIO()
+                Image.fromarray(noise).save(buffer, "PNG")
+                yield {"image": {"bytes": buffer.getvalue(), "path": None}, "label": index % NUM_LABELS}
+
+    features = datasets.Features({"image": datasets.Image(decode=False), "label": datasets.Value("int64")})
+    files = {"files": [list(range(5)), list(range(5, 12))]}
+    rows = datasets.IterableDataset.from_generator(generate, features=features, gen_kwargs=files)
+    labels = {index: index for index in range(NUM_LABELS)}
+    return StreamedImages(rows, 12, labels, list("abcde"), CONFIG.model_copy(update={"repeated": 2}), train=True)
 
 
 class StopAfter(TrainerCallback):
@@ -55,7 +77,7 @@ class TestLoss:
 class TestTraining:
     SETTINGS = {"per_device_train_batch_size": 3, "max_steps": 7, "save_strategy": "steps", "save_steps": 5}
 
-    def trainer(self, folder, train_dataset: ImageDataset, **overrides):
+    def trainer(self, folder, train_dataset: ImageDataset | StreamedImages, **overrides):
         callbacks = [DataEpoch(train_dataset), *overrides.pop("callbacks", [])]
         settings = {**self.SETTINGS, **overrides}
         return distillation_trainer(folder, train_dataset=train_dataset, callbacks=callbacks, **settings)
@@ -83,6 +105,15 @@ class TestTraining:
         assert resumed.state.global_step == 7
         assert_equal(snapshot(resumed.model), snapshot(whole.model))
         assert all(0 <= log["pair_0_accuracy"] <= 1 for log in whole.state.log_history if "pair_0_accuracy" in log)
+
+    def test_a_resumed_stream_goes_on_with_the_same_images(self, tmp_path):
+        whole = self.trainer(tmp_path / "whole", stream())
+        whole.train()
+        self.trainer(tmp_path / "cut", stream(), callbacks=[StopAfter(5)]).train()
+        resumed = self.trainer(tmp_path / "cut", stream(), model=vmoe(seed=9))
+        resumed.train(resume_from_checkpoint=True)
+        assert resumed.state.global_step == 7
+        assert_equal(snapshot(resumed.model), snapshot(whole.model))
 
     def test_hard_distillation(self, tmp_path):
         trainer = self.trainer(tmp_path, photos(), distillation_type="hard", meta=meta_model(), save_strategy="no")
