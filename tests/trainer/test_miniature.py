@@ -57,8 +57,9 @@ def assert_planned(recipe: Recipe, report: dict[str, Any]) -> None:
     assert found.keys() == {name for name in planned if not name.startswith("pair ")}
     for name, flops in found.items():
         assert planned[name] == pytest.approx(flops, rel=0.02), name
-    # alone, a pair repeats the prefix
-    assert sum(flops for name, flops in planned.items() if name.startswith("pair ")) > planned["pairs"]
+    # alone, a pair repeats the prefix, which the first two pairs have nothing of to share
+    alone = sum(flops for name, flops in planned.items() if name.startswith("pair "))
+    assert (alone > planned["pairs"] * 1.01) == (len(recipe.student.depths) > 2)
     assert plan.totals["m2mkd"] == pytest.approx(found["pairs"] + found["arm m2mkd"], rel=0.02)
 
 
