@@ -2,9 +2,11 @@
 
 from transformers import AutoConfig
 
+from m2mkd.configuration.configuration_nac import NACConfig
 from m2mkd.configuration.configuration_vmoe import VMoEConfig
 
 
-AutoConfig.register(VMoEConfig.model_type, VMoEConfig, exist_ok=True)
+for config_class in (NACConfig, VMoEConfig):
+    AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
 
-__all__ = ["VMoEConfig"]
+__all__ = ["NACConfig", "VMoEConfig"]

@@ -11,43 +11,94 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Official m2mKD state dicts to ours, dict to dict: every tensor is placed, or the error names it."""
+"""Official m2mKD state dicts and arguments to ours, dict to dict: every tensor is placed, or the error names it."""
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
+from transformers import ViTConfig
+
+from m2mkd.configuration.configuration_vmoe import VMoEConfig
+
+
+Shapes = dict[str, tuple[int, ...]]
 
 
 class ConversionError(ValueError):
-    """A checkpoint holds tensors that the layout does not know."""
+    """A checkpoint or its configuration is not what the layout says; the message names what is wrong."""
 
 
-_BLOCK_NAMES = {
-    "norm1": "layernorm_before",
-    "norm2": "layernorm_after",
-    "attn.proj": "attention.o_proj",
-    "mlp.fc1": "mlp.fc1",
-    "mlp.fc2": "mlp.fc2",
-    "moe.gate.gate": "mlp.router",
-    "pre_stitch.ln": "pre_stitch.layernorm",
-    "pre_stitch.fc": "pre_stitch.linear",
-    "post_stitch.ln": "post_stitch.layernorm",
-    "post_stitch.fc": "post_stitch.linear",
-}
-_TOP_NAMES = {
-    "cls_token": "{prefix}.embeddings.cls_token",
-    "pos_embed": "{prefix}.embeddings.position_embeddings",
-    "patch_embed.proj.weight": "{prefix}.embeddings.patch_embeddings.projection.weight",
-    "patch_embed.proj.bias": "{prefix}.embeddings.patch_embeddings.projection.bias",
-    "norm.weight": "{prefix}.layernorm.weight",
-    "norm.bias": "{prefix}.layernorm.bias",
-    "head.weight": "classifier.weight",
-    "head.bias": "classifier.bias",
-}
-_EXPERT = re.compile(r"moe\.experts\.(\d+)\.(htoh4|h4toh)\.(weight|bias)")
-_EXPERT_NAMES = {"htoh4": "up_proj", "h4toh": "down_proj"}
+class NameTable:
+    """
+    Official tensor names beside ours. In a row `#` stands for a number and `*` for `weight` or `bias`; the first row
+    that fits a name counts.
+    """
+
+    def __init__(self, rows: Sequence[tuple[str, str]]):
+        self._to_ours = [(_pattern(official), _template(ours)) for official, ours in rows]
+        self._to_official = [(_pattern(ours), _template(official)) for official, ours in rows]
+
+    def ours(self, name: str) -> str | None:
+        """Our name of an official tensor, `None` if there is none."""
+        return _translate(name, self._to_ours)
+
+    def official(self, name: str) -> str | None:
+        """The official name of a tensor of ours, `None` if there is none."""
+        return _translate(name, self._to_official)
+
+
+def _pattern(row: str) -> re.Pattern[str]:
+    return re.compile(re.escape(row).replace(r"\#", r"(\d+)").replace(r"\*", "(weight|bias)"))
+
+
+def _template(row: str) -> str:
+    return re.sub(r"[#*]", "{}", row)
+
+
+def _translate(name: str, rows: Sequence[tuple[re.Pattern[str], str]]) -> str | None:
+    for pattern, template in rows:
+        match = pattern.fullmatch(name)
+        if match:
+            return template.format(*match.groups())
+    return None
+
+
+def _rows(prefix: str) -> list[tuple[str, str]]:
+    embeddings, layer = f"{prefix}.embeddings", f"{prefix}.layers.#"
+    rows = [
+        ("cls_token", f"{embeddings}.cls_token"),
+        ("pos_embed", f"{embeddings}.position_embeddings"),
+        ("patch_embed.proj.*", f"{embeddings}.patch_embeddings.projection.*"),
+        ("norm.*", f"{prefix}.layernorm.*"),
+        ("head.*", "classifier.*"),
+        ("blocks.#.norm1.*", f"{layer}.layernorm_before.*"),
+        ("blocks.#.norm2.*", f"{layer}.layernorm_after.*"),
+        ("blocks.#.attn.qkv.*", f"{layer}.attention.qkv_proj.*"),  # cut in three
+        ("blocks.#.attn.proj.*", f"{layer}.attention.o_proj.*"),
+        ("blocks.#.mlp.fc1.*", f"{layer}.mlp.fc1.*"),
+        ("blocks.#.mlp.fc2.*", f"{layer}.mlp.fc2.*"),
+    ]
+    if prefix == "vmoe":
+        rows += [
+            ("blocks.#.moe.gate.gate.*", f"{layer}.mlp.router.*"),
+            # stacked
+            ("blocks.#.moe.experts.#.htoh4.weight", f"{layer}.mlp.experts.#.up_proj"),
+            ("blocks.#.moe.experts.#.htoh4.bias", f"{layer}.mlp.experts.#.up_proj_bias"),
+            ("blocks.#.moe.experts.#.h4toh.weight", f"{layer}.mlp.experts.#.down_proj"),
+            ("blocks.#.moe.experts.#.h4toh.bias", f"{layer}.mlp.experts.#.down_proj_bias"),
+        ]
+        for side in ("pre_stitch", "post_stitch"):
+            rows.append((f"blocks.#.{side}.ln.*", f"{layer}.{side}.layernorm.*"))
+            rows.append((f"blocks.#.{side}.fc.*", f"{layer}.{side}.linear.*"))
+    return rows
+
+
+_TABLES = {prefix: NameTable(_rows(prefix)) for prefix in ("vit", "vmoe")}
+_EXPERT = re.compile(r"(.+\.mlp\.experts)\.(\d+)\.(\w+)")
+_STACKED = re.compile(r"(.+\.mlp\.experts)\.(\w+)")
 
 
 def convert_vit(official: Mapping[str, torch.Tensor], layer_offset: int = 0) -> dict[str, torch.Tensor]:
@@ -78,34 +129,49 @@ def convert_vmoe(official: Mapping[str, torch.Tensor], layer_offset: int = 0) ->
     return _convert(official, "vmoe", layer_offset)
 
 
+def convert_vmoe_student(
+    official: Mapping[str, torch.Tensor], layer_offset: int
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """
+    An official V-MoE student to the names of a distilled stage.
+
+    Args:
+        official (`Mapping[str, torch.Tensor]`): `ckpt["model"]`.
+        layer_offset (`int`): Layers before this stage.
+
+    Returns:
+        The stage's tensors by the model's names, and those of its stitches (`pre.*`, `post.*`).
+
+    Raises:
+        `ConversionError`: as [`convert_vit`].
+    """
+    stage, stitches = {}, {}
+    for name, tensor in convert_vmoe(official, layer_offset).items():
+        stitch = re.fullmatch(r"vmoe\.layers\.\d+\.(pre|post)_stitch\.(.+)", name)
+        if stitch:
+            stitches[f"{stitch[1]}.{stitch[2]}"] = tensor
+        else:
+            stage[name] = tensor
+    return stage, stitches
+
+
 def _convert(official: Mapping[str, torch.Tensor], prefix: str, layer_offset: int) -> dict[str, torch.Tensor]:
     converted: dict[str, torch.Tensor] = {}
     experts: dict[str, dict[int, torch.Tensor]] = defaultdict(dict)
     unknown = []
-    for name, tensor in official.items():
-        # the official models register each block a second time under `stages.*`
-        if name.startswith("stages."):
-            continue
-        block = re.match(r"blocks\.(\d+)\.(.+)$", name)
-        if name in _TOP_NAMES:
-            converted[_TOP_NAMES[name].format(prefix=prefix)] = tensor
-        elif block is None:
+    for name, tensor in without_aliases(official).items():
+        ours = _TABLES[prefix].ours(_move(name, "blocks", layer_offset))
+        expert = _EXPERT.fullmatch(ours or "")
+        if ours is None:
             unknown.append(name)
+        elif expert:
+            # FastMoE keeps a leading dimension of one expert
+            experts[f"{expert[1]}.{expert[3]}"][int(expert[2])] = tensor[0]
+        elif ".qkv_proj." in ours:
+            for part, projection in zip(tensor.chunk(3), ("q_proj", "k_proj", "v_proj"), strict=True):
+                converted[ours.replace("qkv_proj", projection)] = part.contiguous()
         else:
-            layer, rest = f"{prefix}.layers.{int(block[1]) + layer_offset}", block[2]
-            module, _, parameter = rest.rpartition(".")
-            expert = _EXPERT.fullmatch(rest)
-            if expert and prefix == "vmoe":
-                suffix = "_bias" if expert[3] == "bias" else ""
-                # FastMoE keeps a leading dimension of one expert
-                experts[f"{layer}.mlp.experts.{_EXPERT_NAMES[expert[2]]}{suffix}"][int(expert[1])] = tensor[0]
-            elif module == "attn.qkv":
-                for part, projection in zip(tensor.chunk(3), ("q_proj", "k_proj", "v_proj"), strict=True):
-                    converted[f"{layer}.attention.{projection}.{parameter}"] = part.contiguous()
-            elif module in _BLOCK_NAMES:
-                converted[f"{layer}.{_BLOCK_NAMES[module]}.{parameter}"] = tensor
-            else:
-                unknown.append(name)
+            converted[ours] = tensor
     if unknown:
         raise ConversionError(f"These tensors are no part of an official {prefix} checkpoint: {sorted(unknown)}.")
     for name, by_index in experts.items():
@@ -116,4 +182,225 @@ def _convert(official: Mapping[str, torch.Tensor], prefix: str, layer_offset: in
     return converted
 
 
-__all__ = ["ConversionError", "convert_vit", "convert_vmoe"]
+def without_aliases(official: Mapping[str, Any]) -> dict[str, Any]:
+    """Without `stages.*`: the official models register each block a second time there."""
+    return {name: tensor for name, tensor in official.items() if not name.startswith("stages.")}
+
+
+def assemble_stages(stages: Sequence[Mapping[str, Any]], depths: Sequence[int]) -> dict[str, Any]:
+    """`ckpt["model_stages"]` as `ckpt["model"]`: each stage counts its blocks from 0, the model goes on counting."""
+    return {
+        _move(name, "blocks", sum(depths[:index])): tensor
+        for index, stage in enumerate(stages)
+        for name, tensor in stage.items()
+    }
+
+
+def _move(name: str, container: str, offset: int) -> str:
+    return re.sub(rf"^{container}\.(\d+)\.", lambda match: f"{container}.{int(match[1]) + offset}.", name)
+
+
+def official_shapes(ours: Mapping[str, torch.Tensor], prefix: str, layer_offset: int = 0) -> Shapes:
+    """
+    What an official checkpoint has to hold: the inverse of [`convert_vit`] and [`convert_vmoe`], shapes only.
+
+    Args:
+        ours (`Mapping[str, torch.Tensor]`): State dict of a `ViTForImageClassification` (`prefix` `"vit"`), a
+            `VMoEForImageClassification` (`"vmoe"`) or a stage of one, on the meta device if need be.
+        prefix (`str`): `"vit"` or `"vmoe"`.
+        layer_offset (`int`): Layers before this stage.
+
+    Returns:
+        `dict[str, tuple[int, ...]]`: Shapes by official names, without the aliases.
+    """
+    shapes: Shapes = {}
+    table = _TABLES[prefix]
+    for name, tensor in ours.items():
+        shape = tuple(tensor.shape)
+        stacked = _STACKED.fullmatch(name)
+        if stacked:
+            each = {table.official(f"{stacked[1]}.{index}.{stacked[2]}"): (1, *shape[1:]) for index in range(shape[0])}
+        elif ".attention.q_proj." in name:
+            each = {table.official(name.replace("q_proj", "qkv_proj")): (3 * shape[0], *shape[1:])}
+        elif ".attention.k_proj." in name or ".attention.v_proj." in name:
+            continue
+        else:
+            each = {table.official(name): shape}
+        if None in each:
+            raise ConversionError(f"{name} of our {prefix} has no official counterpart.")
+        shapes.update({_move(official, "blocks", -layer_offset): value for official, value in each.items()})
+    return shapes
+
+
+def stitch_shapes(side: str, stitch_size: int, hidden_size: int, layer: int) -> Shapes:
+    """Shapes of a stitch of an official V-MoE by official names; `side` is `"pre"` or `"post"`."""
+    width, out = (stitch_size, hidden_size) if side == "pre" else (hidden_size, stitch_size)
+    name = f"blocks.{layer}.{side}_stitch"
+    layernorm = {f"{name}.ln.weight": (width,), f"{name}.ln.bias": (width,)}
+    return {**layernorm, f"{name}.fc.weight": (out, width), f"{name}.fc.bias": (out,)}
+
+
+def check_tensors(given: Mapping[str, Any], expected: Shapes, what: str) -> None:
+    """
+    Compare a checkpoint with what it has to hold.
+
+    Raises:
+        `ConversionError`: lists every tensor that is missing, unexpected or of another shape, by its official name.
+    """
+    lines = [f"missing: {name} {_size(expected[name])}" for name in sorted(expected.keys() - given.keys())]
+    for name in sorted(given.keys() - expected.keys()):
+        lines.append(f"unexpected: {name} {_size(getattr(given[name], 'shape', ()))}")
+    for name in sorted(expected.keys() & given.keys()):
+        if not isinstance(given[name], torch.Tensor):
+            lines.append(f"no tensor: {name} is of type {type(given[name]).__name__}")
+        elif tuple(given[name].shape) != expected[name]:
+            lines.append(f"shape: {name} is {_size(given[name].shape)}, must be {_size(expected[name])}")
+    if lines:
+        raise ConversionError(
+            f"The checkpoint does not hold {what} as the configuration describes it; {len(lines)} of its tensors do "
+            "not fit:\n  " + "\n  ".join(lines)
+        )
+
+
+def _size(shape: Sequence[int]) -> str:
+    return "x".join(str(size) for size in shape) or "scalar"
+
+
+# ---- Configurations ----
+
+
+class OfficialArguments:
+    """Arguments of the official code, taken one by one; what is left at the end is refused by name."""
+
+    def __init__(self, values: Mapping[str, Any] | None, path: str = ""):
+        if values is not None and not isinstance(values, Mapping):
+            raise ConversionError(f"`{path.rstrip('.')}` must be a section of arguments, but is {values!r}.")
+        self.values, self.path = dict(values or {}), path
+
+    def take(self, name: str, default: Any) -> Any:
+        """The value of an argument, or the official default."""
+        return self.values.pop(name, default)
+
+    def need(self, name: str) -> Any:
+        """The value of an argument without a default."""
+        if self.values.get(name) is None:
+            raise ConversionError(f"`{self.path}{name}` is missing; the official code has no default for it.")
+        return self.values.pop(name)
+
+    def section(self, name: str) -> "OfficialArguments":
+        """The arguments below a name; none if it is not there."""
+        return OfficialArguments(self.values.pop(name, None), f"{self.path}{name}.")
+
+    def require(self, name: str, value: Any) -> None:
+        """Only this value can be converted; it is also the official default."""
+        given = self.take(name, value)
+        if given != value:
+            raise ConversionError(f"`{self.path}{name}` is {given!r}; only {value!r} can be converted.")
+
+    def end(self) -> None:
+        """Refuse what has not been taken."""
+        if self.values:
+            left = sorted(f"{self.path}{name}" for name in self.values)
+            raise ConversionError(f"These arguments of the official code are not known: {left}.")
+
+
+def vit_config(kwargs: Mapping[str, Any], norm_eps: float, **overrides: Any) -> ViTConfig:
+    """
+    The configuration of an official incubated ViT.
+
+    Args:
+        kwargs (`Mapping[str, Any]`): Its constructor's arguments.
+        norm_eps (`float`): Epsilon of its layer norms: 1e-6 in ViT-Large, 1e-5 in ViT-Huge (item 28 of the analysis).
+        overrides: Fields of `ViTConfig` that differ.
+
+    Raises:
+        `ConversionError`: an argument is not known, or has a value that no `ViTConfig` expresses.
+    """
+    arguments = OfficialArguments(kwargs)
+    fields = _transformer_fields(arguments, norm_eps)
+    # stochastic depth, which the ViT of transformers does not have: no matter for weights
+    arguments.take("drop_path_rate", 0.0)
+    arguments.end()
+    return ViTConfig(**{**fields, **overrides})
+
+
+def vmoe_config(kwargs: Mapping[str, Any], norm_eps: float, **overrides: Any) -> VMoEConfig:
+    """
+    The configuration of an official V-MoE with the layers that `kwargs` describe, stitches included if it keeps any.
+
+    Args:
+        kwargs (`Mapping[str, Any]`): Its constructor's arguments.
+        norm_eps (`float`): Epsilon of its layer norms (1e-6 in all official V-MoEs).
+        overrides: Fields of [`VMoEConfig`] that differ.
+
+    Raises:
+        `ConversionError`: as [`vit_config`].
+    """
+    arguments = OfficialArguments(kwargs)
+    fields = _transformer_fields(arguments, norm_eps)
+    for name in ("is_student", "idx", "set_gate_hook"):
+        arguments.take(name, None)
+    pre, post = arguments.take("pre_stitch_pos", None), arguments.take("post_stitch_pos", None)
+    stitch_size = arguments.take("stitch_dim", None)
+    fields.update(
+        moe_layers=list(arguments.take("moe_pos", None) or []),
+        num_experts=arguments.take("num_expert", 8),
+        drop_path_rate=arguments.take("drop_path_rate", 0.0),
+        pre_stitch_layers=list(pre or []),
+        post_stitch_layers=list(post or []),
+        stitch_size=stitch_size if pre or post else None,
+    )
+    arguments.end()
+    return VMoEConfig(**{**fields, **overrides})
+
+
+def vmoe_student_config(kwargs: Mapping[str, Any], norm_eps: float, num_stages: int, **overrides: Any) -> VMoEConfig:
+    """
+    The configuration of a whole V-MoE without stitches, one of whose `num_stages` equal stages is an official student.
+
+    Args, raises as [`vmoe_config`].
+    """
+    depth = sum(kwargs["divided_depths"])
+    moe_layers = [stage * depth + layer for stage in range(num_stages) for layer in kwargs.get("moe_pos") or []]
+    stitches = {"pre_stitch_layers": [], "post_stitch_layers": [], "stitch_size": None}
+    whole = {"num_hidden_layers": depth * num_stages, "moe_layers": moe_layers, **stitches}
+    return vmoe_config(kwargs, norm_eps, **{**whole, **overrides})
+
+
+def _transformer_fields(arguments: OfficialArguments, norm_eps: float) -> dict[str, Any]:
+    """What the official ViT and V-MoE share."""
+    hidden_size = arguments.take("embed_dim", 768)
+    depths = arguments.need("divided_depths")
+    arguments.take("depth", None)  # the official code goes by `divided_depths`
+    for name, value in (("qk_scale", None), ("drop_rate", 0.0), ("attn_drop_rate", 0.0), ("hybrid_backbone", None)):
+        arguments.require(name, value)
+    return {
+        "hidden_size": hidden_size,
+        "num_hidden_layers": sum(depths),
+        "num_attention_heads": arguments.take("num_heads", 12),
+        "intermediate_size": int(hidden_size * arguments.take("mlp_ratio", 4.0)),
+        "image_size": arguments.take("img_size", 224),
+        "patch_size": arguments.take("patch_size", 16),
+        "num_channels": arguments.take("in_chans", 3),
+        "qkv_bias": arguments.take("qkv_bias", False),
+        "num_labels": arguments.take("num_classes", 1000),
+        "layer_norm_eps": norm_eps,
+    }
+
+
+__all__ = [
+    "ConversionError",
+    "NameTable",
+    "OfficialArguments",
+    "assemble_stages",
+    "check_tensors",
+    "convert_vit",
+    "convert_vmoe",
+    "convert_vmoe_student",
+    "official_shapes",
+    "stitch_shapes",
+    "vit_config",
+    "vmoe_config",
+    "vmoe_student_config",
+    "without_aliases",
+]

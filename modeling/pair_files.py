@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from m2mkd.modeling.stages import Stage
-from m2mkd.modeling.stitched_student import StitchedStage
+from m2mkd.modeling.stitched_stage import StitchedStage
 
 
 STAGE_FILE = "model.safetensors"
@@ -72,7 +72,7 @@ def load_stage(stage: Stage, folder: str | Path, reinitialize: tuple[str, ...] =
     Raises:
         `PairFileError`: a file is missing or truncated, the contract is of another pair, names or shapes differ.
     """
-    folder = Path(folder)
+    folder, stage = Path(folder), stage.distilled()
     contract = read_contract(folder)
     for field, ours in _contract(stage).items():
         if contract.get(field) != ours:

@@ -53,6 +53,7 @@ _ARCHITECTURES = {
     ),
     "VMoEForImageClassification": _Architecture("vmoe.embeddings", "vmoe.layers", "vmoe.layernorm", _class_token),
 }
+_CIRCUIT = "NACForImageClassification"
 
 
 class Stage(nn.Module):
@@ -62,6 +63,7 @@ class Stage(nn.Module):
 
     The first stage takes `pixel_values` of shape `(batch_size, num_channels, height, width)`, the others hidden states
     of shape `(batch_size, num_tokens, hidden_size)`; the last one returns logits of shape `(batch_size, num_labels)`.
+    [`TransformerStage`] and `NACStage` are the two kinds.
 
     Attributes:
         config (`PreTrainedConfig`): The configuration of the whole model.
@@ -76,13 +78,6 @@ class Stage(nn.Module):
         self.index = index
         self.num_stages = num_stages
         self.layer_indices = layer_indices
-        architecture = _architecture_of(model)
-        self._pool = architecture.pool
-        # tuples, unlike attributes of their own, do not register the modules a second time
-        self._embeddings = tuple(self._attach(model, architecture.embeddings)) if self.is_first else ()
-        self._layers = tuple(self._attach(model, *(f"{architecture.layers}.{i}" for i in layer_indices)))
-        head = (architecture.layernorm, architecture.classifier) if self.is_last else ()
-        self._head = tuple(self._attach(model, *head))
 
     def _attach(self, model: PreTrainedModel, *paths: str) -> list[nn.Module]:
         modules = []
@@ -110,8 +105,38 @@ class Stage(nn.Module):
 
     @property
     def num_layers(self) -> int:
-        """Number of transformer layers in the stage."""
+        """Number of layers in the stage."""
         return len(self.layer_indices)
+
+    def distilled(self) -> "Stage":
+        """The part of the stage that distillation trains."""
+        return self
+
+    @property
+    def is_stochastic(self) -> bool:
+        """Whether a forward in training draws random numbers besides those of dropout, drop path and routers."""
+        return False
+
+    def auxiliary_losses(self) -> dict[str, torch.Tensor]:
+        """Losses that do not depend on the images, by name; their weighted sum is `aux_loss`."""
+        return {}
+
+    def extra_repr(self) -> str:
+        return f"stage {self.index} of {self.num_stages}, layers {list(self.layer_indices)}"
+
+
+class TransformerStage(Stage):
+    """Consecutive transformer layers, with the embeddings in the first stage and the head in the last."""
+
+    def __init__(self, model: PreTrainedModel, index: int, num_stages: int, layer_indices: range):
+        super().__init__(model, index, num_stages, layer_indices)
+        architecture = _architecture_of(model)
+        self._pool = architecture.pool
+        # tuples, unlike attributes of their own, do not register the modules a second time
+        self._embeddings = tuple(self._attach(model, architecture.embeddings)) if self.is_first else ()
+        self._layers = tuple(self._attach(model, *(f"{architecture.layers}.{i}" for i in layer_indices)))
+        head = (architecture.layernorm, architecture.classifier) if self.is_last else ()
+        self._head = tuple(self._attach(model, *head))
 
     def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """
@@ -129,9 +154,6 @@ class Stage(nn.Module):
             hidden_states = classifier(self._pool(layernorm(hidden_states)))
         return hidden_states
 
-    def extra_repr(self) -> str:
-        return f"stage {self.index} of {self.num_stages}, layers {list(self.layer_indices)}"
-
 
 def split_into_stages(model: PreTrainedModel, depths: Sequence[int]) -> list[Stage]:
     """
@@ -140,9 +162,10 @@ def split_into_stages(model: PreTrainedModel, depths: Sequence[int]) -> list[Sta
 
     Args:
         model (`PreTrainedModel`):
-            `ViTForImageClassification`, `DeiTForImageClassification`, `Dinov2ForImageClassification` or
-            `VMoEForImageClassification`.
-        depths (`Sequence[int]`): Transformer layers of each stage; the paper cuts ViT-Large as `[6, 6, 6, 6]`.
+            `ViTForImageClassification`, `DeiTForImageClassification`, `Dinov2ForImageClassification`,
+            `VMoEForImageClassification` or `NACForImageClassification`.
+        depths (`Sequence[int]`): Transformer layers of each stage; the paper cuts ViT-Large as `[6, 6, 6, 6]`. A NAC
+            counts its read-in, each round of messages and its read-out: the paper cuts it as `[1] * 10`.
 
     Returns:
         `list[Stage]`: One stage a depth.
@@ -165,7 +188,7 @@ def split_into_stages(model: PreTrainedModel, depths: Sequence[int]) -> list[Sta
 
     ```"""
     depths = list(depths)
-    num_layers = len(model.get_submodule(_architecture_of(model).layers))
+    num_layers = count_layers(model)
     if not depths or any(isinstance(d, bool) or not isinstance(d, int) or d < 1 for d in depths):
         raise StageError(f"`depths` must be whole numbers of at least 1, one a stage, but is {depths}.")
     if sum(depths) != num_layers:
@@ -173,17 +196,32 @@ def split_into_stages(model: PreTrainedModel, depths: Sequence[int]) -> list[Sta
             f"The depths {depths} add up to {sum(depths)} layers, but {type(model).__name__} has {num_layers}. "
             "Give every layer to one stage."
         )
+    if type(model).__name__ == _CIRCUIT:
+        # here, because it builds on this module
+        from m2mkd.modeling.nac_stages import split_circuit
+
+        return split_circuit(model, depths)
     starts = [sum(depths[:i]) for i in range(len(depths))]
     return [
-        Stage(model, index, len(depths), range(start, start + depth))
+        TransformerStage(model, index, len(depths), range(start, start + depth))
         for index, (start, depth) in enumerate(zip(starts, depths, strict=True))
     ]
+
+
+def count_layers(model: PreTrainedModel) -> int:
+    """
+    Layers that the depths of `split_into_stages` must add up to. Raises `StageError` for an unknown architecture.
+    """
+    if type(model).__name__ == _CIRCUIT:
+        return model.config.num_hidden_layers + 2
+    return len(model.get_submodule(_architecture_of(model).layers))
 
 
 def _architecture_of(model: PreTrainedModel) -> _Architecture:
     name = type(model).__name__
     if name not in _ARCHITECTURES:
-        raise StageError(f"{name} cannot be cut into stages; the architectures that can are {sorted(_ARCHITECTURES)}.")
+        known = sorted([*_ARCHITECTURES, _CIRCUIT])
+        raise StageError(f"{name} cannot be cut into stages; the architectures that can are {known}.")
     return _ARCHITECTURES[name]
 
 
@@ -240,7 +278,8 @@ def check_stitchable(
     for name, other in (("teacher", teacher), ("meta model", meta)):
         if other is None:
             continue
-        if num_tokens(student) != num_tokens(other) and meta is not None:
+        # a NAC takes whatever tokens the meta model has
+        if meta is not None and student.model_type != "nac" and num_tokens(student) != num_tokens(other):
             raise StageError(
                 f"The student has {num_tokens(student)} tokens (image_size {student.image_size}, patch_size "
                 f"{student.patch_size}) and the {name} {num_tokens(other)} (image_size {other.image_size}, patch_size "
@@ -291,8 +330,10 @@ def check_same_normalization(first: Any, second: Any, names: tuple[str, str]) ->
 __all__ = [
     "Stage",
     "StageError",
+    "TransformerStage",
     "check_same_normalization",
     "check_stitchable",
+    "count_layers",
     "initialize_stage",
     "num_tokens",
     "split_into_stages",

@@ -15,72 +15,16 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from m2mkd.modeling.modeling_vmoe import VMoEDropPath, VMoERouter, balance_losses, has_balance_loss
+from m2mkd.modeling.nac_stages import NACStage
 from m2mkd.modeling.stages import Stage
-from m2mkd.modeling.stitches import StitchLayer
-
-
-StitchType = Literal["layernorm_linear", "linear", "none"]
-
-
-class StitchedStage(nn.Module):
-    """
-    `post_i ∘ S_i ∘ pre_i`: one student stage that takes and returns hidden states of the meta model's width. The first
-    stage has no `pre`, the last one no `post` (it takes images, or returns logits).
-
-    Args:
-        stage (`Stage`): View on the student's layers.
-        stitch_size (`int`): Width of the meta model.
-        stitch (`str`): `"layernorm_linear"` (the paper's for V-MoE), `"linear"` (its for NAC), or `"none"` where
-            student and meta model have one width (the incubation of a teacher).
-    """
-
-    def __init__(self, stage: Stage, stitch_size: int, stitch: StitchType = "layernorm_linear"):
-        super().__init__()
-        self.stage = stage
-        width, normalize = stage.config.hidden_size, stitch == "layernorm_linear"
-        has_pre, has_post = stitch != "none" and not stage.is_first, stitch != "none" and not stage.is_last
-        self.pre = StitchLayer(stitch_size, width, normalize) if has_pre else nn.Identity()
-        self.post = StitchLayer(width, stitch_size, normalize) if has_post else nn.Identity()
-
-    @property
-    def is_stochastic(self) -> bool:
-        """Whether a forward in training draws random numbers."""
-        return any(
-            (isinstance(module, nn.Dropout) and module.p > 0)
-            or (isinstance(module, VMoEDropPath) and module.drop_prob > 0)
-            or (isinstance(module, VMoERouter) and module.noise_std > 0)
-            or getattr(module, "attention_dropout", 0) > 0
-            for module in self.stage.modules()
-        )
-
-    def stitch_state_dict(self) -> dict[str, torch.Tensor]:
-        """Weights of the stitches alone, as `pre.*` and `post.*`."""
-        return {name: value for name, value in self.state_dict().items() if not name.startswith("stage.")}
-
-    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """
-        Args:
-            hidden_states (`torch.Tensor`): Images for the first stage, else of shape
-                `(batch_size, num_tokens, stitch_size)`.
-
-        Returns:
-            Hidden states of shape `(batch_size, num_tokens, stitch_size)` (logits for the last stage), and the balance
-            losses of the stage's sparse layers by name, if its config weighs any.
-        """
-        balanced = has_balance_loss(self.stage.config) and self.training
-        with _record_routers(self.stage) if balanced else nullcontext() as recorded:
-            hidden_states = self.post(self.stage(self.pre(hidden_states)))
-        if not balanced or not recorded:
-            return hidden_states, {}
-        clean, noisy, _, _ = zip(*recorded, strict=True)
-        return hidden_states, balance_losses(clean, noisy, self.stage.config)
+from m2mkd.modeling.stitched_nac import NACCodes, ReadInLatents, StitchedNACStage
+from m2mkd.modeling.stitched_stage import StitchedStage, StitchType
 
 
 class StitchedStudent(nn.Module):
@@ -92,8 +36,10 @@ class StitchedStudent(nn.Module):
         student (`PreTrainedModel`): Whose stages these are.
         stages (`Sequence[Stage]`): The stages to train.
         stitch_size (`int`): Width of the meta model.
-        stitch (`str`): See [`StitchedStage`].
-        seed (`int`): Seed of the stitches' weights.
+        stitch (`str`, *optional*): See [`StitchedStage`]. `None`: the paper's for this student, `"linear"` for a NAC,
+            `"layernorm_linear"` for the others.
+        seed (`int`): Seed of the stitches' weights, and of what stands in for a NAC's latents.
+        nac_codes (`str`), read_in_latents (`str`): See [`StitchedNACStage`]; other students do not read them.
     """
 
     def __init__(
@@ -101,8 +47,10 @@ class StitchedStudent(nn.Module):
         student: PreTrainedModel,
         stages: Sequence[Stage],
         stitch_size: int,
-        stitch: StitchType = "layernorm_linear",
+        stitch: StitchType | None = None,
         seed: int = 0,
+        nac_codes: NACCodes = "random",
+        read_in_latents: ReadInLatents = "one",
     ):
         super().__init__()
         self.config = student.config
@@ -111,7 +59,11 @@ class StitchedStudent(nn.Module):
             with torch.random.fork_rng(devices=[]):
                 # a stream of its own: a pair's stitches start the same whether it is trained alone or with others
                 torch.manual_seed(seed * 1000 + 500 + stage.index)
-                self.pairs[str(stage.index)] = StitchedStage(stage, stitch_size, stitch)
+                if isinstance(stage, NACStage) and stage.num_stages > 1:
+                    pair = StitchedNACStage(stage, stitch_size, stitch or "linear", nac_codes, read_in_latents)
+                else:
+                    pair = StitchedStage(stage, stitch_size, stitch or "layernorm_linear")
+                self.pairs[str(stage.index)] = pair
         # a tuple keeps the student out of this module's parameters: other stages are not trained here
         self._student = (student,)
 
@@ -156,21 +108,6 @@ class StitchedStudent(nn.Module):
 
 
 @contextmanager
-def _record_routers(stage: nn.Module) -> Iterator[list[tuple[torch.Tensor, ...]]]:
-    recorded: list[tuple[torch.Tensor, ...]] = []
-    hooks = [
-        module.register_forward_hook(lambda _module, _inputs, outputs: recorded.append(outputs))
-        for module in stage.modules()
-        if isinstance(module, VMoERouter)
-    ]
-    try:
-        yield recorded
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-@contextmanager
 def _own_random_stream(seed: int, index: int, device: torch.device) -> Iterator[None]:
     accelerators = [] if device.type == "cpu" else [device]
     with torch.random.fork_rng(accelerators, device_type="cuda" if device.type == "cpu" else device.type):
@@ -178,4 +115,4 @@ def _own_random_stream(seed: int, index: int, device: torch.device) -> Iterator[
         yield
 
 
-__all__ = ["StitchType", "StitchedStage", "StitchedStudent"]
+__all__ = ["StitchedStudent"]

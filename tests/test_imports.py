@@ -15,7 +15,7 @@ SOURCES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*
 CLOSED = {
     "configuration": {"torch", "transformers", "huggingface_hub", "m2mkd.configuration"},
     "modeling": {
-        *("torch", "transformers", "huggingface_hub", "safetensors", "networkx"),
+        *("torch", "transformers", "huggingface_hub", "safetensors", "networkx", "scipy"),
         *("m2mkd.configuration", "m2mkd.modeling"),
     },
 }

@@ -8,7 +8,14 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, ViTConfig, ViTForImageClassification
 
-from m2mkd import M2MKDConfig, M2MKDTrainer, VMoEConfig, VMoEForImageClassification
+from m2mkd import (
+    M2MKDConfig,
+    M2MKDTrainer,
+    NACConfig,
+    NACForImageClassification,
+    VMoEConfig,
+    VMoEForImageClassification,
+)
 
 
 NUM_LABELS = 5
@@ -53,6 +60,29 @@ def vmoe(seed: int = 0, **overrides: Any) -> VMoEForImageClassification:
 
 def vit(seed: int = 0, **overrides: Any) -> ViTForImageClassification:
     return randomized(ViTForImageClassification(vit_config(**overrides)), seed)
+
+
+def nac(seed: int = 0, **overrides: Any) -> NACForImageClassification:
+    """Read-in, two rounds of messages, read-out; 8 wide."""
+    sizes = {
+        "hidden_size": 8,
+        "code_size": 6,
+        "signature_size": 6,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 8,
+        "tokenizer_depths": [1],
+        "tokenizer_hidden_sizes": [4],
+        "tokenizer_layer_scale_init_value": 0.5,
+        "position_embedding_size": 4,
+        "num_input_latents": 3,
+        "num_mediator_latents": 5,
+        "num_output_latents": 2,
+        "image_size": IMAGE_SIZE,
+        "num_labels": NUM_LABELS,
+    }
+    torch.manual_seed(seed)
+    return NACForImageClassification(NACConfig(**{**sizes, **overrides}))
 
 
 def randomized(model: nn.Module, seed: int, std: float = 0.3) -> nn.Module:

@@ -1,4 +1,4 @@
-"""The command line: `train.py` and `m2mkd run`, `m2mkd report`."""
+"""The command line: `train.py` and `m2mkd run`, `m2mkd report`, `m2mkd convert`."""
 
 import logging
 import os
@@ -60,6 +60,34 @@ def report_command(context: typer.Context, run_folder: Annotated[Path, typer.Arg
     _explained(work)
 
 
+@app.command("convert")
+def convert_command(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A .pth, .pt or .safetensors file.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to make.")],
+    kind: Annotated[str, typer.Option(help="nac, nac-student, vmoe, vmoe-student or vit.")],
+    config: Annotated[Path, typer.Option(help="The official YAML file; for vit and vmoe JSON, see below.")],
+    stage: Annotated[int | None, typer.Option(help="Stage of a student or of a teacher, from 0.")] = None,
+    num_stages: Annotated[int | None, typer.Option(help="Stages of a student's model. NAC: 10, V-MoE: 4.")] = None,
+) -> None:
+    """
+    Convert an official m2mKD checkpoint to a Hugging Face folder.
+
+    A NAC student is known by its file's name (ReadInStudent, MediatorStudent_3, ReadOutStudent) or by --stage.
+
+    The official code has no file for the arguments of a ViT or V-MoE; give JSON or YAML, e.g.
+    {"kwargs": {"patch_size": 14, "embed_dim": 1280, "num_heads": 16, "divided_depths": [4, 3, 4]}, "norm_eps": 1e-5}
+
+    The folder of a student or of one stage holds that stage's tensors and its stitches, as a run's pairs/ do.
+    """
+
+    def work() -> None:
+        from m2mkd.trainer.convert import convert
+
+        print(convert(kind, config, checkpoint, out, stage, num_stages))
+
+    _explained(work)
+
+
 def main() -> None:
     """Entry point of the console script `m2mkd`."""
     app()
@@ -91,6 +119,7 @@ def _overrides(arguments: list[str]) -> dict[str, Any]:
 def _explained(work: Callable[[], None]) -> None:
     """Run `work`; what a user can mend ends in its message alone, everything else in a traceback."""
     from m2mkd.data.errors import DataError
+    from m2mkd.modeling.conversion import ConversionError
     from m2mkd.modeling.pair_files import PairFileError
     from m2mkd.modeling.stages import StageError
     from m2mkd.trainer.folders import RunError
@@ -102,7 +131,16 @@ def _explained(work: Callable[[], None]) -> None:
     logging.getLogger("transformers").setLevel(logging.ERROR)
     try:
         work()
-    except (DataError, NonFiniteError, PairFileError, RecipeError, ReportError, RunError, StageError) as error:
+    except (
+        ConversionError,
+        DataError,
+        NonFiniteError,
+        PairFileError,
+        RecipeError,
+        ReportError,
+        RunError,
+        StageError,
+    ) as error:
         print(f"Error: {error}", file=sys.stderr)
         raise typer.Exit(1) from error
 

@@ -26,9 +26,16 @@ class M2MKDConfig(TrainingArguments):
         pairs (`list[int]` or `"all"`, *optional*, defaults to `"all"`):
             Pairs to train in this process, counted from 0. The pairs share no parameters: all at once (with one pass
             through the meta model for all) or one after the other gives the same weights.
-        stitch (`str`, *optional*, defaults to `"layernorm_linear"`):
+        stitch (`str`, *optional*):
             Layers between the widths of student and meta model: `"layernorm_linear"` (the paper's for V-MoE),
-            `"linear"` (its for NAC) or `"none"`.
+            `"linear"` (its for NAC) or `"none"`. `None`: the paper's for the student.
+        nac_codes (`str`, *optional*, defaults to `"random"`):
+            What stands in for the codes of a NAC's latents, which do not exist between layers of the meta model:
+            `"random"`, one fixed random code a pair (the paper's), or `"own"`, the codes that the student's latents
+            start with.
+        read_in_latents (`str`, *optional*, defaults to `"one"`):
+            Tokens that the read-in of a NAC hands to the meta model: `"one"` (the paper's) or `"all"`, one for each
+            input latent.
 
     > Parameters of the loss
 
@@ -74,9 +81,15 @@ class M2MKDConfig(TrainingArguments):
     pairs: list[int] | str = field(
         default="all", metadata={"help": "Pairs to train in this process, counted from 0, or 'all'."}
     )
-    stitch: str = field(
-        default="layernorm_linear",
+    stitch: str | None = field(
+        default=None,
         metadata={"help": "Layers between student and meta width: 'layernorm_linear', 'linear' or 'none'."},
+    )
+    nac_codes: str = field(
+        default="random", metadata={"help": "Codes of a NAC's distilled modules: 'random' (one a pair) or 'own'."}
+    )
+    read_in_latents: str = field(
+        default="one", metadata={"help": "Tokens that a NAC's read-in hands to the meta model: 'one' or 'all'."}
     )
 
     # Parameters of the loss
@@ -96,7 +109,10 @@ class M2MKDConfig(TrainingArguments):
             self.ddp_find_unused_parameters = False
         _check_choice("distillation_type", self.distillation_type, ("soft", "hard"))
         _check_choice("kl_reduction", self.kl_reduction, ("batchmean", "mean"))
-        _check_choice("stitch", self.stitch, ("layernorm_linear", "linear", "none"))
+        if self.stitch is not None:
+            _check_choice("stitch", self.stitch, ("layernorm_linear", "linear", "none"))
+        _check_choice("nac_codes", self.nac_codes, ("random", "own"))
+        _check_choice("read_in_latents", self.read_in_latents, ("one", "all"))
         if not 0 <= self.alpha <= 1:
             raise ValueError(f"`alpha`, the weight of the teacher, must lie in [0, 1], but is {self.alpha}.")
         if not 0 < self.temperature < math.inf:

@@ -20,7 +20,7 @@ from m2mkd.modeling.losses import (
     soft_distillation_loss,
 )
 from m2mkd.modeling.pair_files import save_pair
-from m2mkd.modeling.stages import StageError, check_stitchable, split_into_stages
+from m2mkd.modeling.stages import StageError, check_stitchable, count_layers, split_into_stages
 from m2mkd.modeling.stitched_student import StitchedStudent
 from m2mkd.trainer.m2mkd_config import M2MKDConfig
 
@@ -85,7 +85,7 @@ class M2MKDTrainer(Trainer):
     ):
         _check_networks(args, model, teacher, meta)
         indices = args.pair_indices
-        student_stages = split_into_stages(model, args.student_depths or [_num_layers(model)])
+        student_stages = split_into_stages(model, args.student_depths or [count_layers(model)])
         stitch_size = (meta or teacher or model).config.hidden_size
         stitch = args.stitch if args.num_pairs > 1 else "none"
         if stitch == "none" and meta is not None and model.config.hidden_size != stitch_size:
@@ -96,7 +96,7 @@ class M2MKDTrainer(Trainer):
         meta_stages = split_into_stages(meta, args.meta_depths or [1] * args.num_pairs) if meta is not None else []
         teacher_stages = {}
         if teacher is not None and args.alpha > 0:
-            cut = split_into_stages(teacher, args.teacher_depths or [_num_layers(teacher)])
+            cut = split_into_stages(teacher, args.teacher_depths or [count_layers(teacher)])
             teacher_stages = {index: cut[index] for index in indices}
 
         self.student = model
@@ -104,7 +104,15 @@ class M2MKDTrainer(Trainer):
         self._statistics: dict[str, torch.Tensor] = defaultdict(float)
         self._num_batches = 0
         self._step_of_seed, self._batch_in_step = -1, -1
-        stitched = StitchedStudent(model, [student_stages[i] for i in indices], stitch_size, stitch, seed=args.seed)
+        stitched = StitchedStudent(
+            model,
+            [student_stages[i] for i in indices],
+            stitch_size,
+            stitch,
+            seed=args.seed,
+            nac_codes=args.nac_codes,
+            read_in_latents=args.read_in_latents,
+        )
         self._is_stochastic = stitched.is_stochastic
         super().__init__(
             model=stitched,
@@ -316,10 +324,6 @@ def _check_networks(
             "around them. Give `meta`, or leave `student_depths` out to train the student as a whole."
         )
     check_stitchable(student.config, teacher.config if teacher is not None else None, meta.config if meta else None)
-
-
-def _num_layers(model: PreTrainedModel) -> int:
-    return model.config.num_hidden_layers
 
 
 def _compute_dtype(args: M2MKDConfig) -> torch.dtype:

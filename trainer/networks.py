@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
 
-from m2mkd.configuration.configuration_vmoe import VMoEConfig
 from m2mkd.data.config import DataConfig
 from m2mkd.modeling.stages import StageError, initialize_stage, split_into_stages
 from m2mkd.trainer.recipe import NetworkSpec, RecipeError
@@ -40,11 +39,11 @@ def build_config(spec: NetworkSpec, data: DataConfig, class_names: Sequence[str]
     unknown = sorted(set(spec.config) - known)
     if unknown:
         raise RecipeError(f"A {spec.model_type} configuration has no field {unknown}; look them up in {config_class}.")
-    if spec.preset is not None and config_class is not VMoEConfig:
-        raise RecipeError(f"`preset` is for vmoe, not for {spec.model_type}; give the sizes in `config`.")
+    if spec.preset is not None and not hasattr(config_class, "from_preset"):
+        raise RecipeError(f"`preset` is for nac and vmoe, not for {spec.model_type}; give the sizes in `config`.")
     try:
         if spec.preset is not None:
-            return VMoEConfig.from_preset(spec.preset, **{**spec.config, **own, **fields})
+            return config_class.from_preset(spec.preset, **{**spec.config, **own, **fields})
         return config_class(**{**spec.config, **own, **fields})
     except Exception as error:
         # the strict dataclasses of huggingface_hub wrap the reason in errors of their own
@@ -66,7 +65,8 @@ def new_network(
     with torch.device("meta"):
         model = AutoModelForImageClassification.from_config(config)
     for stage in split_into_stages(model, depths):
-        if indices is None or stage.index in indices:
+        # the first stage of a NAC holds the latents of all
+        if indices is None or stage.index in indices or (config.model_type == "nac" and stage.is_first):
             initialize_stage(model, stage, seed)
     return model
 

@@ -35,7 +35,15 @@ _TRAINING_TYPES = {
     if field.init and field.name not in _SET_BY_THE_RUNNER
 }
 # They weigh a teacher; elsewhere there is none, and they would be ignored.
-_LOSS_ARGUMENTS = {"alpha", "temperature", "distillation_type", "kl_reduction", "stitch"}
+_LOSS_ARGUMENTS = {
+    "alpha",
+    "temperature",
+    "distillation_type",
+    "kl_reduction",
+    "stitch",
+    "nac_codes",
+    "read_in_latents",
+}
 Training = dict[str, Any]
 Arm = Literal["e2e", "kd", "m2mkd"]
 
@@ -66,12 +74,12 @@ class NetworkSpec(_Section):
     A network to build.
 
     Args:
-        model_type (`str`): As in transformers: `"vit"`, `"deit"`, `"dinov2"`, `"vmoe"`.
-        preset (`str`, *optional*): A size of `VMoEConfig.from_preset`.
+        model_type (`str`): As in transformers: `"vit"`, `"deit"`, `"dinov2"`, `"nac"`, `"vmoe"`.
+        preset (`str`, *optional*): A size of `VMoEConfig.from_preset` or `NACConfig.from_preset`.
         config (`dict`): Fields of the model's configuration. Image size and labels come from the data.
     """
 
-    model_type: Literal["vit", "deit", "dinov2", "vmoe"]
+    model_type: Literal["vit", "deit", "dinov2", "nac", "vmoe"]
     preset: str | None = None
     config: dict[str, Any] = Field(default_factory=dict)
 
@@ -207,6 +215,10 @@ class Recipe(_Section):
                     f"`student.depths` {self.student.depths} makes {num_pairs} stages and `{key}` {depths} makes "
                     f"{len(depths)}; pair i takes stage i of each network"
                 )
+        if self.finetune.keep_stitches and self.student.model.model_type != "vmoe":
+            raise ValueError(
+                f"`finetune.keep_stitches` is for a vmoe; a {self.student.model.model_type} has no place for stitches"
+            )
         seeds = [self.seed, *self.repeat_seeds]
         if len(set(seeds)) != len(seeds):
             raise ValueError(f"`seed` {self.seed} and `repeat_seeds` {self.repeat_seeds} must all differ")

@@ -295,14 +295,15 @@ def _compare(seeds: dict[str, Any], first: dict[str, Result], baseline: str) -> 
 # ---- Showing it ----
 
 
-def write_report(output_dir: Path, report: Report, histories: Histories) -> Path:
+def write_report(output_dir: Path, report: Report, histories: Histories, graph: bytes | None = None) -> Path:
     """
-    Write report.json, report.md and report.png into `output_dir`, each whole or not at all.
+    Write report.json, report.md and report.png into `output_dir`, and graph.png for a NAC, each whole or not at all.
 
     Args:
         output_dir (`Path`): The run's folder; made if it does not exist.
         report (`dict[str, Any]`): From `collect`, or a report.json read back.
         histories (`dict`): From `read_histories`; `{}` leaves the training curves out.
+        graph (`bytes`, *optional*): Picture of a NAC's graph.
 
     Returns:
         The path of report.md.
@@ -315,6 +316,7 @@ def write_report(output_dir: Path, report: Report, histories: Histories) -> Path
         "report.json": (json.dumps(report, indent=2, allow_nan=False, ensure_ascii=False) + "\n").encode(),
         "report.png": render_figure(report, histories),
         "report.md": to_markdown(report).encode(),
+        **({} if graph is None else {"graph.png": graph}),
     }
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)

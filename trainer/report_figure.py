@@ -204,6 +204,7 @@ def to_markdown(report: Report) -> str:
         _caption(report),
         "\n".join(f"- {comparison_sentence(comparison)}" for comparison in report["comparisons"]),
         "![Accuracy, training curves, distillation and expert load](report.png)",
+        _graph_section(report),
         "## Training data and compute",
         _markdown_table(COST_COLUMNS, _cost_rows(report)),
         f"What the compute of each arm covers (the table is of seed {report['seed']}):",
@@ -213,6 +214,17 @@ def to_markdown(report: Report) -> str:
         f"```yaml\n{yaml.safe_dump(report['recipe'], sort_keys=False, allow_unicode=True)}```",
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def _graph_section(report: Report) -> str:
+    """The graph of a NAC; nothing for other students."""
+    if not report.get("graph_density"):
+        return ""
+    shares = ", ".join(f"{name} {100 * share:.1f} %" for name, share in report["graph_density"].items())
+    return (
+        "## Graph\n\nShare of the mediators' pairs that the truncated kernel of their signatures connects: "
+        f"{shares}.\n\n![Signature-kernel adjacency before and after training](graph.png)"
+    )
 
 
 # ---- Picture ----

@@ -12,6 +12,7 @@ from m2mkd.trainer.folders import RunError
 from m2mkd.trainer.phases import BEFORE_ARMS, Phases
 from m2mkd.trainer.recipe import Recipe
 from m2mkd.trainer.report import collect, print_report, read_histories, write_report
+from m2mkd.trainer.report_graph import density, draw_graphs, read_graphs
 from m2mkd.trainer.run_data import RunData
 from m2mkd.trainer.run_folder import claim_folder
 from m2mkd.trainer.schedule import Task, run_tasks
@@ -101,11 +102,18 @@ def _use_all_cores() -> None:
 
 def make_report(recipe: Recipe) -> Path:
     """Write `report.json`, `report.md` and `report.png` from the folders of a finished run; returns `report.md`."""
+    _quieten()
     output_dir = Path(recipe.output_dir)
     if PartialState().is_main_process:
         device = _device(recipe)
         report = collect(output_dir, recipe.model_dump(mode="json"), recipe.seed, recipe.repeat_seeds, device)
-        write_report(output_dir, report, read_histories(output_dir, recipe.seed, recipe.repeat_seeds))
+        graph = None
+        if recipe.student.model.model_type == "nac":
+            arms = {arm: output_dir / "arms" / arm for arm in report["arms"]}
+            affinities = read_graphs(arms, recipe.student.depths, recipe.seed)
+            report["graph_density"] = {name: density(affinity) for name, affinity in affinities.items()}
+            graph = draw_graphs(affinities)
+        write_report(output_dir, report, read_histories(output_dir, recipe.seed, recipe.repeat_seeds), graph)
         print_report(report)
     PartialState().wait_for_everyone()
     return output_dir / "report.md"

@@ -1,6 +1,6 @@
 """m2mkd: modular vision models (V-MoE, NAC) distilled module by module from a pretrained ViT.
 
-`import m2mkd` registers the `vmoe` model type with the Auto classes of transformers, so that
+`import m2mkd` registers the model types `vmoe` and `nac` with the Auto classes of transformers, so that
 `AutoModelForImageClassification.from_pretrained` loads our folders. The training half (`M2MKDTrainer`, `M2MKDConfig`)
 is imported on first use: loading a published model needs none of it.
 """
@@ -8,8 +8,16 @@ is imported on first use: loading a published model needs none of it.
 from importlib import import_module
 from typing import Any
 
-from m2mkd.configuration import VMoEConfig
-from m2mkd.modeling import VMoEForImageClassification, VMoEModel, VMoEPreTrainedModel, split_into_stages
+from m2mkd.configuration import NACConfig, VMoEConfig
+from m2mkd.modeling import (
+    NACForImageClassification,
+    NACModel,
+    NACPreTrainedModel,
+    VMoEForImageClassification,
+    VMoEModel,
+    VMoEPreTrainedModel,
+    split_into_stages,
+)
 
 
 __version__ = "0.1.0"
@@ -22,6 +30,10 @@ _LAZY = {
 __all__ = [
     "M2MKDConfig",
     "M2MKDTrainer",
+    "NACConfig",
+    "NACForImageClassification",
+    "NACModel",
+    "NACPreTrainedModel",
     "VMoEConfig",
     "VMoEForImageClassification",
     "VMoEModel",

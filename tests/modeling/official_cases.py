@@ -8,8 +8,15 @@ import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedModel, ViTConfig, ViTForImageClassification
 
-from m2mkd import VMoEConfig, VMoEForImageClassification, split_into_stages
-from m2mkd.modeling.conversion import convert_vit, convert_vmoe
+from m2mkd import VMoEForImageClassification, split_into_stages
+from m2mkd.modeling import conversion
+from m2mkd.modeling.conversion import (
+    convert_vit,
+    convert_vmoe,
+    convert_vmoe_student,
+    vmoe_config,
+    vmoe_student_config,
+)
 from m2mkd.modeling.stages import Stage
 from m2mkd.modeling.stitched_student import StitchedStage
 
@@ -52,18 +59,12 @@ def assert_gradients_close(parameters: dict[str, torch.Tensor], official: dict[s
         assert error <= GRADIENT_TOLERANCE * norm, f"{name}: off by {error:.2e} of norm {norm:.2e}"
 
 
+# Beside a network's arguments some cases say where it is cut.
+NO_ARGUMENTS = ("norm_eps", "block_index", "start", "end")
+
+
 def vit_config(kwargs: dict[str, Any], norm_eps: float) -> ViTConfig:
-    return ViTConfig(
-        hidden_size=kwargs["embed_dim"],
-        num_hidden_layers=sum(kwargs["divided_depths"]),
-        num_attention_heads=kwargs["num_heads"],
-        intermediate_size=kwargs["embed_dim"] * kwargs["mlp_ratio"],
-        image_size=kwargs["img_size"],
-        patch_size=kwargs["patch_size"],
-        qkv_bias=kwargs["qkv_bias"],
-        num_labels=kwargs["num_classes"],
-        layer_norm_eps=norm_eps,
-    )
+    return conversion.vit_config({k: v for k, v in kwargs.items() if k not in NO_ARGUMENTS}, norm_eps)
 
 
 def vit(kwargs: dict[str, Any], norm_eps: float, official: dict[str, torch.Tensor]) -> ViTForImageClassification:
@@ -82,25 +83,6 @@ def vit_stage(kwargs: dict[str, Any], norm_eps: float, index: int, official: dic
     return stage.eval()
 
 
-def vmoe_config(kwargs: dict[str, Any], norm_eps: float, **overrides: Any) -> VMoEConfig:
-    return VMoEConfig(
-        **{
-            "hidden_size": kwargs["embed_dim"],
-            "num_hidden_layers": sum(kwargs["divided_depths"]),
-            "num_attention_heads": kwargs["num_heads"],
-            "intermediate_size": kwargs["embed_dim"] * kwargs["mlp_ratio"],
-            "image_size": kwargs["img_size"],
-            "patch_size": kwargs["patch_size"],
-            "qkv_bias": kwargs["qkv_bias"],
-            "num_labels": kwargs["num_classes"],
-            "num_experts": kwargs["num_expert"],
-            "moe_layers": kwargs["moe_pos"],
-            "layer_norm_eps": norm_eps,
-            **overrides,
-        }
-    )
-
-
 def vmoe(case: Case, **overrides: Any) -> VMoEForImageClassification:
     model = VMoEForImageClassification(vmoe_config(case.config["kwargs"], case.config["norm_eps"], **overrides)).eval()
     model.load_state_dict(convert_vmoe(case.state_dict), strict=True)
@@ -111,27 +93,17 @@ def student_model(
     kwargs: dict[str, Any], norm_eps: float, num_pairs: int = 3
 ) -> tuple[VMoEForImageClassification, int]:
     """A V-MoE around one official student, with its pair index; the layers of other pairs are like the student's."""
-    depth = sum(kwargs["divided_depths"])
-    index = kwargs["idx"] % num_pairs
-    layers = [pair * depth + layer for pair in range(num_pairs) for layer in kwargs["moe_pos"]]
-    config = vmoe_config(kwargs, norm_eps, num_hidden_layers=depth * num_pairs, moe_layers=layers)
-    return VMoEForImageClassification(config), index
+    config = vmoe_student_config(kwargs, norm_eps, num_pairs)
+    return VMoEForImageClassification(config), kwargs["idx"] % num_pairs
 
 
 def student_names(
     kwargs: dict[str, Any], official: dict[str, torch.Tensor], num_pairs: int = 3
 ) -> dict[str, torch.Tensor]:
     """Official student tensors (or gradients) by the names of [`StitchedStage`]."""
-    depth = sum(kwargs["divided_depths"])
-    converted = convert_vmoe(official, layer_offset=depth * (kwargs["idx"] % num_pairs))
-    names = {}
-    for name, tensor in converted.items():
-        if "_stitch." in name:
-            side, parameter = name.split(".", 3)[3].split("_stitch.")
-            names[f"{side}.{parameter}"] = tensor
-        else:
-            names[f"stage.{name}"] = tensor
-    return names
+    layer_offset = sum(kwargs["divided_depths"]) * (kwargs["idx"] % num_pairs)
+    stage, stitches = convert_vmoe_student(official, layer_offset)
+    return {**{f"stage.{name}": tensor for name, tensor in stage.items()}, **stitches}
 
 
 def load_student(pair: StitchedStage, kwargs: dict[str, Any], official: dict[str, torch.Tensor]) -> None:

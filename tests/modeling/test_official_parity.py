@@ -14,11 +14,10 @@ from official_cases import (
     vit,
     vit_stage,
     vmoe,
-    vmoe_config,
 )
 
 from m2mkd import split_into_stages
-from m2mkd.modeling.conversion import convert_vit, convert_vmoe
+from m2mkd.modeling.conversion import convert_vit, convert_vmoe, vmoe_config
 from m2mkd.modeling.frozen_networks import FrozenNetworks
 from m2mkd.modeling.losses import hard_distillation_loss, per_sample_cross_entropy, soft_distillation_loss
 from m2mkd.modeling.modeling_vmoe import VMoELayer
@@ -60,7 +59,8 @@ def test_vmoe_student(name: str) -> None:
 def test_stitches_kept_in_the_model_compute_what_they_do_beside_it() -> None:
     case = Case("vmoe_student_middle")
     kwargs = case.config["kwargs"]
-    config = vmoe_config(kwargs, 1e-6, stitch_size=40, pre_stitch_layers=[0], post_stitch_layers=[1])
+    config = vmoe_config(kwargs, 1e-6)
+    assert (config.stitch_size, config.pre_stitch_layers, config.post_stitch_layers) == (40, [0], [1])
     config._attn_implementation, config._experts_implementation = "eager", "eager"
     layers = torch.nn.ModuleList([VMoELayer(config, index) for index in range(2)]).eval()
     converted = convert_vmoe(case.state_dict)

@@ -1,0 +1,404 @@
+# Copyright 2026 The m2mkd authors.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Layers of a Neural Attentive Circuit: modulated linear, graph kernel, attention, feed-forward, pooling and head."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.activations import ACT2FN
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
+
+from m2mkd.configuration.configuration_nac import NACConfig
+
+
+def modulate(hidden_states: torch.Tensor, scale: torch.Tensor, activation_fn: Callable | None) -> torch.Tensor:
+    """`hidden_states * scale`; with an activation a gated unit: `a * activation_fn(gate) * scale` for `[a, gate]`."""
+    if activation_fn is None:
+        return hidden_states * scale
+    hidden_states, gate = hidden_states.chunk(2, dim=-1)
+    return hidden_states * activation_fn(gate) * scale
+
+
+def new_root(tensor: torch.Tensor, keep_graph: bool) -> torch.Tensor:
+    """The same values, for a gradient that goes no further; on demand itself a function of `tensor`."""
+    return tensor.view_as(tensor) if keep_graph and tensor.requires_grad else tensor.detach().requires_grad_()
+
+
+class ModulatedLinear(torch.autograd.Function):
+    """
+    `linear(modulate(x, scale), weight, bias)` that keeps `x` for the backward pass and computes the modulated inputs
+    again. `x` is shared by queries, keys and values or wanted anyway, so that this saves a third of the memory of
+    training a circuit, and costs a few elementwise products.
+    """
+
+    @staticmethod
+    def forward(
+        hidden_states: torch.Tensor,
+        scale: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        activation_fn: Callable | None,
+    ) -> torch.Tensor:
+        """See [`modulate`] for the arguments."""
+        return F.linear(modulate(hidden_states, scale, activation_fn), weight, bias)
+
+    @staticmethod
+    def setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: torch.Tensor) -> None:
+        """Keep the inputs."""
+        *tensors, _, ctx.activation_fn = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Gradients of the inputs; differentiable in turn."""
+        *modulation, weight = ctx.saved_tensors
+        needs_states, needs_scale, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        is_differentiable = torch.is_grad_enabled()
+        grad_states = grad_scale = grad_weight = grad_bias = None
+        with torch.enable_grad():
+            modulation = [new_root(tensor, is_differentiable) for tensor in modulation]
+            modulated = modulate(*modulation, ctx.activation_fn)
+        if needs_weight:
+            inputs = modulated if is_differentiable else modulated.detach()
+            # under autocast the product was computed in the dtype of `grad`
+            grad_weight = (grad.flatten(0, -2).T @ inputs.to(grad.dtype).flatten(0, -2)).to(weight.dtype)
+        if needs_bias:
+            grad_bias = grad.flatten(0, -2).sum(0).to(weight.dtype)
+        if needs_states or needs_scale:
+            grad_modulated = (grad @ weight.to(grad.dtype)).to(modulated.dtype)
+            grad_states, grad_scale = torch.autograd.grad(
+                modulated, modulation, grad_modulated, create_graph=is_differentiable
+            )
+        return grad_states, grad_scale, grad_weight, grad_bias, None
+
+
+class NACModulatedLinear(nn.Module):
+    """
+    ModFC of the NAC paper: a linear layer whose inputs are scaled, channel by channel, as the latent's code says:
+    `y_u = W (x_u ∘ (gain * layernorm(P code_u) + 1)) + b`.
+    """
+
+    def __init__(self, config: NACConfig, in_features: int, out_features: int, bias: bool = True):
+        super().__init__()
+        self.in_features = in_features
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+        self.code_projection = nn.Linear(config.code_size, in_features, bias=False)
+        self.offset = 1.0 if config.add_one_to_code_scale else 0.0
+        self.gain_init_value = config.code_scale_gain
+        self.gain = nn.Parameter(torch.empty(())) if config.learnable_code_scale_gain else None
+
+    def code_scale(self, codes: torch.Tensor) -> torch.Tensor:
+        """`(num_latents, code_size)` to the scale of each latent's inputs, `(num_latents, in_features)`."""
+        scale = F.layer_norm(self.code_projection(codes), (self.in_features,), eps=1e-5)
+        gain = self.gain_init_value if self.gain is None else self.gain
+        return gain * scale + self.offset
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        codes: torch.Tensor,
+        layer_scale: torch.Tensor | None = None,
+        activation_fn: Callable | None = None,
+    ) -> torch.Tensor:
+        """
+        `(batch_size, num_latents, in_features)`, or twice the features for a gated unit with `activation_fn`, to
+        `(batch_size, num_latents, out_features)`, times `layer_scale` of shape `(out_features,)`: a factor of the
+        weights, which are smaller than the activations.
+        """
+        weight, bias = self.weight, self.bias
+        if layer_scale is not None:
+            weight, bias = layer_scale[:, None] * weight, layer_scale * bias
+        scale = self.code_scale(codes)
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            # a compiler chooses by itself what to compute again
+            return F.linear(modulate(hidden_states, scale, activation_fn), weight, bias)
+        return ModulatedLinear.apply(hidden_states, scale, weight, bias, activation_fn)
+
+
+class NACKernel(nn.Module):
+    """
+    Affinity of two latents, `exp(-distance / bandwidth)` of their signatures, 0 beyond the truncation. Attention adds
+    its logarithm to the scores; training may draw the edges of each image from a relaxed Bernoulli of it.
+    """
+
+    def __init__(self, config: NACConfig, is_read_out: bool = False):
+        super().__init__()
+        # all latents send to the outputs, always
+        self.truncation = None if is_read_out else config.kernel_truncation
+        self.truncation_type = config.kernel_truncation_type
+        self.is_stochastic = config.stochastic_kernel and not is_read_out
+        self.temperature = config.kernel_temperature
+        self.bandwidth_init_value = config.kernel_bandwidth
+        if config.learnable_bandwidth or is_read_out:
+            self.bandwidth = nn.Parameter(torch.empty(()))
+        else:
+            self.bandwidth = nn.Buffer(torch.empty(()))
+
+    def log_affinity(self, distance: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            distance (`torch.Tensor` of shape `(num_receivers, num_senders)`): Cosine distance of the signatures.
+
+        Returns:
+            `torch.Tensor` of the same shape, minus infinity where two latents are not connected.
+        """
+        log_affinity = -distance / self.bandwidth.float()
+        if self.truncation is None:
+            return log_affinity
+        is_masked = self.truncation_type == "masked"
+        too_far = distance >= self.truncation if is_masked else distance > self.truncation
+        return log_affinity.masked_fill(too_far, -torch.inf)
+
+    def sample(self, log_affinity: torch.Tensor, batch_size: int) -> torch.Tensor:
+        """
+        The logarithm of edges drawn from a relaxed Bernoulli, of shape `(batch_size, num_receivers, num_senders)`. Cut
+        edges keep a chance of `eps`, not 0, so that the logarithm stays finite.
+        """
+        eps = torch.finfo(log_affinity.dtype).eps
+        shape = (batch_size, *log_affinity.shape)
+        uniform = torch.rand(shape, dtype=log_affinity.dtype, device=log_affinity.device)
+        odds = torch.logit(log_affinity.exp().clamp(eps, 1 - eps))
+        # the logarithm of the sigmoid; unlike `logsigmoid` it keeps one tensor for the backward pass
+        return -F.softplus((torch.logit(uniform, eps=eps) + odds) / -self.temperature)
+
+    def forward(self, log_affinity: torch.Tensor, batch_size: int) -> torch.Tensor:
+        """
+        The bias of the attention scores, of shape `(1 or batch_size, 1, num_receivers, num_senders)`; outside training
+        each image may have a `log_affinity` of its own.
+        """
+        if self.training and self.is_stochastic:
+            return self.sample(log_affinity, batch_size)[:, None]
+        return log_affinity.view(-1, 1, *log_affinity.shape[-2:])
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Unpack[TransformersKwargs],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Plain softmax attention; the reference of every other backend."""
+    scores = torch.matmul(query * scaling, key.transpose(2, 3))
+    if attention_mask is not None:
+        # in place: these are the largest tensors of the model
+        scores += attention_mask
+    weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    return torch.matmul(weights, value).transpose(1, 2), weights
+
+
+class NACReadInAttention(nn.Module):
+    """
+    Input latents attend to image tokens. Keys and values are modulated linear maps of the tokens, another one for each
+    latent: `k_uv = W_k (x_v ∘ s_u)`. Since `q_u · k_uv = (s_u ∘ W_k^T q_u) · x_v`, and likewise for the values, the
+    maps move to the side of the latents, and the attention has the tokens themselves for keys and values, shared by
+    all latents and heads. Exact; a bias of the keys would add the same to all scores of a latent and drops out.
+    """
+
+    def __init__(self, config: NACConfig):
+        super().__init__()
+        self.config = config
+        self.num_heads, self.head_dim = config.num_attention_heads, config.head_dim
+        self.scaling = self.head_dim**-0.5
+        self.is_causal = False
+        self.has_residual = config.read_in_residual
+        size, token_size, bias = config.hidden_size, config.token_size, config.qkv_bias
+        self.sender_layernorm = nn.LayerNorm(token_size, eps=config.layer_norm_eps)
+        self.receiver_layernorm = nn.LayerNorm(size, eps=config.layer_norm_eps)
+        self.q_proj = NACModulatedLinear(config, size, size, bias)
+        self.k_proj = NACModulatedLinear(config, token_size, size, bias=False)
+        self.v_proj = NACModulatedLinear(config, token_size, size, bias)
+        self.o_proj = NACModulatedLinear(config, size, size)
+        self.layer_scale = nn.Parameter(torch.empty(size))
+        self.layer_scale_init_value = config.read_in_layer_scale_init_value
+
+    def forward(self, states: torch.Tensor, tokens: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            states (`torch.Tensor` of shape `(batch_size, num_latents, hidden_size)`)
+            tokens (`torch.Tensor` of shape `(batch_size, num_tokens, token_size)`)
+            codes (`torch.Tensor` of shape `(num_latents, code_size)`): Or `(1, code_size)`, one for all.
+        """
+        batch_size, num_latents, _ = states.shape
+        heads = (self.num_heads, self.head_dim, -1)
+        tokens = self.sender_layernorm(tokens)
+        queries = self.q_proj(self.receiver_layernorm(states), codes)
+        queries = queries.view(batch_size, num_latents, self.num_heads, self.head_dim)
+        # (batch, latents, heads, token_size): each head of a latent asks for a vector of token space
+        queries = torch.einsum("buhd,hdx->buhx", queries, self.k_proj.weight.view(heads))
+        queries = (queries * self.k_proj.code_scale(codes)[:, None]).flatten(1, 2)[:, None].to(tokens.dtype)
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        messages, _ = attention_interface(self, queries, tokens[:, None], tokens[:, None], None, scaling=self.scaling)
+        messages = messages.reshape(batch_size, num_latents, self.num_heads, -1)
+        messages = messages * self.v_proj.code_scale(codes)[:, None]
+        values = torch.einsum("buhx,hdx->buhd", messages, self.v_proj.weight.view(heads)).flatten(2)
+        if self.v_proj.bias is not None:
+            values = values + self.v_proj.bias
+        output = self.o_proj(values, codes, self.layer_scale)
+        return states + output if self.has_residual else output
+
+
+class NACLatentAttention(nn.Module):
+    """Receivers attend to senders, along the graph if a bias gives one; every latent has its own code."""
+
+    def __init__(self, config: NACConfig, is_read_out: bool = False):
+        super().__init__()
+        self.config = config
+        self.num_heads, self.head_dim = config.num_attention_heads, config.head_dim
+        self.scaling = self.head_dim**-0.5
+        self.is_causal = False
+        self.has_residual = config.read_out_residual if is_read_out else True
+        size, bias = config.hidden_size, config.qkv_bias
+        self.receiver_layernorm = nn.LayerNorm(size, eps=config.layer_norm_eps)
+        has_own_layernorm = is_read_out or not config.share_layernorm
+        self.sender_layernorm = nn.LayerNorm(size, eps=config.layer_norm_eps) if has_own_layernorm else None
+        self.q_proj = NACModulatedLinear(config, size, size, bias)
+        self.k_proj = NACModulatedLinear(config, size, size, bias)
+        self.v_proj = NACModulatedLinear(config, size, size, bias)
+        self.o_proj = NACModulatedLinear(config, size, size)
+        self.layer_scale = nn.Parameter(torch.empty(size))
+        self.layer_scale_init_value = config.layer_scale_init_value
+        drop_prob = config.read_out_drop_path_rate if is_read_out else config.drop_path_rate
+        self.drop_path = NACDropPath(drop_prob if self.has_residual else 0.0)
+
+    def forward(
+        self,
+        receivers: torch.Tensor,
+        senders: torch.Tensor,
+        receiver_codes: torch.Tensor,
+        sender_codes: torch.Tensor,
+        attention_bias: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """
+        Args:
+            receivers (`torch.Tensor` of shape `(batch_size, num_receivers, hidden_size)`): Without a layer norm of
+                their own the senders must end with them.
+            senders (`torch.Tensor` of shape `(batch_size, num_senders, hidden_size)`)
+            receiver_codes, sender_codes (`torch.Tensor` of shape `(num_latents, code_size)`): Or `(1, code_size)`.
+            attention_bias (`torch.Tensor` of shape `(1 or batch_size, 1, num_receivers, num_senders)`, *optional*)
+
+        Returns:
+            States of the receivers of shape `(batch_size, num_receivers, hidden_size)`, and the attention weights if
+            the attention backend gives them.
+        """
+        batch_size, num_receivers, _ = receivers.shape
+        heads = (batch_size, -1, self.num_heads, self.head_dim)
+        if self.sender_layernorm is None:
+            sender_inputs = self.receiver_layernorm(senders)
+            receiver_inputs = sender_inputs[:, -num_receivers:]
+        else:
+            sender_inputs, receiver_inputs = self.sender_layernorm(senders), self.receiver_layernorm(receivers)
+        queries = self.q_proj(receiver_inputs, receiver_codes).view(heads).transpose(1, 2)
+        keys = self.k_proj(sender_inputs, sender_codes).view(heads).transpose(1, 2)
+        values = self.v_proj(sender_inputs, sender_codes).view(heads).transpose(1, 2)
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        if attention_bias is not None:
+            attention_bias = attention_bias.to(queries.dtype)
+        messages, weights = attention_interface(
+            self, queries, keys, values, attention_bias, scaling=self.scaling, **kwargs
+        )
+        output = self.o_proj(messages.reshape(batch_size, num_receivers, -1), receiver_codes, self.layer_scale)
+        return self.drop_path(receivers, output) if self.has_residual else output, weights
+
+
+class NACDropPath(nn.Module):
+    """Residual sum with stochastic depth: in training whole images drop the branch."""
+
+    def __init__(self, drop_prob: float):
+        super().__init__()
+        self.drop_prob = drop_prob
+
+    def forward(self, hidden_states: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:
+        """`hidden_states + branch`, both of shape `(batch_size, num_latents, hidden_size)`."""
+        if self.drop_prob == 0 or not self.training:
+            return hidden_states + branch
+        keep_prob = 1 - self.drop_prob
+        uniform = torch.rand(branch.shape[0], 1, 1, dtype=branch.dtype, device=branch.device)
+        return hidden_states + branch * (torch.floor(uniform + keep_prob) / keep_prob)
+
+
+class NACFeedForward(nn.Module):
+    """Modulated feed-forward of each latent, with a residual: `x + layer_scale * W_2 act(W_1 layernorm(x))`."""
+
+    def __init__(self, config: NACConfig, drop_path_rate: float):
+        super().__init__()
+        self.is_gated = config.use_geglu
+        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        hidden_size = config.intermediate_size * (2 if self.is_gated else 1)
+        self.fc1 = NACModulatedLinear(config, config.hidden_size, hidden_size)
+        self.fc2 = NACModulatedLinear(config, config.intermediate_size, config.hidden_size)
+        self.activation_fn = ACT2FN[config.hidden_act]
+        self.layer_scale = nn.Parameter(torch.empty(config.hidden_size))
+        self.layer_scale_init_value = config.layer_scale_init_value
+        self.drop_path = NACDropPath(drop_path_rate)
+
+    def forward(self, states: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+        """`(batch_size, num_latents, hidden_size)` to the same; codes as in [`NACLatentAttention`]."""
+        hidden = self.fc1(self.layernorm(states), codes)
+        if self.is_gated:
+            return self.drop_path(states, self.fc2(hidden, codes, self.layer_scale, self.activation_fn))
+        return self.drop_path(states, self.fc2(self.activation_fn(hidden), codes, self.layer_scale))
+
+
+# ---- From output latents to logits ----
+
+
+class NACPooling(nn.Module):
+    """Confidence pooling: the output latents' states, weighed by a softmax of their confidences."""
+
+    def __init__(self, config: NACConfig):
+        super().__init__()
+        self.is_gumbel, self.is_hard = config.pooling.startswith("gumbel"), config.pooling == "gumbel_hard"
+        self.temperature = config.pooling_temperature
+        self.sample_in_eval = config.sample_in_eval
+        self.confidence = nn.Linear(config.hidden_size, 1)
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        """`(batch_size, num_output_latents, hidden_size)` to `(batch_size, hidden_size)`."""
+        confidences = self.confidence(states).squeeze(-1)
+        if self.is_gumbel and (self.training or self.sample_in_eval):
+            weights = F.gumbel_softmax(confidences, tau=self.temperature, hard=self.is_hard, dim=-1)
+        else:
+            weights = F.softmax(confidences / self.temperature, dim=-1)
+            if self.is_hard:
+                weights = F.one_hot(weights.argmax(dim=-1), weights.shape[-1]).to(weights.dtype)
+        return torch.einsum("buc,bu->bc", states, weights.to(states.dtype))
+
+
+class NACModulatedHead(nn.Module):
+    """Logits from the first output latent, as its code says (`pooling="first"`)."""
+
+    def __init__(self, config: NACConfig):
+        super().__init__()
+        layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        # CODEPATH: official `pre_output_layernorm: true` normalises; m2mKD's checkpoints have no such head
+        self.layernorm = layernorm if config.head_layernorm else nn.Identity()
+        self.projection = NACModulatedLinear(config, config.hidden_size, config.num_labels)
+
+    def forward(self, states: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+        """`(batch_size, num_output_latents, hidden_size)` to `(batch_size, num_labels)`."""
+        return self.projection(self.layernorm(states[:, :1]), codes[:1])[:, 0]
