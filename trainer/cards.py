@@ -1,0 +1,232 @@
+"""The model card of a run's arm: what report.json says, in the form of `model_cards/template.md`."""
+
+import json
+import re
+from importlib import resources
+from pathlib import Path, PurePath, PureWindowsPath
+from typing import Any, get_args
+
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from transformers import AutoConfig
+
+from m2mkd.data.config import IMAGEFOLDER_PREFIX, PackagedSource
+from m2mkd.trainer.hub import HubError
+from m2mkd.trainer.report_figure import compute_section, markdown_table, results_section
+
+
+ARCHITECTURES = {"nac": "A Neural Attentive Circuit", "vmoe": "A vision mixture of experts (V-MoE)"}
+ARM_TEXTS = {
+    "e2e": "It is a baseline: trained end to end, without a teacher.",
+    "kd": "It is a baseline: trained end to end towards the outputs of a teacher (ordinary distillation).",
+    "m2mkd": "Its modules were distilled one by one from those of a teacher (m2mKD), then it was trained end to end.",
+}
+CITATIONS = {
+    "m2mkd": """@misc{lo2024m2mkd,
+    title={m2mKD: Module-to-Module Knowledge Distillation for Modular Transformers},
+    author={Ka Man Lo and Yiming Liang and Wenyu Du and Yuantao Fan and
+            Zili Wang and Wenhao Huang and Lei Ma and Jie Fu},
+    year={2024},
+    eprint={2402.16918},
+    archivePrefix={arXiv}
+}""",
+    "nac": """@misc{weiss2022nac,
+    title={Neural Attentive Circuits},
+    author={Martin Weiss and Nasim Rahaman and Francesco Locatello and Chris Pal and Yoshua Bengio and
+            Bernhard Schölkopf and Li Erran Li and Nicolas Ballas},
+    year={2022},
+    eprint={2210.08031},
+    archivePrefix={arXiv}
+}""",
+    "vmoe": """@misc{riquelme2021vmoe,
+    title={Scaling Vision with Sparse Mixture of Experts},
+    author={Carlos Riquelme and Joan Puigcerver and Basil Mustafa and Maxim Neumann and Rodolphe Jenatton and
+            André Susano Pinto and Daniel Keysers and Neil Houlsby},
+    year={2021},
+    eprint={2106.05974},
+    archivePrefix={arXiv}
+}""",
+}
+_UNPUBLISHED = ("output_dir", "processes")
+_PATH = re.compile(r"^(/|~|\.{1,2}[/\\]|[A-Za-z]:[/\\])")
+
+
+def render_card(
+    run_folder: str | Path,
+    arm: str,
+    source: str,
+    with_code: bool = False,
+    num_pairs: int = 0,
+    license: str = "apache-2.0",
+) -> ModelCard:
+    """
+    The model card of one arm, metadata (model-index) included.
+
+    Args:
+        run_folder (`str` or `Path`): A finished run, with its `report.json`.
+        arm (`str`): A folder in its `arms/`.
+        source (`str`): What a reader gives to `from_pretrained`: a Hub id or a folder.
+        with_code (`bool`): Whether the model's code lies beside the weights.
+        num_pairs (`int`): Number of pairs that lie beside the weights.
+        license (`str`): The licence of the weights, as the Hub names it.
+
+    Raises:
+        `HubError`: there is no report, it is damaged, or the arm is not in it.
+    """
+    run_folder = Path(run_folder)
+    report = read_report(run_folder)
+    if arm not in report["arms"]:
+        raise HubError(f"{run_folder / 'report.json'} has no arm {arm!r}, only {', '.join(report['arms'])}.")
+    config = AutoConfig.from_pretrained(run_folder / "arms" / arm)
+    recipe, data = public_recipe(report["recipe"], run_folder.name), card_data(report, arm, source, license)
+    return ModelCard.from_template(
+        data,
+        template_str=resources.files("m2mkd.model_cards").joinpath("template.md").read_text(encoding="utf-8"),
+        title=data.model_name,
+        architecture=ARCHITECTURES.get(config.model_type, f"A {config.model_type}"),
+        parameters=f"{report['arms'][arm]['parameters']:,}",
+        num_labels=config.num_labels,
+        image_size=config.image_size,
+        arm=arm,
+        arm_text=_arm_text(arm, report),
+        recipe_name=recipe.get("name"),
+        seed=report["seed"],
+        with_code=with_code,
+        num_pairs=num_pairs,
+        source=source,
+        results=results_section(report),
+        device=report["device"],
+        versions=", ".join(f"{name} {version}" for name, version in report["versions"].items()),
+        data=_data_section(recipe),
+        compute=compute_section(report),
+        recipe=yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True),
+        limits=_limits(report, arm),
+        license=license,
+        citation="\n\n".join(CITATIONS[name] for name in ("m2mkd", config.model_type) if name in CITATIONS),
+    )
+
+
+def read_report(run_folder: Path) -> dict[str, Any]:
+    """`report.json` of a run. Raises `HubError` if it is missing or damaged."""
+    path = run_folder / "report.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise HubError(
+            f"{path} is missing: a card tells what was measured. Finish the run, or write the report again with "
+            f"`m2mkd report {run_folder}`."
+        ) from error
+    except ValueError as error:
+        raise HubError(f"{path} is damaged ({error}). Write it again with `m2mkd report {run_folder}`.") from error
+
+
+def card_data(report: dict[str, Any], arm: str, source: str, license: str) -> ModelCardData:
+    """The metadata of a card; the results are those of the weights themselves, one seed."""
+    recipe = report["recipe"]
+    model_type = recipe["student"]["model"]["model_type"]
+    tests = {split: recipe["evaluation"].get(split) for split in ("iid", "ood")}
+    ids = [section["source"] for section in recipe["data"].values() if _kind(section["source"]) == "datasets"]
+    return ModelCardData(
+        model_name=PurePath(source).name,
+        license=license,
+        library_name="transformers",
+        pipeline_tag="image-classification",
+        tags=list(dict.fromkeys(["m2mkd", model_type, "knowledge-distillation", "image-classification"])),
+        datasets=sorted(set(ids)) or None,
+        metrics=["accuracy"],
+        eval_results=[
+            _eval_result(name, recipe["data"][name], report["arms"][arm][split]["accuracy"])
+            for split, name in tests.items()
+            if name is not None and report["arms"][arm][split] is not None
+        ],
+    )
+
+
+def public_recipe(recipe: dict[str, Any], name: str) -> dict[str, Any]:
+    """
+    A recipe as a stranger may read it: no token, and of every path of this machine the last part alone.
+
+    Args:
+        recipe (`dict[str, Any]`): As `report.json` has it.
+        name (`str`): Name of the run's folder; becomes `runs/<name>`.
+    """
+    kept = {key: _published(value) for key, value in recipe.items() if key not in _UNPUBLISHED}
+    return {**kept, "output_dir": f"runs/{name}"}
+
+
+def _published(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _published(item) for key, item in value.items() if "token" not in str(key)}
+    if isinstance(value, list):
+        return [_published(item) for item in value]
+    if not isinstance(value, str):
+        return value
+    prefix = IMAGEFOLDER_PREFIX if value.startswith(IMAGEFOLDER_PREFIX) else ""
+    path = value.removeprefix(prefix)
+    # a Windows path splits at both slashes
+    return f"{prefix}{PureWindowsPath(path).name}" if prefix or _PATH.match(path) else value
+
+
+def _kind(source: str) -> str:
+    """`imagefolder`, a packaged set, `local` for a folder read by `datasets`, or `datasets` for a Hub id."""
+    if source.startswith(IMAGEFOLDER_PREFIX):
+        return "imagefolder"
+    if source in get_args(PackagedSource):
+        return source
+    return "local" if _PATH.match(source) or Path(source).exists() else "datasets"
+
+
+def _eval_result(name: str, section: dict[str, Any], accuracy: float) -> EvalResult:
+    kind = _kind(section["source"])
+    return EvalResult(
+        task_type="image-classification",
+        dataset_type=section["source"] if kind == "datasets" else kind,
+        dataset_name=f"{name} ({_published(section['source'])})",
+        dataset_config=section.get("config_name"),
+        dataset_split=section.get("split"),
+        metric_type="accuracy",
+        metric_name="Accuracy",
+        metric_value=accuracy,
+    )
+
+
+def _arm_text(arm: str, report: dict[str, Any]) -> str:
+    text = ARM_TEXTS[arm.removesuffix("_equal_compute")]
+    if arm.endswith("_equal_compute"):
+        text += " It had as many epochs as the compute of m2mkd allows."
+    teacher = report["teacher"] or {}
+    if arm.startswith(("kd", "m2mkd")) and teacher.get("pretrained"):
+        text += f" The teacher is {_published(teacher['pretrained'])}."
+    return text
+
+
+def _data_section(recipe: dict[str, Any]) -> str:
+    users = {
+        "meta model": recipe["meta"]["data"],
+        "teacher": recipe["teacher"].get("data"),
+        "distillation": recipe["distill"]["data"],
+        "end-to-end training": recipe["finetune"]["data"],
+        "IID test": recipe["evaluation"]["iid"],
+        "OOD test": recipe["evaluation"].get("ood"),
+    }
+    rows = []
+    for user, name in users.items():
+        if name is not None:
+            section = recipe["data"][name]
+            share = section.get("samples_per_class")
+            images = f"{share} of each class" if share else "all"
+            rows.append([user, name, section["source"], section.get("split") or "–", images, section["augmentation"]])
+    return markdown_table(("Used for", "Name", "Source", "Split", "Images", "Augmentation"), rows)
+
+
+def _limits(report: dict[str, Any], arm: str) -> str:
+    result = report["arms"][arm]
+    points = [
+        "It knows the classes of its training data and no others: whatever the image, it answers with one of them.",
+        f"Its IID accuracy was measured on {result['iid']['n']:,} images"
+        + (f", the OOD accuracy on {result['ood']['n']:,}." if result["ood"] else "; on no shifted distribution."),
+        "Nothing else was measured: no calibration, no fairness between groups, no robustness against attacks.",
+    ]
+    if len(report["seeds"]) == 1:
+        points.append("The arms were trained with one seed: a small difference between them may be chance.")
+    return "\n".join(f"- {point}" for point in points)
