@@ -364,10 +364,10 @@ class NACConfig(PreTrainedConfig):
             if not 0 <= getattr(self, field) < 1:
                 raise ValueError(f"`{field}` must lie in [0, 1), but is {getattr(self, field)}.")
         for field in ("code_noise_scale", "signature_repulsion_coef", "block_model_coef"):
-            if getattr(self, field) < 0:
+            if not getattr(self, field) >= 0:
                 raise ValueError(f"`{field}` must not be negative, but is {getattr(self, field)}.")
         for field in ("kernel_bandwidth", "kernel_temperature", "pooling_temperature"):
-            if getattr(self, field) <= 0:
+            if not getattr(self, field) > 0:
                 raise ValueError(f"`{field}` must be positive, but is {getattr(self, field)}.")
 
     def validate_graph(self) -> None:

@@ -252,7 +252,7 @@ def check_tensors(given: Mapping[str, Any], expected: Shapes, what: str) -> None
         lines.append(f"unexpected: {name} {_size(getattr(given[name], 'shape', ()))}")
     for name in sorted(expected.keys() & given.keys()):
         if not isinstance(given[name], torch.Tensor):
-            lines.append(f"no tensor: {name} is a {type(given[name]).__name__}")
+            lines.append(f"no tensor: {name} is of type {type(given[name]).__name__}")
         elif tuple(given[name].shape) != expected[name]:
             lines.append(f"shape: {name} is {_size(given[name].shape)}, must be {_size(expected[name])}")
     if lines:

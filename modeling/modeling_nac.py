@@ -16,7 +16,6 @@
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -35,11 +34,14 @@ from m2mkd.modeling.graph_losses import (
     signature_repulsion_loss,
 )
 from m2mkd.modeling.graph_priors import cosine_distance, signatures_for
+from m2mkd.modeling.latent_pruning import prune_latents
 from m2mkd.modeling.nac_layers import (
     NACFeedForward,
     NACKernel,
     NACLatentAttention,
+    NACModulatedHead,
     NACModulatedLinear,
+    NACPooling,
     NACReadInAttention,
 )
 from m2mkd.modeling.nac_tokenizer import NACImageTokenizer, NACTokenizerBlock, NACTokenizerLinear
@@ -211,7 +213,7 @@ class NACPropagator(GradientCheckpointingLayer):
             receiver_codes = add_code_noise(receiver_codes, self.code_noise_scale)
             sender_codes = add_code_noise(sender_codes, self.code_noise_scale)
         inputs, mediators = hidden_states[:, : self.num_input_latents], hidden_states[:, self.num_input_latents :]
-        senders = hidden_states if log_affinity.shape[1] == hidden_states.shape[1] else mediators
+        senders = hidden_states if log_affinity.shape[-1] == hidden_states.shape[1] else mediators
         bias = self.kernel(log_affinity, hidden_states.shape[0])
         mediators, _ = self.attention(mediators, senders, receiver_codes, sender_codes, bias, **kwargs)
         return torch.cat((inputs, self.ffn(mediators, receiver_codes)), dim=1)
@@ -246,43 +248,6 @@ class NACReadOut(nn.Module):
         bias = self.kernel(log_affinity, states.shape[0])
         states, _ = self.attention(states, senders, receiver_codes, sender_codes, bias, **kwargs)
         return self.ffn(states, receiver_codes)
-
-
-class NACPooling(nn.Module):
-    """Confidence pooling: the output latents' states, weighed by a softmax of their confidences."""
-
-    def __init__(self, config: NACConfig):
-        super().__init__()
-        self.is_gumbel, self.is_hard = config.pooling.startswith("gumbel"), config.pooling == "gumbel_hard"
-        self.temperature = config.pooling_temperature
-        self.sample_in_eval = config.sample_in_eval
-        self.confidence = nn.Linear(config.hidden_size, 1)
-
-    def forward(self, states: torch.Tensor) -> torch.Tensor:
-        """`(batch_size, num_output_latents, hidden_size)` to `(batch_size, hidden_size)`."""
-        confidences = self.confidence(states).squeeze(-1)
-        if self.is_gumbel and (self.training or self.sample_in_eval):
-            weights = F.gumbel_softmax(confidences, tau=self.temperature, hard=self.is_hard, dim=-1)
-        else:
-            weights = F.softmax(confidences / self.temperature, dim=-1)
-            if self.is_hard:
-                weights = F.one_hot(weights.argmax(dim=-1), weights.shape[-1]).to(weights.dtype)
-        return torch.einsum("buc,bu->bc", states, weights.to(states.dtype))
-
-
-class NACModulatedHead(nn.Module):
-    """Logits from the first output latent, as its code says (`pooling="first"`)."""
-
-    def __init__(self, config: NACConfig):
-        super().__init__()
-        layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        # CODEPATH: official `pre_output_layernorm: true` normalises; m2mKD's checkpoints have no such head
-        self.layernorm = layernorm if config.head_layernorm else nn.Identity()
-        self.projection = NACModulatedLinear(config, config.hidden_size, config.num_labels)
-
-    def forward(self, states: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
-        """`(batch_size, num_output_latents, hidden_size)` to `(batch_size, num_labels)`."""
-        return self.projection(self.layernorm(states[:, :1]), codes[:1])[:, 0]
 
 
 # ---- Models ----
@@ -373,7 +338,7 @@ class NACModel(NACPreTrainedModel):
         self.read_in = NACReadIn(config)
         self.layers = nn.ModuleList([NACPropagator(config) for _ in range(config.num_propagators)])
         self.read_out = NACReadOut(config)
-        self._eval_affinities: tuple[tuple, list[torch.Tensor]] | None = None
+        self._eval_affinities: tuple[tuple, list[torch.Tensor], list[torch.Tensor]] | None = None
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -446,8 +411,10 @@ class NACModel(NACPreTrainedModel):
             return self._compute_log_affinities(by_value=False)
         state = tuple((source.data_ptr(), source._version, source.dtype, source.device) for source in sources)
         if self._eval_affinities is None or self._eval_affinities[0] != state:
-            self._eval_affinities = (state, self._compute_log_affinities(by_value=True))
-        return self._eval_affinities[1]
+            # holding on to the sources keeps their addresses from being given to other values
+            held = [source.detach() for source in sources]
+            self._eval_affinities = (state, held, self._compute_log_affinities(by_value=True))
+        return self._eval_affinities[2]
 
     def _compute_log_affinities(self, by_value: bool) -> list[torch.Tensor]:
         config = self.config
@@ -537,6 +504,41 @@ class NACForImageClassification(NACPreTrainedModel):
             losses["block_model_loss"] = torch.stack([block_model_loss(p, graphon) for p in probabilities]).sum()
             aux_loss = aux_loss + config.block_model_coef * losses["block_model_loss"]
         return {"aux_loss": aux_loss, **losses} if losses else {}
+
+    def prune_latents(
+        self, keep: float, strategy: str = "connectivity", pixel_values: torch.Tensor | None = None
+    ) -> "NACForImageClassification":
+        """
+        A smaller copy of the model, which stays as it is: the mediator latents that rank first, in their old order,
+        and everything else unchanged. Saved and loaded like any other.
+
+        Args:
+            keep (`int` or `float`):
+                Mediators to keep: how many, from 1, or as a `float` which share, in (0, 1].
+            strategy (`str`, *optional*, defaults to `"connectivity"`):
+                `"connectivity"` ranks by the expected number of edges in the graph of the signatures,
+                `"importance"` by what the predictions for some images owe to the messages of each latent.
+            pixel_values (`torch.Tensor`, *optional*):
+                Those images, for `"importance"`.
+
+        Returns:
+            `NACForImageClassification`: On the same device, in the same mode. Its config names no graph prior, and no
+            block model loss if latents are gone.
+
+        Raises:
+            `ValueError`: `keep` or `strategy` outside what is listed, or no images for `"importance"`.
+
+        Example:
+
+        ```python
+        >>> from m2mkd import NACConfig, NACForImageClassification
+
+        >>> model = NACForImageClassification(NACConfig.from_preset("tiny"))
+        >>> model.prune_latents(keep=0.25).config.num_mediator_latents
+        6
+
+        ```"""
+        return prune_latents(self, keep, strategy, pixel_values)
 
     @can_return_tuple
     @auto_docstring

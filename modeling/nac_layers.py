@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Layers of a Neural Attentive Circuit: modulated linear, graph kernel, attention, feed-forward."""
+"""Layers of a Neural Attentive Circuit: modulated linear, graph kernel, attention, feed-forward, pooling and head."""
 
 from collections.abc import Callable
 
@@ -32,6 +32,11 @@ def modulate(hidden_states: torch.Tensor, scale: torch.Tensor, activation_fn: Ca
         return hidden_states * scale
     hidden_states, gate = hidden_states.chunk(2, dim=-1)
     return hidden_states * activation_fn(gate) * scale
+
+
+def new_root(tensor: torch.Tensor, keep_graph: bool) -> torch.Tensor:
+    """The same values, for a gradient that goes no further; on demand itself a function of `tensor`."""
+    return tensor.view_as(tensor) if keep_graph and tensor.requires_grad else tensor.detach().requires_grad_()
 
 
 class ModulatedLinear(torch.autograd.Function):
@@ -61,28 +66,23 @@ class ModulatedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Gradients of the inputs; differentiable in turn."""
-        hidden_states, scale, weight = ctx.saved_tensors
+        *modulation, weight = ctx.saved_tensors
         needs_states, needs_scale, needs_weight, needs_bias, _ = ctx.needs_input_grad
         is_differentiable = torch.is_grad_enabled()
-        if not is_differentiable:
-            hidden_states, scale = hidden_states.detach(), scale.detach()
-        hidden_states = hidden_states if hidden_states.requires_grad else hidden_states.detach().requires_grad_()
-        scale = scale if scale.requires_grad else scale.detach().requires_grad_()
         grad_states = grad_scale = grad_weight = grad_bias = None
         with torch.enable_grad():
-            modulated = modulate(hidden_states, scale, ctx.activation_fn)
+            modulation = [new_root(tensor, is_differentiable) for tensor in modulation]
+            modulated = modulate(*modulation, ctx.activation_fn)
         if needs_weight:
+            inputs = modulated if is_differentiable else modulated.detach()
             # under autocast the product was computed in the dtype of `grad`
-            inputs = (modulated if is_differentiable else modulated.detach()).to(grad.dtype)
-            grad_weight = (grad.flatten(0, -2).T @ inputs.flatten(0, -2)).to(weight.dtype)
+            grad_weight = (grad.flatten(0, -2).T @ inputs.to(grad.dtype).flatten(0, -2)).to(weight.dtype)
         if needs_bias:
             grad_bias = grad.flatten(0, -2).sum(0).to(weight.dtype)
         if needs_states or needs_scale:
+            grad_modulated = (grad @ weight.to(grad.dtype)).to(modulated.dtype)
             grad_states, grad_scale = torch.autograd.grad(
-                modulated,
-                (hidden_states, scale),
-                (grad @ weight.to(grad.dtype)).to(modulated.dtype),
-                create_graph=is_differentiable,
+                modulated, modulation, grad_modulated, create_graph=is_differentiable
             )
         return grad_states, grad_scale, grad_weight, grad_bias, None
 
@@ -178,10 +178,13 @@ class NACKernel(nn.Module):
         return -F.softplus((torch.logit(uniform, eps=eps) + odds) / -self.temperature)
 
     def forward(self, log_affinity: torch.Tensor, batch_size: int) -> torch.Tensor:
-        """The bias of the attention scores, of shape `(1 or batch_size, 1, num_receivers, num_senders)`."""
+        """
+        The bias of the attention scores, of shape `(1 or batch_size, 1, num_receivers, num_senders)`; outside training
+        each image may have a `log_affinity` of its own.
+        """
         if self.training and self.is_stochastic:
             return self.sample(log_affinity, batch_size)[:, None]
-        return log_affinity[None, None]
+        return log_affinity.view(-1, 1, *log_affinity.shape[-2:])
 
 
 def eager_attention_forward(
@@ -359,3 +362,43 @@ class NACFeedForward(nn.Module):
         if self.is_gated:
             return self.drop_path(states, self.fc2(hidden, codes, self.layer_scale, self.activation_fn))
         return self.drop_path(states, self.fc2(self.activation_fn(hidden), codes, self.layer_scale))
+
+
+# ---- From output latents to logits ----
+
+
+class NACPooling(nn.Module):
+    """Confidence pooling: the output latents' states, weighed by a softmax of their confidences."""
+
+    def __init__(self, config: NACConfig):
+        super().__init__()
+        self.is_gumbel, self.is_hard = config.pooling.startswith("gumbel"), config.pooling == "gumbel_hard"
+        self.temperature = config.pooling_temperature
+        self.sample_in_eval = config.sample_in_eval
+        self.confidence = nn.Linear(config.hidden_size, 1)
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        """`(batch_size, num_output_latents, hidden_size)` to `(batch_size, hidden_size)`."""
+        confidences = self.confidence(states).squeeze(-1)
+        if self.is_gumbel and (self.training or self.sample_in_eval):
+            weights = F.gumbel_softmax(confidences, tau=self.temperature, hard=self.is_hard, dim=-1)
+        else:
+            weights = F.softmax(confidences / self.temperature, dim=-1)
+            if self.is_hard:
+                weights = F.one_hot(weights.argmax(dim=-1), weights.shape[-1]).to(weights.dtype)
+        return torch.einsum("buc,bu->bc", states, weights.to(states.dtype))
+
+
+class NACModulatedHead(nn.Module):
+    """Logits from the first output latent, as its code says (`pooling="first"`)."""
+
+    def __init__(self, config: NACConfig):
+        super().__init__()
+        layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        # CODEPATH: official `pre_output_layernorm: true` normalises; m2mKD's checkpoints have no such head
+        self.layernorm = layernorm if config.head_layernorm else nn.Identity()
+        self.projection = NACModulatedLinear(config, config.hidden_size, config.num_labels)
+
+    def forward(self, states: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+        """`(batch_size, num_output_latents, hidden_size)` to `(batch_size, num_labels)`."""
+        return self.projection(self.layernorm(states[:, :1]), codes[:1])[:, 0]

@@ -353,7 +353,10 @@ def _nac_student(
     share, role = _section(spec, "share_kwargs"), spec.get("role")
     roles = {role: _section(spec, "role_kwargs")} if role else {name: spec[name] for name in _ROLES if name in spec}
     num_stages = _num_stages("nac-student", content, num_stages)
-    index = _index(path, content, stage, num_stages, role)
+    known = _known_index(path, content, stage, num_stages)
+    # all mediators have one form; read-in and read-out have one place
+    index = {"readin": 0, "mediator": 1, "readout": num_stages - 1}.get(role) if known is None else known
+    index = _checked_index(index, num_stages)
     its_role = _ROLES[(index > 0) + (index == num_stages - 1)]
     if its_role not in roles:
         raise ConversionError(
@@ -367,7 +370,12 @@ def _nac_student(
     expected = nac_student_shapes(model.state_dict(), model.config, index, num_stages, stitch_size)
     check_tensors(official, expected, f"the {its_role} student")
     tensors, stitches = convert_nac_student(official, index, num_stages)
-    return _part(model, Position(index, num_stages, [index]), tensors, stitches, stitch_size)
+    write, what = _part(model, Position(index, num_stages, [index]), tensors, stitches, stitch_size)
+    is_guess = known is None and its_role == "mediator"
+    return (
+        write,
+        f"{what}, which is taken for the first mediator (--stage says which one it is)," if is_guess else what,
+    )
 
 
 def _vmoe_student(
@@ -376,7 +384,7 @@ def _vmoe_student(
     spec = _section(content, "student") if "student" in content else content
     kwargs = _section(spec, "kwargs")
     num_stages = _num_stages("vmoe-student", content, num_stages)
-    index = _index(path, {"idx": kwargs.get("idx"), **content}, stage, num_stages)
+    index = _checked_index(_known_index(path, {"idx": kwargs.get("idx"), **content}, stage, num_stages), num_stages)
     norm_eps = _norm_eps(spec)
     model = _on_meta(VMoEForImageClassification, lambda: vmoe_student_config(kwargs, norm_eps, num_stages))
     depth = sum(kwargs["divided_depths"])
@@ -410,24 +418,26 @@ def _num_stages(kind: str, content: Mapping[str, Any], given: int | None) -> int
     return number
 
 
-def _index(path: Path, content: Mapping[str, Any], given: int | None, num_stages: int, role: str | None = None) -> int:
+def _known_index(path: Path, content: Mapping[str, Any], given: int | None, num_stages: int) -> int | None:
     """Which stage a student is: as said, else by the file's name, else by the configuration."""
+    if given is not None:
+        return given
     name = re.match(r"(ReadIn|Mediator|ReadOut)Student(?:_(\d+))?$", path.stem)
-    if given is None and name:
-        given = {"ReadIn": 0, "ReadOut": num_stages - 1}.get(name[1], int(name[2]) if name[2] else None)
-    if given is None and content.get("idx") is not None:
-        given = content["idx"] % num_stages if content["idx"] < 0 else content["idx"]
-    if given is None and role in _ROLES:
-        # all mediators have one form: the first, unless told
-        given = {"readin": 0, "mediator": 1, "readout": num_stages - 1}[role]
-    if given is None:
+    if name and (name[1] != "Mediator" or name[2]):
+        return int(name[2]) if name[1] == "Mediator" else {"ReadIn": 0, "ReadOut": num_stages - 1}[name[1]]
+    index = content.get("idx")
+    return index % num_stages if index is not None and index < 0 else index
+
+
+def _checked_index(index: int | None, num_stages: int) -> int:
+    if index is None:
         raise ConversionError(
             "neither the name of the checkpoint (ReadInStudent, MediatorStudent_3, ReadOutStudent) nor the "
             "configuration says which stage it is. Give --stage, from 0."
         )
-    if not 0 <= given < num_stages:
-        raise ConversionError(f"there is no stage {given} of {num_stages}. Give --stage and --num-stages.")
-    return given
+    if not 0 <= index < num_stages:
+        raise ConversionError(f"there is no stage {index} of {num_stages}. Give --stage and --num-stages.")
+    return index
 
 
 def _stitch_size(official: Mapping[str, Any], post: str, pre: str) -> int:

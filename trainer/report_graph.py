@@ -60,7 +60,9 @@ def draw_graphs(affinities: Mapping[str, torch.Tensor]) -> bytes:
         for panel, (title, affinity) in zip(panels, affinities.items(), strict=True):
             num_mediators, num_senders = affinity.shape
             shown = affinity.masked_fill(affinity == 0, torch.nan)
-            image = panel.imshow(shown.numpy(), vmin=0, vmax=1, cmap="viridis_r", interpolation="nearest", aspect="auto")
+            image = panel.imshow(
+                shown.numpy(), vmin=0, vmax=1, cmap="viridis_r", interpolation="nearest", aspect="auto"
+            )
             panel.set_facecolor("#f3f3f3")
             if num_senders > num_mediators:
                 panel.axvline(num_senders - num_mediators - 0.5, color="#888888", linewidth=0.8)
