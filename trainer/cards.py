@@ -11,10 +11,13 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import AutoConfig
 
 from m2mkd.data.config import IMAGEFOLDER_PREFIX, PackagedSource
+from m2mkd.trainer.folders import explained_write_errors
 from m2mkd.trainer.hub import HubError
 from m2mkd.trainer.report_figure import compute_section, markdown_table, results_section
 
 
+REPORT_FILE = "report.json"
+CARD_FILE = "README.md"
 ARCHITECTURES = {"nac": "A Neural Attentive Circuit", "vmoe": "A vision mixture of experts (V-MoE)"}
 ARM_TEXTS = {
     "e2e": "It is a baseline: trained end to end, without a teacher.",
@@ -51,12 +54,45 @@ _UNPUBLISHED = ("output_dir", "processes")
 _PATH = re.compile(r"^(/|~|\.{1,2}[/\\]|[A-Za-z]:[/\\])")
 
 
+def write_cards(run_folder: str | Path) -> list[Path]:
+    """
+    Write `README.md` into the folder of every arm of a run, those of its further seeds included.
+
+    Args:
+        run_folder (`str` or `Path`): A finished run, with its `report.json`.
+
+    Returns:
+        `list[Path]`: The cards.
+
+    Raises:
+        `HubError`: there is no report, or it is damaged.
+        `RunError`: a folder cannot be written.
+    """
+    run_folder = Path(run_folder)
+    report, cards = read_report(run_folder), []
+    for seed, own in report["seeds"].items():
+        for arm in own["arms"]:
+            seed_folder = folder_of_seed(run_folder, report, int(seed))
+            folder = seed_folder / "arms" / arm
+            pairs = str(seed_folder) if arm == "m2mkd" else None
+            with explained_write_errors(folder):
+                render_card(run_folder, arm, str(folder), seed=int(seed), pairs=pairs).save(folder / CARD_FILE)
+            cards.append(folder / CARD_FILE)
+    return cards
+
+
+def folder_of_seed(run_folder: Path, report: dict[str, Any], seed: int) -> Path:
+    """Where the pairs and arms of a seed lie."""
+    return run_folder if seed == report["seed"] else run_folder / "seeds" / str(seed)
+
+
 def render_card(
     run_folder: str | Path,
     arm: str,
     source: str,
+    seed: int | None = None,
     with_code: bool = False,
-    num_pairs: int = 0,
+    pairs: str | None = None,
     license: str = "apache-2.0",
 ) -> ModelCard:
     """
@@ -66,33 +102,37 @@ def render_card(
         run_folder (`str` or `Path`): A finished run, with its `report.json`.
         arm (`str`): A folder in its `arms/`.
         source (`str`): What a reader gives to `from_pretrained`: a Hub id or a folder.
+        seed (`int`, *optional*): Seed of the arm. `None`: the run's first.
         with_code (`bool`): Whether the model's code lies beside the weights.
-        num_pairs (`int`): Number of pairs that lie beside the weights.
+        pairs (`str`, *optional*): What a reader gives to `m2mkd assemble`: the Hub id or folder with the `pairs/` that
+            the arm was made of.
         license (`str`): The licence of the weights, as the Hub names it.
 
     Raises:
-        `HubError`: there is no report, it is damaged, or the arm is not in it.
+        `HubError`: there is no report, it is damaged, or the seed or arm is not in it.
     """
     run_folder = Path(run_folder)
     report = read_report(run_folder)
-    if arm not in report["arms"]:
-        raise HubError(f"{run_folder / 'report.json'} has no arm {arm!r}, only {', '.join(report['arms'])}.")
-    config = AutoConfig.from_pretrained(run_folder / "arms" / arm)
-    recipe, data = public_recipe(report["recipe"], run_folder.name), card_data(report, arm, source, license)
+    seed = report["seed"] if seed is None else seed
+    result = result_of(report, run_folder, arm, seed)
+    config = AutoConfig.from_pretrained(folder_of_seed(run_folder, report, seed) / "arms" / arm)
+    recipe = public_recipe(report["recipe"], run_folder.resolve().name)
+    data = card_data(report, result, source, license)
     return ModelCard.from_template(
         data,
         template_str=resources.files("m2mkd.model_cards").joinpath("template.md").read_text(encoding="utf-8"),
         title=data.model_name,
         architecture=ARCHITECTURES.get(config.model_type, f"A {config.model_type}"),
-        parameters=f"{report['arms'][arm]['parameters']:,}",
+        parameters=f"{result['parameters']:,}",
         num_labels=config.num_labels,
         image_size=config.image_size,
         arm=arm,
         arm_text=_arm_text(arm, report),
         recipe_name=recipe.get("name"),
-        seed=report["seed"],
+        seed=seed,
         with_code=with_code,
-        num_pairs=num_pairs,
+        pairs=pairs,
+        last_pair=len(recipe["student"]["depths"]) - 1,
         source=source,
         results=results_section(report),
         device=report["device"],
@@ -100,7 +140,7 @@ def render_card(
         data=_data_section(recipe),
         compute=compute_section(report),
         recipe=yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True),
-        limits=_limits(report, arm),
+        limits=_limits(report, result),
         license=license,
         citation="\n\n".join(CITATIONS[name] for name in ("m2mkd", config.model_type) if name in CITATIONS),
     )
@@ -108,7 +148,7 @@ def render_card(
 
 def read_report(run_folder: Path) -> dict[str, Any]:
     """`report.json` of a run. Raises `HubError` if it is missing or damaged."""
-    path = run_folder / "report.json"
+    path = run_folder / REPORT_FILE
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -120,7 +160,18 @@ def read_report(run_folder: Path) -> dict[str, Any]:
         raise HubError(f"{path} is damaged ({error}). Write it again with `m2mkd report {run_folder}`.") from error
 
 
-def card_data(report: dict[str, Any], arm: str, source: str, license: str) -> ModelCardData:
+def result_of(report: dict[str, Any], run_folder: Path, arm: str, seed: int) -> dict[str, Any]:
+    """What the report says of one arm. Raises `HubError` if it has no such seed or arm."""
+    seeds = report["seeds"]
+    if str(seed) not in seeds:
+        raise HubError(f"{run_folder / REPORT_FILE} has no seed {seed}, only {', '.join(seeds)}.")
+    arms = seeds[str(seed)]["arms"]
+    if arm not in arms:
+        raise HubError(f"{run_folder / REPORT_FILE} has no arm {arm!r}, only {', '.join(arms)}.")
+    return arms[arm]
+
+
+def card_data(report: dict[str, Any], result: dict[str, Any], source: str, license: str) -> ModelCardData:
     """The metadata of a card; the results are those of the weights themselves, one seed."""
     recipe = report["recipe"]
     model_type = recipe["student"]["model"]["model_type"]
@@ -135,9 +186,9 @@ def card_data(report: dict[str, Any], arm: str, source: str, license: str) -> Mo
         datasets=sorted(set(ids)) or None,
         metrics=["accuracy"],
         eval_results=[
-            _eval_result(name, recipe["data"][name], report["arms"][arm][split]["accuracy"])
+            _eval_result(name, recipe["data"][name], result[split]["accuracy"])
             for split, name in tests.items()
-            if name is not None and report["arms"][arm][split] is not None
+            if name is not None and result[split] is not None
         ],
     )
 
@@ -183,7 +234,8 @@ def _eval_result(name: str, section: dict[str, Any], accuracy: float) -> EvalRes
         dataset_type=section["source"] if kind == "datasets" else kind,
         dataset_name=f"{name} ({_published(section['source'])})",
         dataset_config=section.get("config_name"),
-        dataset_split=section.get("split"),
+        # huggingface_hub takes results of one type, configuration and split for those of one set
+        dataset_split=section.get("split") or name,
         metric_type="accuracy",
         metric_name="Accuracy",
         metric_value=accuracy,
@@ -219,8 +271,7 @@ def _data_section(recipe: dict[str, Any]) -> str:
     return markdown_table(("Used for", "Name", "Source", "Split", "Images", "Augmentation"), rows)
 
 
-def _limits(report: dict[str, Any], arm: str) -> str:
-    result = report["arms"][arm]
+def _limits(report: dict[str, Any], result: dict[str, Any]) -> str:
     points = [
         "It knows the classes of its training data and no others: whatever the image, it answers with one of them.",
         f"Its IID accuracy was measured on {result['iid']['n']:,} images"
