@@ -1,4 +1,4 @@
-"""The command line: `train.py` and `m2mkd run`, `m2mkd report`, `m2mkd convert`."""
+"""The command line: `train.py` and `m2mkd run`, `m2mkd report`, `m2mkd push`, `m2mkd assemble`, `m2mkd convert`."""
 
 import logging
 import os
@@ -56,6 +56,39 @@ def report_command(context: typer.Context, run_folder: Annotated[Path, typer.Arg
         source = run_folder / "recipe.json"
         content = {**read_json(source), "output_dir": str(run_folder), **_overrides(context.args)}
         _print_once(f"The report is in {make_report(parse_recipe(content, str(source)))}.")
+
+    _explained(work)
+
+
+@app.command("push")
+def push_command(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN_FOLDER", help="A finished run.")],
+    repo_id: Annotated[str, typer.Option(metavar="USER/NAME", help="The repository; it is made if need be.")],
+    arm: Annotated[str, typer.Option(help="Which of the run's arms.")] = "m2mkd",
+    seed: Annotated[int | None, typer.Option(help="Of which seed, if the run has several.")] = None,
+    public: Annotated[bool, typer.Option("--public", help="Let everybody read it; otherwise it is private.")] = False,
+    with_code: Annotated[
+        bool, typer.Option("--with-code", help="Add the model's code, for readers without m2mkd.")
+    ] = False,
+    license: Annotated[str, typer.Option(help="Of the weights, as the Hub names it.")] = "apache-2.0",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would go; send nothing.")] = False,
+) -> None:
+    """
+    Push one arm of a run to the Hub, in one commit: the model, its image processor and card, and, of a distilled
+    student, each of its modules in pairs/<i> with its stitches and contract.
+
+    Log in first with `hf auth login`, or set HF_TOKEN.
+    """
+
+    def work() -> None:
+        from m2mkd.trainer.push import files_to_push, print_files, push
+
+        files = files_to_push(run_folder, arm, repo_id, seed, with_code, license)
+        print_files(files)
+        if dry_run:
+            print(f"Nothing was sent: this is what would go to {repo_id} ({'public' if public else 'private'}).")
+            return
+        print(f"It is at {push(files, repo_id, f'{arm} of {run_folder.resolve().name}', public)}.")
 
     _explained(work)
 
@@ -123,6 +156,7 @@ def _explained(work: Callable[[], None]) -> None:
     from m2mkd.modeling.pair_files import PairFileError
     from m2mkd.modeling.stages import StageError
     from m2mkd.trainer.folders import RunError
+    from m2mkd.trainer.hub import HubError
     from m2mkd.trainer.m2mkd_trainer import NonFiniteError
     from m2mkd.trainer.recipe import RecipeError
     from m2mkd.trainer.report import ReportError
@@ -134,6 +168,7 @@ def _explained(work: Callable[[], None]) -> None:
     except (
         ConversionError,
         DataError,
+        HubError,
         NonFiniteError,
         PairFileError,
         RecipeError,

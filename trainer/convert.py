@@ -43,7 +43,7 @@ from m2mkd.modeling.conversion_nac import (
 )
 from m2mkd.modeling.modeling_nac import NACForImageClassification
 from m2mkd.modeling.modeling_vmoe import VMoEForImageClassification
-from m2mkd.modeling.pair_files import CONTRACT_FILE, STAGE_FILE, STITCHES_FILE
+from m2mkd.modeling.pair_files import CONTRACT_FILE, STAGE_FILE, STITCHES_FILE, make_contract
 from m2mkd.modeling.stages import split_into_stages
 from m2mkd.trainer.folders import explained_write_errors
 
@@ -474,14 +474,8 @@ def _part(
     config = model.config
     config.architectures = [type(model).__name__]
     config.dtype = next(iter(tensors.values())).dtype
-    contract = {
-        "index": position.index,
-        "num_pairs": position.num_stages,
-        "layers": position.layers,
-        "model_type": config.model_type,
-        "hidden_size": config.hidden_size,
-        "stitch_size": stitch_size,
-    }
+    # the official files do not say which teacher and meta model a student was distilled with
+    contract = make_contract(config, position.index, position.num_stages, position.layers, stitch_size, stitches)
 
     def write(folder: Path) -> None:
         config.save_pretrained(folder)

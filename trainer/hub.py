@@ -1,10 +1,16 @@
-"""The code of a model beside its weights, so that it loads where this package is not installed."""
+"""What has to do with the Hub: the code of a model beside its weights, and its errors in plain words."""
 
 import json
 import re
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any, TypeVar
 
+from huggingface_hub import constants, get_token
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from m2mkd.configuration import NACConfig, VMoEConfig
@@ -29,8 +35,14 @@ _CLASSES: dict[str, dict[str, type[PreTrainedConfig] | type[PreTrainedModel]]] =
 _OWN_IMPORT = re.compile(r"^( *)from (m2mkd\.(?:configuration|modeling)\.(\w+)) import", re.MULTILINE)
 
 
+# A transfer that fails for a passing reason is tried again after so many seconds.
+WAITS = (1.0, 5.0)
+_PASSING = (408, 429, 500, 502, 503, 504)
+Result = TypeVar("Result")
+
+
 class HubError(ValueError):
-    """A folder cannot be exported or pushed as asked; the message says what to do."""
+    """A folder cannot be exported, pushed or fetched as asked; the message says what to do."""
 
 
 def export_hub_code(folder: str | Path) -> list[Path]:
@@ -50,6 +62,21 @@ def export_hub_code(folder: str | Path) -> list[Path]:
         `RunError`: the folder cannot be written.
     """
     folder = Path(folder)
+    sources = hub_code(folder)
+    config = sources.pop("config.json")
+    with explained_write_errors(folder):
+        for name, text in sources.items():
+            (folder / name).write_text(text, encoding="utf-8")
+        # last: code that nothing names does no harm, a name without its code does
+        write_json(folder / "config.json", json.loads(config))
+    return [folder / name for name in sorted(sources)]
+
+
+def hub_code(folder: Path) -> dict[str, str]:
+    """
+    By file name, the sources that a saved model needs and a `config.json` with their names in `auto_map`. Raises
+    `HubError` as [`export_hub_code`] does.
+    """
     config = read_config(folder)
     model_type = config.get("model_type")
     if model_type not in _CLASSES:
@@ -58,14 +85,9 @@ def export_hub_code(folder: str | Path) -> list[Path]:
             f"{' and '.join(sorted(_CLASSES))} alone. Models of transformers itself need none."
         )
     classes = _CLASSES[model_type]
-    sources = flat_sources(sorted({own.__module__ for own in classes.values()}))
     names = {auto: f"{own.__module__.rpartition('.')[2]}.{own.__name__}" for auto, own in classes.items()}
-    with explained_write_errors(folder):
-        for name, text in sources.items():
-            (folder / name).write_text(text, encoding="utf-8")
-        # last: code that nothing names does no harm, a name without its code does
-        write_json(folder / "config.json", {**config, "auto_map": names})
-    return [folder / name for name in sorted(sources)]
+    sources = flat_sources(sorted({own.__module__ for own in classes.values()}))
+    return {**sources, "config.json": json.dumps({**config, "auto_map": names}, indent=2) + "\n"}
 
 
 def flat_sources(modules: list[str]) -> dict[str, str]:
@@ -102,3 +124,67 @@ def read_config(folder: Path) -> dict:
     if not isinstance(config, dict):
         raise HubError(f"{path} is damaged (no JSON object). Save the model again.")
     return config
+
+
+@contextmanager
+def explained_hub_errors(repo_id: str) -> Iterator[None]:
+    """Turn what huggingface_hub raises into a `HubError` that says what to do, and never a token."""
+    try:
+        yield
+    except (HTTPError, HFValidationError, OfflineModeIsEnabled, OSError, RuntimeError) as error:
+        cause = _cause(error)
+        if cause is None:
+            raise
+        text, token = _advice(repo_id, cause), get_token()
+        raise HubError(text.replace(token, "<token>") if token else text) from error
+
+
+def patiently(call: Callable[[], Result]) -> Result:
+    """The result of a call to the Hub, which is tried again if the network or the server fails."""
+    for wait in WAITS:
+        try:
+            return call()
+        except (HTTPError, RuntimeError) as error:
+            cause = _cause(error)
+            is_answer = isinstance(cause, HfHubHTTPError)
+            if cause is None or is_answer and cause.response.status_code not in _PASSING:
+                raise
+            time.sleep(wait)
+    return call()
+
+
+def _cause(error: BaseException | None) -> Any:
+    """The error of huggingface_hub behind an error; it wraps those of a file's upload in a `RuntimeError`."""
+    while error is not None and not isinstance(error, HTTPError | HFValidationError | OfflineModeIsEnabled):
+        error = error.__cause__
+    return error
+
+
+def _advice(repo_id: str, error: Any) -> str:
+    if isinstance(error, HFValidationError):
+        return f"--repo-id {repo_id!r} is no id of a repository: {error} It has the form user/name."
+    if isinstance(error, OfflineModeIsEnabled):
+        return "HF_HUB_OFFLINE is set, so the Hub is not asked. Unset it to reach the Hub."
+    if not isinstance(error, HfHubHTTPError):
+        return (
+            f"The Hub ({constants.ENDPOINT}) cannot be reached ({type(error).__name__}: {error}). Nothing was changed "
+            "there. Check the network (HF_ENDPOINT, HTTPS_PROXY) and run the same command again."
+        )
+    status, said = error.response.status_code, error.server_message
+    answer = f"{status}: {said}" if said else str(status)
+    if status == 401:
+        return (
+            f"The Hub does not know you, or there is no {repo_id} ({answer}). Log in with `hf auth login`, or set "
+            "HF_TOKEN to a token that is still valid."
+        )
+    if status == 403:
+        return (
+            f"Your token may not write to {repo_id} ({answer}). Use a token with write access to it, or a repository "
+            "in a namespace of your own: `hf auth whoami` says which those are."
+        )
+    if status == 404:
+        return (
+            f"There is no {repo_id}, neither namespace nor repository, that your token can see ({answer}). Check the "
+            "spelling; `hf auth whoami` says which namespaces are yours."
+        )
+    return f"The Hub refuses ({answer}) for {repo_id}. Nothing was changed there. Run the same command again later."

@@ -19,7 +19,7 @@ from m2mkd.modeling.losses import (
     per_sample_kl,
     soft_distillation_loss,
 )
-from m2mkd.modeling.pair_files import save_pair
+from m2mkd.modeling.pair_files import save_pair, tensors_sha256
 from m2mkd.modeling.stages import StageError, check_stitchable, count_layers, split_into_stages
 from m2mkd.modeling.stitched_student import StitchedStudent
 from m2mkd.trainer.m2mkd_config import M2MKDConfig
@@ -99,6 +99,13 @@ class M2MKDTrainer(Trainer):
             cut = split_into_stages(teacher, args.teacher_depths or [count_layers(teacher)])
             teacher_stages = {index: cut[index] for index in indices}
 
+        # before anything is cast; contracts of pairs name the networks by them
+        used = {"teacher": teacher if args.alpha > 0 else None, "meta": meta} if args.num_pairs > 1 else {}
+        self.network_hashes = {
+            f"{name}_sha256": tensors_sha256(network.state_dict())
+            for name, network in used.items()
+            if network is not None
+        }
         self.student = model
         self.stitch_size = stitch_size
         self._statistics: dict[str, torch.Tensor] = defaultdict(float)
@@ -305,7 +312,7 @@ class M2MKDTrainer(Trainer):
                 self.processing_class.save_pretrained(folder)
         if self.args.num_pairs > 1:
             for index, pair in self.trained_pairs().items():
-                save_pair(pair, folder / "pairs" / str(index), self.stitch_size)
+                save_pair(pair, folder / "pairs" / str(index), self.stitch_size, **self.network_hashes)
 
     def trained_pairs(self) -> dict[int, nn.Module]:
         """The stitched stages that this trainer trains, by pair index."""

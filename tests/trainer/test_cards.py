@@ -2,6 +2,7 @@ import contextlib
 import io
 import json
 import re
+import runpy
 import shutil
 from pathlib import Path
 from typing import Any
@@ -103,7 +104,8 @@ def test_the_arms_of_further_seeds_have_cards_of_their_own(finished_run: Path, t
     report["seeds"]["7"] = {"arms": {"e2e": arm}}
     (run / "report.json").write_text(json.dumps(report))
     cards = write_cards(run)
-    assert [path.parent.relative_to(run).as_posix() for path in cards] == ["arms/e2e", "arms/m2mkd", "seeds/7/arms/e2e"]
+    folders = [path.parent.relative_to(run).as_posix() for path in cards]
+    assert folders == ["arms/e2e", "arms/m2mkd", "seeds/7/arms/e2e"]
     card = ModelCard.load(cards[-1])
     assert card.data.eval_results[0].metric_value == 0.125 and "seed 7" in " ".join(card.text.split())
 
@@ -113,8 +115,9 @@ def test_the_python_blocks_run_as_they_stand(finished_run: Path, tmp_path: Path,
     Image.new("RGB", (8, 8), "red").save("image.png")
     scripts = blocks(ModelCard.load(finished_run / "arms" / "m2mkd" / "README.md"), "python")
     assert len(scripts) == 2
+    Path("card.py").write_text("\n".join(scripts))
     with contextlib.redirect_stdout(io.StringIO()) as out:
-        exec("\n".join(scripts), {})
+        runpy.run_path("card.py")
     assert out.getvalue().splitlines()[-1] in ("blue", "green", "red")
 
 
