@@ -16,6 +16,7 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -114,16 +115,18 @@ def make_contract(
 
 def tensors_sha256(tensors: Mapping[str, torch.Tensor]) -> str | None:
     """
-    SHA-256 of a network's tensors, names, types and shapes included, in alphabetical order: the same however the file
-    is split and whatever its header says. `None` if a tensor is on the meta device, and so is not there.
+    SHA-256 of a network's tensors, types and shapes included: the same however the file is split and whatever its
+    header says. Names do not count, since transformers' classes do not always have those of the file. `None` if a
+    tensor is on the meta device, and so is not there.
     """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
+    digests = []
+    for tensor in tensors.values():
         if tensor.is_meta:
             return None
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
+        digests.append(digest.digest())
+    return hashlib.sha256(b"".join(sorted(digests))).hexdigest()
 
 
 def load_stage(stage: Stage, folder: str | Path, reinitialize: tuple[str, ...] = ()) -> list[str]:
@@ -243,12 +246,12 @@ def match_pairs(folders: Sequence[str | Path]) -> list[Path]:
             f"{sorted(places)}, so {missing or 'none'} are missing. Give one folder for each of 0 to {number - 1}."
         )
     ordered = [places[index] for index in range(number)]
-    for before, after in zip(ordered, ordered[1:], strict=False):
+    for before, after in pairwise(ordered):
         last, first = contracts[before]["layers"][-1], contracts[after]["layers"][0]
         if first != last + 1:
             raise PairFileError(
-                f"`layers` in {before / CONTRACT_FILE} end with {last}, but those in {after / CONTRACT_FILE} start with "
-                f"{first}. Use pairs of a student that was cut in one way."
+                f"`layers` in {before / CONTRACT_FILE} end with {last}, but those in {after / CONTRACT_FILE} start "
+                f"with {first}. Use pairs of a student that was cut in one way."
             )
     return ordered
 

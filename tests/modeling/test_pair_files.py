@@ -335,18 +335,18 @@ class TestMatchPairs:
 
 
 class TestTensorsSha256:
-    def test_it_is_of_names_types_shapes_and_values(self) -> None:
+    def test_it_is_of_types_shapes_and_values(self) -> None:
         tensors = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor(1.0, dtype=torch.bfloat16)}
         others = [
             {**tensors, "a": tensors["a"].reshape(3, 2)},
             {**tensors, "a": tensors["a"].int()},
             {**tensors, "a": tensors["a"] + 1e-6},
-            {"a": tensors["a"], "c": tensors["b"]},
+            {"a": tensors["a"]},
         ]
         hashes = {tensors_sha256(item) for item in [tensors, *others]}
         assert len(hashes) == 5
-        # neither the order nor the memory matters
-        again = {"b": tensors["b"], "a": tensors["a"].T.contiguous().T}
+        # neither names nor order nor memory matter
+        again = {"c": tensors["b"], "a": tensors["a"].T.contiguous().T}
         assert tensors_sha256(again) == tensors_sha256(tensors)
 
     def test_what_is_not_there_has_none(self) -> None:
