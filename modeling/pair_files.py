@@ -231,13 +231,15 @@ def match_pairs(folders: Sequence[str | Path]) -> list[Path]:
         for field in sorted({field for content in contents.values() for field in content} - set(_INCIDENTAL)):
             _check_equal(field, {folder: content.get(field) for folder, content in contents.items()}, name)
     places: dict[int, Path] = {}
-    for folder, contract in contracts.items():
-        if contract["index"] in places:
+    # not the contracts: a folder given twice has one
+    for folder in map(Path, folders):
+        index = contracts[folder]["index"]
+        if index in places:
             raise PairFileError(
-                f"{places[contract['index']] / CONTRACT_FILE} and {folder / CONTRACT_FILE} both say `index` "
-                f"{contract['index']}. Give each pair once."
+                f"{places[index] / CONTRACT_FILE} and {folder / CONTRACT_FILE} both say `index` {index}. Give each "
+                "pair once."
             )
-        places[contract["index"]] = folder
+        places[index] = folder
     number = next(iter(contracts.values()))["num_pairs"]
     missing = sorted(set(range(number)) - set(places))
     if missing or len(places) > number:

@@ -93,6 +93,26 @@ def push_command(
     _explained(work)
 
 
+@app.command("assemble")
+def assemble_command(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to make.")],
+    sources: Annotated[list[str], typer.Argument(metavar="FOLDER_OR_ID...", help="Where the modules are.")],
+) -> None:
+    """
+    Build a student from distilled modules: the folder of a run or of single pairs, or repositories on the Hub
+    (user/name, or user/name/pairs/0).
+
+    Modules of different distillations are refused. The stitches are left out: train the student end to end next.
+    """
+
+    def work() -> None:
+        from m2mkd.trainer.assemble import assemble
+
+        print("\n".join(assemble(out, sources)))
+
+    _explained(work)
+
+
 @app.command("convert")
 def convert_command(
     checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A .pth, .pt or .safetensors file.")],

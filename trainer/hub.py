@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from huggingface_hub import constants, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
@@ -127,7 +127,7 @@ def read_config(folder: Path) -> dict:
 
 
 @contextmanager
-def explained_hub_errors(repo_id: str) -> Iterator[None]:
+def explained_hub_errors(repo_id: str, doing: Literal["read", "write to"]) -> Iterator[None]:
     """Turn what huggingface_hub raises into a `HubError` that says what to do, and never a token."""
     try:
         yield
@@ -135,7 +135,7 @@ def explained_hub_errors(repo_id: str) -> Iterator[None]:
         cause = _cause(error)
         if cause is None:
             raise
-        text, token = _advice(repo_id, cause), get_token()
+        text, token = _advice(repo_id, doing, cause), get_token()
         raise HubError(text.replace(token, "<token>") if token else text) from error
 
 
@@ -160,9 +160,9 @@ def _cause(error: BaseException | None) -> Any:
     return error
 
 
-def _advice(repo_id: str, error: Any) -> str:
+def _advice(repo_id: str, doing: str, error: Any) -> str:
     if isinstance(error, HFValidationError):
-        return f"--repo-id {repo_id!r} is no id of a repository: {error} It has the form user/name."
+        return f"{repo_id!r} is no id of a repository, which has the form user/name. {error}"
     if isinstance(error, OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set, so the Hub is not asked. Unset it to reach the Hub."
     if not isinstance(error, HfHubHTTPError):
@@ -179,8 +179,8 @@ def _advice(repo_id: str, error: Any) -> str:
         )
     if status == 403:
         return (
-            f"Your token may not write to {repo_id} ({answer}). Use a token with write access to it, or a repository "
-            "in a namespace of your own: `hf auth whoami` says which those are."
+            f"Your token may not {doing} {repo_id} ({answer}). Use a token that may, or a repository in a namespace "
+            "of your own: `hf auth whoami` says which those are."
         )
     if status == 404:
         return (

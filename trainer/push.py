@@ -80,7 +80,7 @@ def push(files: Files, repo_id: str, message: str, public: bool = False) -> str:
             is written.
     """
     api = HfApi(library_name="m2mkd")
-    with explained_hub_errors(repo_id):
+    with explained_hub_errors(repo_id, "write to"):
         url = patiently(lambda: api.create_repo(repo_id, private=not public, exist_ok=True))
         is_private = patiently(lambda: api.repo_info(url.repo_id)).private
         if not is_private and not public:
