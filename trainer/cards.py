@@ -2,17 +2,20 @@
 
 import json
 import re
-from importlib import resources
+from collections.abc import Iterable
+from importlib import metadata, resources
 from pathlib import Path, PurePath, PureWindowsPath
 from typing import Any, get_args
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from transformers import AutoConfig
+from jinja2 import Template
+from transformers import AutoConfig, PreTrainedConfig
 
 from m2mkd.data.config import IMAGEFOLDER_PREFIX, PackagedSource
 from m2mkd.trainer.folders import explained_write_errors
 from m2mkd.trainer.hub import HubError
+from m2mkd.trainer.m2mkd_config import M2MKDConfig
 from m2mkd.trainer.report_figure import compute_section, markdown_table, results_section
 
 
@@ -50,6 +53,20 @@ CITATIONS = {
     archivePrefix={arXiv}
 }""",
 }
+# Of a training without a recipe.
+_SHOWN_ARGUMENTS = (
+    *(
+        "student_depths",
+        "teacher_depths",
+        "meta_depths",
+        "pairs",
+        "stitch",
+        "distillation_type",
+        "alpha",
+        "temperature",
+    ),
+    *("learning_rate", "weight_decay", "num_train_epochs", "max_steps", "per_device_train_batch_size", "seed"),
+)
 _UNPUBLISHED = ("output_dir", "processes")
 _PATH = re.compile(r"^(/|~|\.{1,2}[/\\]|[A-Za-z]:[/\\])")
 
@@ -120,7 +137,7 @@ def render_card(
     data = card_data(report, result, source, license)
     return ModelCard.from_template(
         data,
-        template_str=resources.files("m2mkd.model_cards").joinpath("template.md").read_text(encoding="utf-8"),
+        template_str=_template("template.md"),
         title=data.model_name,
         architecture=ARCHITECTURES.get(config.model_type, f"A {config.model_type}"),
         parameters=f"{result['parameters']:,}",
@@ -130,10 +147,9 @@ def render_card(
         arm_text=_arm_text(arm, report),
         recipe_name=recipe.get("name"),
         seed=seed,
-        with_code=with_code,
+        usage=_usage(source, with_code),
         pairs=pairs,
         last_pair=len(recipe["student"]["depths"]) - 1,
-        source=source,
         results=results_section(report),
         device=report["device"],
         versions=", ".join(f"{name} {version}" for name, version in report["versions"].items()),
@@ -142,8 +158,88 @@ def render_card(
         recipe=yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True),
         limits=_limits(report, result),
         license=license,
-        citation="\n\n".join(CITATIONS[name] for name in ("m2mkd", config.model_type) if name in CITATIONS),
+        citation=_citation(config.model_type),
     )
+
+
+def render_trainer_card(
+    config: PreTrainedConfig,
+    args: M2MKDConfig,
+    source: str,
+    parameters: int,
+    metrics: dict[str, float],
+    license: str | None = None,
+    tags: Iterable[str] = (),
+    datasets: list[str] | None = None,
+) -> ModelCard:
+    """
+    The model card of what a trainer pushes, without a run around it.
+
+    Args:
+        config (`PreTrainedConfig`): The student's.
+        args ([`M2MKDConfig`])
+        source (`str`): What a reader gives to `from_pretrained` or `m2mkd assemble`.
+        parameters (`int`): Number of parameters of the student.
+        metrics (`dict[str, float]`): The last evaluation.
+        license (`str`, *optional*): The licence of the weights, as the Hub names it.
+        tags (`Iterable[str]`): Beside those of every student.
+        datasets (`list[str]`, *optional*): Hub ids of the training data.
+    """
+    arguments = {name: getattr(args, name) for name in _SHOWN_ARGUMENTS}
+    evaluated = {name.removeprefix("eval_"): value for name, value in sorted(metrics.items()) if _is_metric(name)}
+    rows = [[name, f"{value:.4f}"] for name, value in evaluated.items()]
+    results = f"The last evaluation:\n\n{markdown_table(('Metric', 'Value'), rows)}" if rows else "Not evaluated."
+    data = ModelCardData(
+        model_name=PurePath(source).name,
+        license=license,
+        library_name="transformers",
+        pipeline_tag="image-classification",
+        tags=list(dict.fromkeys(["m2mkd", config.model_type, "image-classification", *tags])),
+        datasets=datasets,
+    )
+    return ModelCard.from_template(
+        data,
+        template_str=_template("trainer.md"),
+        title=data.model_name,
+        architecture=ARCHITECTURES.get(config.model_type, f"A {config.model_type}"),
+        parameters=f"{parameters:,}",
+        num_labels=config.num_labels,
+        image_size=config.image_size,
+        method=_method(args),
+        is_whole=args.num_pairs == 1 or args.pairs == "all",
+        usage=_usage(source, with_code=False),
+        source=source,
+        arguments=yaml.safe_dump({name: value for name, value in arguments.items() if value is not None}),
+        results=results,
+        versions=", ".join(f"{name} {metadata.version(name)}" for name in ("torch", "transformers")),
+        license=license,
+        citation=_citation(config.model_type),
+    )
+
+
+def _method(args: M2MKDConfig) -> str:
+    if args.num_pairs > 1:
+        indices = ", ".join(map(str, args.pair_indices))
+        return f"Of its {args.num_pairs} modules these were distilled, each by itself: {indices}."
+    if args.alpha > 0:
+        return "It was trained towards the outputs of a teacher (ordinary distillation)."
+    return "It was trained end to end, without a teacher."
+
+
+def _is_metric(name: str) -> bool:
+    return name.startswith("eval_") and not name.endswith(("runtime", "per_second"))
+
+
+def _usage(source: str, with_code: bool) -> str:
+    return Template(_template("usage.md")).render(source=source, with_code=with_code).strip("\n")
+
+
+def _citation(model_type: str) -> str:
+    return "\n\n".join(CITATIONS[name] for name in ("m2mkd", model_type) if name in CITATIONS)
+
+
+def _template(name: str) -> str:
+    return resources.files("m2mkd.model_cards").joinpath(name).read_text(encoding="utf-8")
 
 
 def read_report(run_folder: Path) -> dict[str, Any]:
