@@ -4,13 +4,12 @@ import json
 import os
 import subprocess
 import sys
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from packaging.requirements import Requirement
+from bare_site import torch_and_transformers_alone
 from testing_utils import images, nac, vmoe
 
 from m2mkd.trainer.hub import HubError, export_hub_code
@@ -61,24 +60,6 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             torch.save(model(images()).logits, root / f"{name}.pt")
         export_hub_code(root / name)
     return {name: root / name for name in MODELS}
-
-
-def torch_and_transformers_alone(site: Path) -> Path:
-    """A folder of links to the installed torch and transformers, and to what these two require."""
-    site.mkdir()
-    waiting, done = ["torch", "transformers"], set()
-    while waiting:
-        distribution = metadata.distribution(waiting.pop())
-        if distribution.name in done:
-            continue
-        done.add(distribution.name)
-        for top in {file.parts[0] for file in distribution.files} - {"..", "__pycache__"}:
-            link = site / top
-            if not link.exists():
-                link.symlink_to(distribution.locate_file(top))
-        required = map(Requirement, distribution.requires or [])
-        waiting += [item.name for item in required if item.marker is None or item.marker.evaluate({"extra": ""})]
-    return site
 
 
 @pytest.fixture(scope="module")

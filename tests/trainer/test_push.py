@@ -2,18 +2,23 @@
 
 import io
 import json
+import os
+import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from bare_site import torch_and_transformers_alone
 from huggingface_hub import ModelCard, constants
 from local_hub import LocalHub, Repo
 from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
 from tiny_run import CLASS_NAMES
-from transformers import AutoModelForImageClassification, pipeline
+from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
 from typer.testing import CliRunner, Result
 
 from m2mkd.modeling.pair_files import PairFileError, read_contract, tensors_sha256
@@ -200,3 +205,46 @@ class TestPush:
     def test_no_id(self, finished_run: Path, hub: LocalHub):
         done = cli("push", finished_run, "--repo-id", "a b/c")
         assert done.exit_code == 1 and "user/name" in done.output
+
+
+class TestInOtherProcesses:
+    """Pushed by the console script, loaded where this package is not; both know the Hub by their environment alone."""
+
+    def process(self, hub: LocalHub, tmp_path: Path, *command: str | Path) -> str:
+        environment = {**os.environ, **hub.environment(str(tmp_path / "hf"), "hf_alice"), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            [sys.executable, *map(str, command)],
+            cwd=tmp_path,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            env=environment,
+            timeout=300,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        assert "hf_alice" not in done.stdout + done.stderr
+        return done.stdout
+
+    def test_the_code_blocks_of_the_card_run_without_the_package(
+        self, finished_run: Path, hub: LocalHub, tmp_path: Path
+    ):
+        command = ("push", finished_run, "--arm", "m2mkd", "--repo-id", "alice/tiny", "--with-code")
+        said = self.process(hub, tmp_path, "-m", "m2mkd.trainer.cli", *command)
+        assert f"It is at {hub.url}/alice/tiny (private)." in said
+        card = hub.repos["alice/tiny"].files["README.md"].decode()
+
+        Image.new("RGB", (8, 8), "red").save(tmp_path / "image.png")
+        scripts = re.findall(r"^```python\n(.*?)^```", card, flags=re.DOTALL | re.MULTILINE)
+        check = "\nimport json, sys\nassert 'm2mkd' not in sys.modules\nprint(json.dumps(logits.tolist()))"
+        path = f"import sys\nsys.path.append({str(torch_and_transformers_alone(tmp_path / 'site'))!r})\n"
+        (tmp_path / "reader.py").write_text(path + "\n".join(scripts) + check)
+        # -I and -S: no PYTHONPATH, no current folder, no site-packages
+        said = self.process(hub, tmp_path, "-I", "-S", "reader.py")
+        logits = torch.tensor(json.loads(said.splitlines()[-1]))
+
+        folder = finished_run / "arms" / "m2mkd"
+        pixels = AutoImageProcessor.from_pretrained(folder)(Image.open(tmp_path / "image.png"), return_tensors="pt")
+        with torch.no_grad():
+            ours = AutoModelForImageClassification.from_pretrained(folder).eval()(**pixels).logits
+        torch.testing.assert_close(logits, ours, rtol=0, atol=1e-6)
