@@ -115,20 +115,23 @@ def assemble_command(
 
 @app.command("convert")
 def convert_command(
-    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A .pth, .pt or .safetensors file.")],
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A .pth, .pt, .safetensors or .npz file.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to make.")],
-    kind: Annotated[str, typer.Option(help="nac, nac-student, vmoe, vmoe-student or vit.")],
+    kind: Annotated[str, typer.Option(help="nac, nac-student, vmoe, vmoe-student, vit or vmoe-jax.")],
     config: Annotated[Path, typer.Option(help="The official YAML file; for vit and vmoe JSON, see below.")],
     stage: Annotated[int | None, typer.Option(help="Stage of a student or of a teacher, from 0.")] = None,
     num_stages: Annotated[int | None, typer.Option(help="Stages of a student's model. NAC: 10, V-MoE: 4.")] = None,
 ) -> None:
     """
-    Convert an official m2mKD checkpoint to a Hugging Face folder.
+    Convert an official checkpoint (of m2mKD, Deep Incubation or google-research/vmoe) to a Hugging Face folder.
 
     A NAC student is known by its file's name (ReadInStudent, MediatorStudent_3, ReadOutStudent) or by --stage.
 
     The official code has no file for the arguments of a ViT or V-MoE; give JSON or YAML, e.g.
     {"kwargs": {"patch_size": 14, "embed_dim": 1280, "num_heads": 16, "divided_depths": [4, 3, 4]}, "norm_eps": 1e-5}
+
+    A vmoe-jax is the parameter tree of google-research/vmoe, flattened into one file of named arrays; its --config
+    says what they do not show, e.g. {"num_selected_experts": 2}
 
     The folder of a student or of one stage holds that stage's tensors and its stitches, as a run's pairs/ do.
     """
