@@ -540,7 +540,7 @@ class TestStrictness:
 class TestCommandLine:
     def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "m2mkd.trainer.cli", "convert", *arguments]
-        return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
 
     def test_it_converts_and_says_where(self, out: Path) -> None:
         folder = nac_case("nac_student_mediator").folder
