@@ -61,7 +61,10 @@ class VMoEConfig(PreTrainedConfig):
     num_experts (`int`, *optional*, defaults to 8):
         Experts in each sparse layer.
     num_experts_per_tok (`int`, *optional*, defaults to 2):
-        Experts that each token is sent to. The gate logits of the chosen experts are normalised among themselves.
+        Experts that each token is sent to.
+    norm_topk_prob (`bool`, *optional*, defaults to `True`):
+        Whether the weights of the chosen experts are normalised among themselves (m2mKD), or are their shares in the
+        softmax over all experts (the V-MoE paper, equation 1).
     router_noise_std (`float`, *optional*, defaults to 0.0):
         Standard deviation, in units of `1 / num_experts`, of the normal noise added to the router logits in training
         (V-MoE paper, section 2.2, uses 1.0; m2mKD uses none).
@@ -119,6 +122,7 @@ class VMoEConfig(PreTrainedConfig):
     moe_layers: list[int] | None = None
     num_experts: int = 8
     num_experts_per_tok: int = 2
+    norm_topk_prob: bool = True
     router_noise_std: float | int = 0.0
     router_importance_loss_coef: float | int = 0.0
     router_load_loss_coef: float | int = 0.0

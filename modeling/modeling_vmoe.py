@@ -217,13 +217,14 @@ class VMoEMLP(nn.Module):
 
 class VMoERouter(nn.Module):
     """
-    Linear gate: the `num_experts_per_tok` largest logits choose the experts, their softmax weighs them. There is no
-    capacity: no token is dropped.
+    Linear gate: the `num_experts_per_tok` largest logits choose the experts, their softmax (or their part in that of
+    all logits) weighs them. There is no capacity: no token is dropped.
     """
 
     def __init__(self, config: VMoEConfig):
         super().__init__()
         self.top_k = config.num_experts_per_tok
+        self.norm_topk_prob = config.norm_topk_prob
         self.noise_std = config.router_noise_std / config.num_experts
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
         self.bias = nn.Parameter(torch.empty(config.num_experts))
@@ -242,8 +243,12 @@ class VMoERouter(nn.Module):
         if self.training and self.noise_std > 0:
             noisy_logits = logits + self.noise_std * torch.randn_like(logits)
         top_k_logits, top_k_index = torch.topk(noisy_logits, self.top_k, dim=-1)
-        top_k_weights = F.softmax(top_k_logits, dim=-1, dtype=torch.float32).to(hidden_states.dtype)
-        return logits, noisy_logits, top_k_weights, top_k_index
+        # CODEPATH: Google's V-MoE checkpoints weigh by shares among all experts, m2mKD's among the chosen ones
+        if self.norm_topk_prob:
+            top_k_weights = F.softmax(top_k_logits, dim=-1, dtype=torch.float32)
+        else:
+            top_k_weights = F.softmax(noisy_logits, dim=-1, dtype=torch.float32).gather(-1, top_k_index)
+        return logits, noisy_logits, top_k_weights.to(hidden_states.dtype), top_k_index
 
 
 @use_experts_implementation(has_gate=False, has_bias=True)

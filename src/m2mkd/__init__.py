@@ -25,6 +25,7 @@ __version__ = "0.1.0"
 _LAZY = {
     "M2MKDConfig": "m2mkd.trainer.m2mkd_config",
     "M2MKDTrainer": "m2mkd.trainer.m2mkd_trainer",
+    "export_hub_code": "m2mkd.trainer.hub",
 }
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "VMoEForImageClassification",
     "VMoEModel",
     "VMoEPreTrainedModel",
+    "export_hub_code",
     "split_into_stages",
 ]
 
