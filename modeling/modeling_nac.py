@@ -24,7 +24,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, auto_docstring, logging
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
-from transformers.utils.output_capturing import capture_outputs
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from m2mkd.configuration.configuration_nac import NACConfig
 from m2mkd.modeling.graph_losses import (
@@ -43,6 +43,7 @@ from m2mkd.modeling.nac_layers import (
     NACModulatedLinear,
     NACPooling,
     NACReadInAttention,
+    add_code_noise,
 )
 from m2mkd.modeling.nac_tokenizer import NACImageTokenizer, NACTokenizerBlock, NACTokenizerLinear
 
@@ -60,13 +61,17 @@ class NACModelOutput(ModelOutput):
         States of input and mediator latents, of shape `(batch_size, num_input_latents + num_mediator_latents,
         hidden_size)`: after the read-in, and after each propagator.
     attentions (`tuple(torch.FloatTensor)`, returned with `output_attentions=True`):
-        Attention weights of each propagator and of the read-out, of shape `(batch_size, num_attention_heads,
-        num_receivers, num_senders)`.
+        Attention weights of each round of messages, of shape `(batch_size, num_attention_heads, num_mediator_latents,
+        num_senders)`.
+    cross_attentions (`tuple(torch.FloatTensor)`, returned with `output_attentions=True`):
+        Attention weights of the read-out, of shape `(batch_size, num_attention_heads, num_output_latents,
+        num_senders)`; one tensor.
     """
 
     last_hidden_state: torch.FloatTensor | None = None
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
     attentions: tuple[torch.FloatTensor, ...] | None = None
+    cross_attentions: tuple[torch.FloatTensor, ...] | None = None
 
 
 @auto_docstring(custom_intro="Output of [`NACForImageClassification`].")
@@ -83,6 +88,8 @@ class NACImageClassifierOutput(ModelOutput):
         Unweighted hinge repulsion of the signatures.
     block_model_loss (`torch.FloatTensor` of shape `()`, returned if the config weighs it):
         Unweighted distance of the mediators' graph from the stochastic block model.
+    cross_attentions (`tuple(torch.FloatTensor)`, returned with `output_attentions=True`):
+        As in [`NACModelOutput`].
     """
 
     loss: torch.FloatTensor | None = None
@@ -92,6 +99,7 @@ class NACImageClassifierOutput(ModelOutput):
     block_model_loss: torch.FloatTensor | None = None
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
     attentions: tuple[torch.FloatTensor, ...] | None = None
+    cross_attentions: tuple[torch.FloatTensor, ...] | None = None
 
 
 # ---- Latents ----
@@ -123,13 +131,6 @@ class NACLatents(nn.Module):
         return self.codes[layer_idx] if self.codes.dim() == 3 else self.codes
 
 
-def add_code_noise(codes: torch.Tensor, scale: float) -> torch.Tensor:
-    """`codes` of shape `(num_latents, code_size)` plus uniform noise of at most `scale` times their size."""
-    noise = torch.rand(codes.shape, dtype=codes.dtype, device=codes.device)
-    bound = scale * codes.detach().abs()
-    return codes + (noise * (2 * bound) - bound)
-
-
 class NACLogVariance(nn.Linear):
     """Logarithm of the seeder's variance; it starts at a standard deviation of about `exp(-2.5)`."""
 
@@ -157,6 +158,10 @@ class NACLatentSeeder(nn.Module):
             return mean.expand(batch_size, -1, -1)
         std = (0.5 * self.log_variance(codes)).exp()
         return mean + std * torch.randn(batch_size, *mean.shape, dtype=mean.dtype, device=mean.device)
+
+
+class NACClassifier(nn.Linear):
+    """A linear head, which starts without a bias to any class."""
 
 
 # ---- The parts of a circuit ----
@@ -264,7 +269,11 @@ class NACPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    _can_record_outputs = {"hidden_states": NACPropagator, "attentions": NACLatentAttention}
+    _can_record_outputs = {
+        "hidden_states": NACPropagator,
+        "attentions": OutputRecorder(NACLatentAttention, index=1, layer_name="layers"),
+        "cross_attentions": OutputRecorder(NACLatentAttention, index=1, layer_name="read_out"),
+    }
     _input_embed_layer = "tokenizer"
 
     @torch.no_grad()
@@ -281,6 +290,8 @@ class NACPreTrainedModel(PreTrainedModel):
                 init.uniform_(module.bias, -bound, bound)
             if isinstance(module, NACLogVariance):
                 init.constant_(module.bias, -5.0)
+            elif isinstance(module, NACClassifier):
+                init.zeros_(module.bias)
         elif isinstance(module, NACTokenizerBlock):
             init.constant_(module.layer_scale, module.layer_scale_init_value)
         elif isinstance(module, NACImageTokenizer):
@@ -459,7 +470,7 @@ class NACForImageClassification(NACPreTrainedModel):
         if config.num_labels == 0:
             self.classifier = nn.Identity()
         elif is_pooled:
-            self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+            self.classifier = NACClassifier(config.hidden_size, config.num_labels)
         else:
             self.classifier = NACModulatedHead(config)
         self.post_init()
@@ -576,6 +587,7 @@ class NACForImageClassification(NACPreTrainedModel):
             **graph_losses,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            cross_attentions=outputs.cross_attentions,
         )
 
 

@@ -34,6 +34,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from m2mkd.configuration.configuration_vmoe import VMoEConfig
 from m2mkd.modeling.losses import importance_loss, load_loss
 from m2mkd.modeling.stitches import StitchLayer
+from m2mkd.modeling.vmoe_experts import AnyWidthExpertsInterface
 
 
 @auto_docstring(custom_intro="Output of [`VMoEModel`].")
@@ -246,7 +247,7 @@ class VMoERouter(nn.Module):
         return logits, noisy_logits, top_k_weights, top_k_index
 
 
-@use_experts_implementation(has_gate=False, has_bias=True)
+@use_experts_implementation(experts_interface=AnyWidthExpertsInterface(), has_gate=False, has_bias=True)
 class VMoEExperts(nn.Module):
     """Two-layer perceptrons in stacked weights; the backend is chosen by `model.set_experts_implementation(...)`."""
 

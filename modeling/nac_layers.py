@@ -87,6 +87,13 @@ class ModulatedLinear(torch.autograd.Function):
         return grad_states, grad_scale, grad_weight, grad_bias, None
 
 
+def add_code_noise(codes: torch.Tensor, scale: float) -> torch.Tensor:
+    """`codes` of shape `(num_latents, code_size)` plus uniform noise of at most `scale` times their size."""
+    noise = torch.rand(codes.shape, dtype=codes.dtype, device=codes.device)
+    bound = scale * codes.detach().abs()
+    return codes + (noise * (2 * bound) - bound)
+
+
 class NACModulatedLinear(nn.Module):
     """
     ModFC of the NAC paper: a linear layer whose inputs are scaled, channel by channel, as the latent's code says:
