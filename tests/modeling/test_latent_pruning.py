@@ -3,11 +3,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from testing_utils import images, nac, randomized, snapshot
 from transformers import AutoModelForImageClassification
 
 from m2mkd import NACForImageClassification
 from m2mkd.modeling.latent_pruning import connectivity, gated_logits, importance, number_to_keep
-from tests.testing_utils import images, nac, randomized, snapshot
 
 
 VARIANTS = {

@@ -7,10 +7,10 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from testing_utils import assert_close, gradients, images, nac, randomized
 
 from m2mkd import NACForImageClassification
 from m2mkd.modeling.nac_layers import ModulatedLinear, NACReadInAttention, modulate
-from tests.testing_utils import assert_close, gradients, images, nac, randomized
 
 
 QUIET = {
