@@ -41,7 +41,7 @@ from m2mkd.modeling.nac_layers import (
     NACKernel,
     NACLatentAttention,
     NACModulatedHead,
-    NACModulatedLinear,
+    NACModulatedWeight,
     NACPooling,
     NACReadInAttention,
     add_code_noise,
@@ -240,7 +240,7 @@ class NACPreTrainedModel(PreTrainedModel):
         elif isinstance(module, NACImageTokenizer):
             if module.position_embeddings is not None:
                 init.normal_(module.position_embeddings)
-        elif isinstance(module, NACModulatedLinear):
+        elif isinstance(module, NACModulatedWeight):
             init.kaiming_uniform_(module.weight, a=5**0.5)
             if module.bias is not None:
                 init.zeros_(module.bias)

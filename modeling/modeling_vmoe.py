@@ -527,7 +527,7 @@ class VMoEBackbone(BackboneMixin, VMoEPreTrainedModel):
         grid_size = (pixel_values.shape[-2] // patch_height, pixel_values.shape[-1] // patch_width)
         feature_maps = []
         for index in self.out_indices:
-            hidden_states = outputs.hidden_states[index][:, 1:]
+            hidden_states = outputs["hidden_states"][index][:, 1:]
             if not self.is_stitched[index]:
                 hidden_states = self.vmoe.layernorm(hidden_states)
             feature_maps.append(hidden_states.transpose(1, 2).unflatten(2, grid_size).contiguous())

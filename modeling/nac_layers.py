@@ -94,11 +94,8 @@ def add_code_noise(codes: torch.Tensor, scale: float) -> torch.Tensor:
     return codes + (noise * (2 * bound) - bound)
 
 
-class NACModulatedLinear(nn.Module):
-    """
-    ModFC of the NAC paper: a linear layer whose inputs are scaled, channel by channel, as the latent's code says:
-    `y_u = W (x_u ∘ (gain * layernorm(P code_u) + 1)) + b`.
-    """
+class NACModulatedWeight(nn.Module):
+    """The parameters of [`NACModulatedLinear`], and the scale of the inputs that a code asks for."""
 
     def __init__(self, config: NACConfig, in_features: int, out_features: int, bias: bool = True):
         super().__init__()
@@ -115,6 +112,13 @@ class NACModulatedLinear(nn.Module):
         scale = F.layer_norm(self.code_projection(codes), (self.in_features,), eps=1e-5)
         gain = self.gain_init_value if self.gain is None else self.gain
         return gain * scale + self.offset
+
+
+class NACModulatedLinear(NACModulatedWeight):
+    """
+    ModFC of the NAC paper: a linear layer whose inputs are scaled, channel by channel, as the latent's code says:
+    `y_u = W (x_u ∘ (gain * layernorm(P code_u) + 1)) + b`.
+    """
 
     def forward(
         self,
@@ -215,7 +219,7 @@ def eager_attention_forward(
     return torch.matmul(weights, value).transpose(1, 2), weights
 
 
-class NACReadInKeys(NACModulatedLinear):
+class NACReadInKeys(NACModulatedWeight):
     """The map of tokens to keys, on the side of the latents (see [`NACReadInAttention`])."""
 
     def forward(self, queries: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
@@ -224,7 +228,7 @@ class NACReadInKeys(NACModulatedLinear):
         return torch.einsum("buhd,hdx->buhx", queries, weight) * self.code_scale(codes)[:, None]
 
 
-class NACReadInValues(NACModulatedLinear):
+class NACReadInValues(NACModulatedWeight):
     """The map of tokens to values, applied to what each head of a latent has gathered."""
 
     def forward(self, messages: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:

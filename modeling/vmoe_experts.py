@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 from transformers.integrations.moe import ExpertsInterface
 
 
@@ -29,7 +28,7 @@ class PaddedExperts:
     matrix product asks of its operands. Everything else is theirs.
     """
 
-    def __init__(self, experts: nn.Module, size_padding: int, intermediate_padding: int):
+    def __init__(self, experts: Any, size_padding: int, intermediate_padding: int):
         self.experts = experts
         self.up_proj = F.pad(experts.up_proj, (0, size_padding, 0, intermediate_padding))
         self.up_proj_bias = F.pad(experts.up_proj_bias, (0, intermediate_padding))
@@ -51,7 +50,7 @@ class AnyWidthExpertsInterface(ExpertsInterface):
 
 def padded_forward(
     experts_forward: Callable,
-    experts: nn.Module,
+    experts: Any,
     hidden_states: torch.Tensor,
     top_k_index: torch.Tensor,
     top_k_weights: torch.Tensor,

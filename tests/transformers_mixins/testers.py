@@ -15,8 +15,6 @@ from torch import nn
 from transformers import ImageClassificationPipeline, PreTrainedConfig, PreTrainedModel, ViTImageProcessorPil
 from transformers.models.auto import modeling_auto
 
-import m2mkd
-
 
 modeling_common = load_mixins("test_modeling_common")
 ConfigTester = load_mixins("test_configuration_common").ConfigTester
@@ -123,6 +121,3 @@ def pipeline_mixin(*testers: tuple[type[PreTrainedModel], VisionModelTester]) ->
     test = f"{ImageClassificationPipelineTests.__module__}.{ImageClassificationPipelineTests.__name__}"
     module.pipeline_test_mapping["image-classification"]["test"] = test
     return module.PipelineTesterMixin
-
-
-__all__ = ["BackboneTesterMixin", "ConfigTester", "VisionModelTester", "VisionModelTests", "m2mkd", "pipeline_mixin"]
