@@ -7,11 +7,13 @@ trained one, accuracy against latency over the number of mediator latents that a
     python benchmarks/nac.py --official ../m2mKD             the official code beside ours, in the same run
     python benchmarks/nac.py --prune runs/nac_digits --figure pruning.png     a finished run: see nac_pruning.py
 
-Each variant lives in a process of its own and they take turns, one step each, so that a busy moment hits all of them;
-seconds and MiB are medians. `forward` is in evaluation without gradients, `training` is forward and backward in train
-mode with all its noise. Memory is the peak of a step above the built model. The floor is the time that the step's
-matrix products and convolutions alone would take at the speed that a large product reaches on this machine, timed
-right before the step. Signatures are random here: fitting a graph takes long and changes no shape.
+Each variant lives in a process of its own, and they take turns, so that a busy moment hits all of them. A turn is a
+step to warm up, since a process that waited has lost its caches, and some measured ones; seconds are medians.
+`forward` is in evaluation without gradients, `training` is forward and backward in train mode with all its noise.
+Memory is the peak of the first step above the built model: later ones find memory that was freed and not given back.
+The floor is the time that the step's matrix products and convolutions alone would take at the speed that a large
+product reaches on this machine, timed right before the step. Signatures are random here: fitting a graph takes long
+and changes no shape.
 """
 
 import argparse
@@ -47,6 +49,7 @@ PRESETS = {64: "tiny_imagenet", 224: "imagenet"}
 NUM_LABELS = {64: 200, 224: 1000}
 OFFICIAL_CONFIGS = {64: "configs/nac_scale_tinyimnet_config.yml", 224: "configs/nac_scale_imnet_config.yml"}
 MODES = ("forward", "training")
+STEPS_A_TURN = 2
 PRUNING_BATCH = 64
 
 
@@ -64,7 +67,7 @@ def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="where to write the figures")
-    parser.add_argument("--repeats", type=int, default=5, help="measured steps of each variant, after one to warm up")
+    parser.add_argument("--repeats", type=int, default=3, help="measured turns of each variant")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of torch")
     parser.add_argument("--batch-size", type=int, help="images a step (speed: 32 of 64 px, 2 of 224 px; pruning: 64)")
     group = parser.add_argument_group("speed and memory")
@@ -180,9 +183,9 @@ def take_turns(variants: list[Variant], flops: dict[str, int], repeats: int) -> 
     try:
         # built one after the other, so that nothing is measured while another variant is made
         models = {variant.name: connection.recv() for variant, connection, _ in children}
-        for _ in range(repeats + 1):
+        for _ in range(repeats):
             for variant, connection, _ in children:
-                connection.send("step")
+                connection.send("turn")
                 runs[variant.name].append(connection.recv())
     except EOFError as error:
         raise SystemExit("A variant ended early; its error is above.") from error
@@ -190,25 +193,23 @@ def take_turns(variants: list[Variant], flops: dict[str, int], repeats: int) -> 
         for _, connection, process in children:
             connection.close()
             process.join(timeout=10)
-    return {name: {**models[name], **{mode: summary(runs[name][1:], mode) for mode in MODES}} for name in runs}
+    return {name: {**models[name], **{mode: summary(runs[name], mode) for mode in MODES}} for name in runs}
 
 
-def summary(runs: list[dict[str, Any]], mode: str) -> dict[str, Any]:
-    """Medians over the runs."""
-    values = {
-        key: [run[mode][key] for run in runs if run[mode][key] is not None]
-        for key in ("seconds", "mib", "floor_ratio")
-    }
+def summary(turns: list[dict[str, Any]], mode: str) -> dict[str, Any]:
+    """Medians over the measured steps of all turns, and the memory of the very first step."""
+    steps = [step for turn in turns for step in turn[mode][1:]]
+    floor_ratios = [step["floor_ratio"] for step in steps if step["floor_ratio"] is not None]
     return {
-        "seconds": statistics.median(values["seconds"]),
-        "min_seconds": min(values["seconds"]),
-        "mib": statistics.median(values["mib"]) if values["mib"] else None,
-        "floor_ratio": statistics.median(values["floor_ratio"]) if values["floor_ratio"] else None,
+        "seconds": statistics.median(step["seconds"] for step in steps),
+        "min_seconds": min(step["seconds"] for step in steps),
+        "mib": turns[0][mode][0]["mib"],
+        "floor_ratio": statistics.median(floor_ratios) if floor_ratios else None,
     }
 
 
 def serve(connection: Connection, variant: Variant, flops: dict[str, int]) -> None:
-    """The process of a variant: builds the model, then makes a step of each mode whenever it is asked to."""
+    """The process of a variant: builds the model, then makes a turn of steps of each mode whenever it is asked to."""
     torch.set_num_threads(variant.threads)
     torch.manual_seed(0)
     model = official_model(variant) if variant.official else our_model(variant)
@@ -231,7 +232,8 @@ def serve(connection: Connection, variant: Variant, flops: dict[str, int]) -> No
             connection.recv()
         except EOFError:
             return
-        connection.send({mode: measure(model, images, mode, variant, flops, memory) for mode in MODES})
+        turn = range(1 + STEPS_A_TURN)
+        connection.send({mode: [measure(model, images, mode, variant, flops, memory) for _ in turn] for mode in MODES})
 
 
 def noise_images(variant: Variant) -> torch.Tensor:
