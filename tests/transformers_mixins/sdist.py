@@ -22,7 +22,7 @@ def load_mixins(name: str) -> types.ModuleType:
         pytest.skip("TRANSFORMERS_SDIST names no source distribution of transformers", allow_module_level=True)
     pytest.importorskip("parameterized")
     if PACKAGE not in sys.modules:
-        tests = Path(folder) / "tests"
+        tests = Path(folder).resolve() / "tests"
         if not (tests / "test_modeling_common.py").is_file():
             raise FileNotFoundError(f"TRANSFORMERS_SDIST is {folder}, which holds no tests/test_modeling_common.py.")
         # one of the files executes it, and it is not in the distribution either
