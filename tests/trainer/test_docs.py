@@ -30,6 +30,7 @@ ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "model_cards").glob("digits_*.md"))]
 # What makes minutes into seconds.
 QUICK = ["--training.max_steps", "2", "--equal_compute", "false", "--data.train.samples_per_class", "4"]
+QUICK += ["--training.dataloader_num_workers", "0"]
 DIGITS = [
     *("--data.labelled.samples_per_class", "2"),
     *("--data.iid.samples_per_class", "2", "--data.ood.samples_per_class", "2"),
