@@ -41,7 +41,7 @@ class TestM2MKDConfig:
     def test_the_defaults_are_those_of_the_paper(self, make) -> None:
         args = make()
         assert (args.alpha, args.temperature, args.distillation_type) == (0.5, 1.0, "soft")
-        assert (args.kl_reduction, args.stitch, args.pairs) == ("batchmean", "layernorm_linear", "all")
+        assert (args.kl_reduction, args.stitch, args.pairs) == ("batchmean", None, "all")
 
     def test_the_arguments_of_the_base_class_that_differ_are_set(self, make) -> None:
         args = make()
