@@ -134,7 +134,9 @@ def render_card(
     result = result_of(report, run_folder, arm, seed)
     config = AutoConfig.from_pretrained(folder_of_seed(run_folder, report, seed) / "arms" / arm)
     recipe = public_recipe(report["recipe"], run_folder.resolve().name)
-    data = card_data(report, result, source, license)
+    name = PurePath(source).name
+    # in a run's folder an arm is called by its method alone
+    data = card_data(report, result, f"{recipe['name']}-{arm}" if name == arm else name, license)
     return ModelCard.from_template(
         data,
         template_str=_template("template.md"),
@@ -267,14 +269,14 @@ def result_of(report: dict[str, Any], run_folder: Path, arm: str, seed: int) -> 
     return arms[arm]
 
 
-def card_data(report: dict[str, Any], result: dict[str, Any], source: str, license: str) -> ModelCardData:
+def card_data(report: dict[str, Any], result: dict[str, Any], name: str, license: str) -> ModelCardData:
     """The metadata of a card; the results are those of the weights themselves, one seed."""
     recipe = report["recipe"]
     model_type = recipe["student"]["model"]["model_type"]
     tests = {split: recipe["evaluation"].get(split) for split in ("iid", "ood")}
     ids = [section["source"] for section in recipe["data"].values() if _kind(section["source"]) == "datasets"]
     return ModelCardData(
-        model_name=PurePath(source).name,
+        model_name=name,
         license=license,
         library_name="transformers",
         pipeline_tag="image-classification",
@@ -282,9 +284,9 @@ def card_data(report: dict[str, Any], result: dict[str, Any], source: str, licen
         datasets=sorted(set(ids)) or None,
         metrics=["accuracy"],
         eval_results=[
-            _eval_result(name, recipe["data"][name], result[split]["accuracy"])
-            for split, name in tests.items()
-            if name is not None and result[split] is not None
+            _eval_result(data, recipe["data"][data], result[split]["accuracy"])
+            for split, data in tests.items()
+            if data is not None and result[split] is not None
         ],
     )
 

@@ -144,20 +144,25 @@ def patiently(call: Callable[[], Result]) -> Result:
     for wait in WAITS:
         try:
             return call()
-        except (HTTPError, RuntimeError) as error:
+        except (HTTPError, RuntimeError, OSError) as error:
             cause = _cause(error)
-            is_answer = isinstance(cause, HfHubHTTPError)
-            if cause is None or is_answer and cause.response.status_code not in _PASSING:
+            is_lasting = isinstance(cause, HfHubHTTPError) and cause.response.status_code not in _PASSING
+            if cause is None or is_lasting or isinstance(cause, OfflineModeIsEnabled):
                 raise
             time.sleep(wait)
     return call()
 
 
-def _cause(error: BaseException | None) -> Any:
-    """The error of huggingface_hub behind an error; it wraps those of a file's upload in a `RuntimeError`."""
-    while error is not None and not isinstance(error, HTTPError | HFValidationError | OfflineModeIsEnabled):
-        error = error.__cause__
-    return error
+def _cause(error: BaseException) -> Any:
+    """
+    The error of huggingface_hub behind an error, which wraps those of a file's upload. Of a transfer by Xet there is
+    no more than a `RuntimeError` or `ConnectionError`. `None`: it has nothing to do with the Hub.
+    """
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, HTTPError | HFValidationError | OfflineModeIsEnabled):
+        cause = cause.__cause__
+    is_transfer = isinstance(error, RuntimeError | ConnectionError | TimeoutError)
+    return error if cause is None and is_transfer else cause
 
 
 def _advice(repo_id: str, doing: str, error: Any) -> str:

@@ -89,6 +89,7 @@ def test_every_arm_of_a_finished_run_has_its_card(finished_run: Path):
         folder = finished_run / "arms" / arm
         card = ModelCard.load(folder / "README.md")
         assert f'pipeline("image-classification", model="{folder}")' in card.content
+        assert card.data.model_name == f"tiny-{arm}" and f"\n# tiny-{arm}\n" in card.content
         assert "pip install m2mkd" in card.content and "import m2mkd" in card.content
     # only the distilled student is made of pairs
     assert f"m2mkd assemble student {finished_run}\n" in card.content

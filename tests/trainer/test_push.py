@@ -31,7 +31,7 @@ from m2mkd.trainer.push import files_to_push, print_files, push
 MODEL = {"README.md", "config.json", "model.safetensors", "preprocessor_config.json"}
 PAIR = {"config.json", "model.safetensors", "pair.json", "preprocessor_config.json", "stitches.safetensors"}
 PAIRS = {f"pairs/{index}/{name}" for index in (0, 1) for name in PAIR}
-CODE = {"configuration_vmoe.py", "losses.py", "modeling_vmoe.py", "stitches.py"}
+CODE = {"configuration_vmoe.py", "modeling_vmoe.py"}
 
 
 @pytest.fixture(autouse=True)
@@ -60,7 +60,7 @@ class TestFilesToPush:
 
     def test_with_its_code(self, finished_run: Path):
         files = files_to_push(finished_run, "e2e", "alice/tiny", with_code=True)
-        assert set(files) == MODEL | CODE
+        assert set(files) >= MODEL | CODE and all(name.endswith(".py") for name in set(files) - MODEL)
         assert "AutoModelForImageClassification" in json.loads(files["config.json"])["auto_map"]
         # the folder of the run stays as it is
         assert "auto_map" not in (finished_run / "arms" / "e2e" / "config.json").read_text()
@@ -163,6 +163,17 @@ class TestPush:
         done = cli("push", finished_run, "--repo-id", "alice/tiny")
         assert done.exit_code == 1 and "503" in done.output and "Nothing was changed" in done.output
         assert hub.repos["alice/tiny"].files == {}
+
+    def test_a_transfer_that_breaks_off_without_an_answer(
+        self, finished_run: Path, hub: LocalHub, monkeypatch: pytest.MonkeyPatch
+    ):
+        # as Xet does
+        def break_off(*_: object, **__: object) -> None:
+            raise RuntimeError("stream closed")
+
+        monkeypatch.setattr("huggingface_hub.HfApi.create_commit", break_off)
+        done = cli("push", finished_run, "--repo-id", "alice/tiny")
+        assert done.exit_code == 1 and "cannot be reached (RuntimeError: stream closed)" in done.output
 
     def test_without_permission(self, finished_run: Path, hub: LocalHub):
         done = cli("push", finished_run, "--repo-id", "bob/tiny")
