@@ -35,8 +35,6 @@ DIGITS = [
     *("--data.labelled.samples_per_class", "2"),
     *("--data.iid.samples_per_class", "2", "--data.ood.samples_per_class", "2"),
 ]
-# It lands with the figures that are being measured; until then the card of it is there alone.
-COMING = "recipes/nac_digits.yaml"
 LAUNCHERS = {"accelerate": ("accelerate.commands.launch", 2), "torchrun": ("torch.distributed.run", 1)}
 
 
@@ -60,8 +58,7 @@ def commands() -> list[tuple[str, list[str]]]:
 def trainings() -> list[list[str]]:
     """The commands that train, each once."""
     found = [words for _, words in commands() if "train.py" in words or words[:2] == ["m2mkd", "run"]]
-    there = [words for words in found if COMING not in words or (ROOT / COMING).is_file()]
-    return [words for index, words in enumerate(there) if words not in there[:index]]
+    return [words for index, words in enumerate(found) if words not in found[:index]]
 
 
 def recipe_arguments(words: list[str]) -> list[str]:
