@@ -14,7 +14,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError,
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from m2mkd.configuration import NACConfig, VMoEConfig
-from m2mkd.modeling import NACForImageClassification, NACModel, VMoEForImageClassification, VMoEModel
+from m2mkd.modeling import NACForImageClassification, NACModel, VMoEBackbone, VMoEForImageClassification, VMoEModel
 from m2mkd.trainer.folders import explained_write_errors, write_json
 
 
@@ -29,6 +29,7 @@ _CLASSES: dict[str, dict[str, type[PreTrainedConfig] | type[PreTrainedModel]]] =
         "AutoConfig": VMoEConfig,
         "AutoModel": VMoEModel,
         "AutoModelForImageClassification": VMoEForImageClassification,
+        "AutoBackbone": VMoEBackbone,
     },
 }
 # Our sources import absolutely, also inside functions; a folder on the Hub has room for one level of relative imports.
