@@ -12,13 +12,16 @@ from m2mkd.data.sources import load_images
 
 if TYPE_CHECKING:
     from m2mkd.data.dataset import ImageDataset
-    from m2mkd.data.metrics import Accuracy, TopKAccuracy, compute_metrics
+    from m2mkd.data.metrics import Accuracy, PerClassAccuracy, TopKAccuracy, compute_metrics
     from m2mkd.data.processing import build_image_processor
+    from m2mkd.data.sampling import RepeatedSampler
 
 # These need torch, transformers or evaluate: seconds that a reader of a configuration should not pay.
 _LAZY = {
     "Accuracy": "m2mkd.data.metrics",
     "ImageDataset": "m2mkd.data.dataset",
+    "PerClassAccuracy": "m2mkd.data.metrics",
+    "RepeatedSampler": "m2mkd.data.sampling",
     "TopKAccuracy": "m2mkd.data.metrics",
     "build_image_processor": "m2mkd.data.processing",
     "compute_metrics": "m2mkd.data.metrics",
@@ -30,6 +33,8 @@ __all__ = [
     "DataError",
     "ImageDataset",
     "LabeledImages",
+    "PerClassAccuracy",
+    "RepeatedSampler",
     "TopKAccuracy",
     "build_image_processor",
     "class_counts",

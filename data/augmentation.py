@@ -3,7 +3,7 @@
 import math
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageEnhance
 
 
 MAX_ROTATION = math.radians(12)
@@ -12,6 +12,7 @@ SCALE = (0.85, 1.15)
 MAX_SHIFT = 0.10  # share of the side
 
 CROP_AREA = (0.35, 1.0)  # share of the image
+IMAGENET_CROP_AREA = (0.08, 1.0)
 CROP_RATIO = (3 / 4, 4 / 3)  # width / height
 CROP_ATTEMPTS = 10
 
@@ -40,13 +41,15 @@ def random_affine(image: Image.Image, rng: np.random.Generator) -> Image.Image:
     return image.transform(image.size, Image.Transform.AFFINE, inverse, resample=Image.Resampling.BILINEAR)
 
 
-def _random_box(width: int, height: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
+def _random_box(
+    width: int, height: int, rng: np.random.Generator, area: tuple[float, float]
+) -> tuple[int, int, int, int]:
     """A random crop box (left, top, right, bottom) inside an image of that size, in pixels."""
     for _ in range(CROP_ATTEMPTS):
-        area = rng.uniform(*CROP_AREA) * width * height
+        pixels = rng.uniform(*area) * width * height
         # Uniform in the logarithm: wide and tall crops are equally likely.
         ratio = math.exp(rng.uniform(math.log(CROP_RATIO[0]), math.log(CROP_RATIO[1])))
-        crop_width, crop_height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        crop_width, crop_height = round(math.sqrt(pixels * ratio)), round(math.sqrt(pixels / ratio))
         if 0 < crop_width <= width and 0 < crop_height <= height:
             left = int(rng.integers(width - crop_width + 1))
             top = int(rng.integers(height - crop_height + 1))
@@ -59,19 +62,39 @@ def _random_box(width: int, height: int, rng: np.random.Generator) -> tuple[int,
 
 
 def random_resized_crop_flip(
-    image: Image.Image, image_size: int, resample: Image.Resampling, rng: np.random.Generator
+    image: Image.Image,
+    image_size: int,
+    resample: Image.Resampling,
+    rng: np.random.Generator,
+    area: tuple[float, float] = CROP_AREA,
 ) -> Image.Image:
-    """Crop 35 to 100 % of the area at a ratio of 3/4 to 4/3, resize it, and mirror it every second time.
+    """Crop a share of the area at a ratio of 3/4 to 4/3, resize it, and mirror it every second time.
 
     Args:
         image: any size.
         image_size: side of the result, in pixels.
         resample: filter of the resize.
         rng: the number of draws depends on the image.
+        area: smallest and largest share of the area.
 
     Returns:
         An image (image_size, image_size) of the same mode.
     """
-    box = _random_box(*image.size, rng)
-    crop = image.resize((image_size, image_size), resample, box=box)
+    # cropped first, as torchvision does: the filter of a resize with a box would look over its edge
+    crop = image.crop(_random_box(*image.size, rng, area)).resize((image_size, image_size), resample)
     return crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else crop
+
+
+def color_jitter(image: Image.Image, strength: float, rng: np.random.Generator) -> Image.Image:
+    """Change brightness, contrast and saturation in random order, each by a factor of 1 ± strength (at least 0).
+
+    Args:
+        image: mode RGB, any size.
+        strength: 0.4 in timm.
+        rng: a fixed number of draws.
+    """
+    kinds = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
+    factors = rng.uniform(max(0.0, 1 - strength), 1 + strength, size=len(kinds)).tolist()
+    for index in rng.permutation(len(kinds)).tolist():
+        image = kinds[index](image).enhance(factors[index])
+    return image

@@ -1,6 +1,6 @@
 """Labelled images as the data set that a Trainer reads."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
@@ -8,34 +8,82 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from m2mkd.data.augmentation import random_affine, random_resized_crop_flip
+from m2mkd.data.augmentation import (
+    IMAGENET_CROP_AREA,
+    color_jitter,
+    random_affine,
+    random_resized_crop_flip,
+)
 from m2mkd.data.config import DataConfig
 from m2mkd.data.labeled_images import LabeledImages
+from m2mkd.data.mixing import mix_batch, random_erasing
 from m2mkd.data.processing import PixelTransform, pil_resample
+from m2mkd.data.rand_augment import rand_augment
 
 
 Augmentation = Callable[[Image.Image, np.random.Generator], Image.Image]
+Sample = dict[str, torch.Tensor | int]
+OF_BATCH = 1  # ends the seed of what is drawn once a batch
 
 
 def _augmentation(config: DataConfig) -> Augmentation | None:
-    if config.augmentation == "affine":
-        return random_affine
-    if config.augmentation == "crop_flip":
-        return partial(_crop_flip, image_size=config.image_size, resample=pil_resample(config))
-    return None
+    augmentations = {"affine": random_affine, "crop_flip": _crop_flip, "imagenet": _imagenet}
+    augment = augmentations.get(config.augmentation)
+    return augment if augment in (None, random_affine) else partial(augment, config=config)
 
 
-def _crop_flip(
-    image: Image.Image, rng: np.random.Generator, image_size: int, resample: Image.Resampling
-) -> Image.Image:
-    return random_resized_crop_flip(image, image_size, resample, rng)
+def _crop_flip(image: Image.Image, rng: np.random.Generator, config: DataConfig) -> Image.Image:
+    image = random_resized_crop_flip(image, config.image_size, pil_resample(config), rng)
+    return color_jitter(image, config.color_jitter, rng) if config.color_jitter else image
 
 
-class ImageDataset(Dataset[dict[str, torch.Tensor | int]]):
+def _imagenet(image: Image.Image, rng: np.random.Generator, config: DataConfig) -> Image.Image:
+    resample = pil_resample(config)
+    image = random_resized_crop_flip(image, config.image_size, resample, rng, IMAGENET_CROP_AREA)
+    return rand_augment(image, resample, tuple(min(255, max(0, round(255 * mean))) for mean in config.mean), rng)
+
+
+class SamplePixels:
+    """An image to the pixels that a network takes: augmented in training, as the image processor has it otherwise.
+
+    Args:
+        config: size, normalisation and augmentation.
+        train: whether to augment.
+    """
+
+    def __init__(self, config: DataConfig, train: bool) -> None:
+        self.erasing = config.random_erasing if train else 0.0
+        self._augment = _augmentation(config) if train else None
+        self._pixels = PixelTransform(config, is_cropped=train and config.augmentation in ("crop_flip", "imagenet"))
+
+    def __call__(self, image: Image.Image, rng: np.random.Generator) -> torch.Tensor:
+        """A `PIL.Image` of mode RGB and any size to float32 (3, image_size, image_size); `rng` is of the sample."""
+        pixel_values = self._pixels(image if self._augment is None else self._augment(image, rng))
+        return random_erasing(pixel_values, self.erasing, rng) if self.erasing else pixel_values
+
+
+def mix_samples(samples: list[Sample], num_labels: int, config: DataConfig, rng: np.random.Generator) -> list[Sample]:
+    """The samples mixed with each other (see `mix_batch`), their labels float32 (num_labels,)."""
+    pixel_values, labels = mix_batch(
+        torch.stack([sample["pixel_values"] for sample in samples]),
+        torch.tensor([sample["labels"] for sample in samples]),
+        num_labels,
+        config.mixup,
+        config.cutmix,
+        rng,
+    )
+    return [{"pixel_values": image, "labels": label} for image, label in zip(pixel_values, labels, strict=True)]
+
+
+class ImageDataset(Dataset[Sample]):
     """Samples `{"pixel_values": float32 (3, image_size, image_size), "labels": int}`.
 
     A training sample is augmented by a pure function of (seed, epoch, index): the order of access, the number of
-    workers and an interrupted run change nothing. An evaluation sample is never augmented.
+    workers and an interrupted run change nothing. An index is a position or, where images are repeated, a pair
+    (position, repeat). An evaluation sample is never augmented.
+
+    Mixup and CutMix happen where a `DataLoader` fetches a whole batch; its samples then have float32 labels
+    (classes,), which sum to 1. They are drawn by the index of the batch's first sample.
 
     Args:
         data: the images and labels.
@@ -54,8 +102,7 @@ class ImageDataset(Dataset[dict[str, torch.Tensor | int]]):
         self.config = config
         self.train = train
         self.seed = seed
-        self._pixels = PixelTransform(config)
-        self._augment = _augmentation(config) if train else None
+        self._pixels = SamplePixels(config, train)
         # Shared memory: persistent workers hold copies of this object, made long before the epoch changes.
         self._epoch = torch.zeros((), dtype=torch.long).share_memory_()
 
@@ -66,6 +113,11 @@ class ImageDataset(Dataset[dict[str, torch.Tensor | int]]):
 
     def __len__(self) -> int:
         return len(self.data)
+
+    @property
+    def possible(self) -> np.ndarray | None:
+        """Labels that a sample can have, rising, if these are not all; see `LabeledImages`."""
+        return self.data.possible
 
     @property
     def epoch(self) -> int:
@@ -85,19 +137,34 @@ class ImageDataset(Dataset[dict[str, torch.Tensor | int]]):
             raise ValueError(f"epoch={epoch}: it must be at least 0")
         self._epoch.fill_(epoch)
 
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor | int]:
-        """The sample at `index`, which may be negative as in a list.
+    def __getitem__(self, index: int | tuple[int, int]) -> Sample:
+        """The sample at `index`, or at the position and repeat `index`; a position may be negative as in a list.
 
         Raises:
             IndexError: `index` is outside the data set.
             DataError: the image cannot be decoded.
         """
-        position = int(index)
-        if position < 0:
-            position += len(self)
-        if not 0 <= position < len(self):
-            raise IndexError(f"index {index} into {len(self)} samples")
+        position, repeat = self._place(index)
         image = self.data.images[position]
-        if self._augment is not None:
-            image = self._augment(image, np.random.default_rng((self.seed, self.epoch, position)))
-        return {"pixel_values": self._pixels(image), "labels": int(self.data.labels[position])}
+        rng = np.random.default_rng((self.seed, self.epoch, position, *([repeat] if repeat else [])))
+        return {"pixel_values": self._pixels(image, rng), "labels": int(self.data.labels[position])}
+
+    def __getitems__(self, indices: Sequence[int | tuple[int, int]]) -> list[Sample]:
+        """The samples of a batch, mixed with each other if the configuration says so. A `DataLoader` calls it.
+
+        Raises:
+            IndexError, DataError: as for a single sample.
+        """
+        samples = [self[index] for index in indices]
+        if not self.train or not (self.config.mixup or self.config.cutmix):
+            return samples
+        rng = np.random.default_rng((self.seed, self.epoch, *self._place(indices[0]), OF_BATCH))
+        return mix_samples(samples, len(self.data.class_names), self.config, rng)
+
+    def _place(self, index: int | tuple[int, int]) -> tuple[int, int]:
+        """Position and repeat of a sample."""
+        position, repeat = index if isinstance(index, tuple) else (int(index), 0)
+        place = position + len(self) if position < 0 else position
+        if not 0 <= place < len(self):
+            raise IndexError(f"index {position} into {len(self)} samples")
+        return place, repeat

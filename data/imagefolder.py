@@ -40,12 +40,12 @@ class ImageFiles(Sequence[Image.Image]):
         return decode_image(self.paths[index], self.paths[index])
 
 
-def _is_junk(name: str) -> bool:
+def is_junk(name: str) -> bool:
     """Whether an operating system or an editor left this file or folder."""
     return name.startswith(".") or name.lower() in JUNK
 
 
-def _image_extensions() -> set[str]:
+def image_extensions() -> set[str]:
     """Lower-case extensions that Pillow can read (some of its registered ones it can only write)."""
     return {extension for extension, kind in Image.registered_extensions().items() if kind in Image.OPEN}
 
@@ -55,12 +55,16 @@ def _check_extension(path: str, extensions: set[str]) -> None:
         raise DataError(f"{path} is not an image by its extension: an imagefolder holds nothing else, move it away")
 
 
-def _class_files(folder: str, extensions: set[str]) -> list[str]:
-    """Sorted paths of all images below the folder of one class."""
+def class_files(folder: str, extensions: set[str]) -> list[str]:
+    """Sorted paths of all images below the folder of one class.
+
+    Raises:
+        DataError: no images, or a file that is none.
+    """
     paths: list[str] = []
     for parent, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not _is_junk(name)]
-        paths.extend(os.path.join(parent, name) for name in files if not _is_junk(name))
+        folders[:] = [name for name in folders if not is_junk(name)]
+        paths.extend(os.path.join(parent, name) for name in files if not is_junk(name))
     for path in paths:
         _check_extension(path, extensions)
     if not paths:
@@ -84,15 +88,15 @@ def load_imagefolder(path: str) -> LabeledImages:
     if not os.path.isdir(root):
         raise DataError(f"imagefolder {root} is not a folder: give the path that holds one sub-folder a class")
     with os.scandir(root) as entries:
-        visible = sorted((entry for entry in entries if not _is_junk(entry.name)), key=lambda entry: entry.name)
+        visible = sorted((entry for entry in entries if not is_junk(entry.name)), key=lambda entry: entry.name)
     class_names = [entry.name for entry in visible if entry.is_dir()]
     if not class_names:
         raise DataError(f"imagefolder {root} has no sub-folders: put the images of each class in a folder of its name")
     loose = [entry.path for entry in visible if not entry.is_dir()]
     if loose:
         raise DataError(f"{loose[0]} lies beside the class folders: move it into its class, or away")
-    extensions = _image_extensions()
-    files = [_class_files(os.path.join(root, name), extensions) for name in class_names]
+    extensions = image_extensions()
+    files = [class_files(os.path.join(root, name), extensions) for name in class_names]
     labels = np.repeat(np.arange(len(files), dtype=np.int64), [len(paths) for paths in files])
     paths = [path for class_paths in files for path in class_paths]
     return LabeledImages(ImageFiles(paths), labels, class_names, paths)

@@ -45,6 +45,8 @@ class LabeledImages:
         labels: int64 array (n,) with values in [0, len(class_names)).
         class_names: name of each class.
         names: what an error calls each sample: its file path, or for example `mnist5k[17]`.
+        possible: labels that a sample of this set can have, rising, where its own label space is a part of
+            `class_names` (a set of 62 classes for a model of 200); `None`: all.
 
     Raises:
         DataError: lengths that differ, labels out of range, or two classes of the same name.
@@ -54,6 +56,7 @@ class LabeledImages:
     labels: np.ndarray
     class_names: list[str]
     names: list[str]
+    possible: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         if not len(self.images) == len(self.labels) == len(self.names):
@@ -88,7 +91,18 @@ class LabeledImages:
                 f"indices {chosen.min()}..{chosen.max()} into {len(self)} samples: use 0..{len(self) - 1}"
             )
         names = [self.names[index] for index in chosen.tolist()]
-        return LabeledImages(ImageView(self.images, chosen), self.labels[chosen], self.class_names, names)
+        images = ImageView(self.images, chosen)
+        return LabeledImages(images, self.labels[chosen], self.class_names, names, self.possible)
+
+    def of_classes(self, class_names: Sequence[str]) -> "LabeledImages":
+        """The samples of some classes, relabelled to these alone.
+
+        Args:
+            class_names: in the order of their labels; those that this set lacks stay without samples.
+        """
+        known = set(class_names)
+        wanted = np.array([name in known for name in self.class_names], dtype=bool)
+        return self.select(np.flatnonzero(wanted[self.labels])).relabel(class_names)
 
     def relabel(self, class_names: Sequence[str]) -> "LabeledImages":
         """The same samples over another list of classes (a model's, say), matched by name and not by number.
@@ -109,7 +123,15 @@ class LabeledImages:
             )
         # A class without samples may be absent from the target; its place in the table is never read.
         table = np.array([target.get(name, -1) for name in self.class_names], dtype=np.int64)
-        return LabeledImages(self.images, table[self.labels], list(class_names), self.names)
+        reachable = table if self.possible is None else table[self.possible]
+        possible = np.sort(reachable[reachable >= 0])
+        return LabeledImages(
+            self.images,
+            table[self.labels],
+            list(class_names),
+            self.names,
+            None if len(possible) == len(class_names) else possible,
+        )
 
 
 def class_counts(data: LabeledImages) -> dict[str, int]:

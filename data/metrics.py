@@ -1,6 +1,8 @@
 """Accuracy as `evaluate` metrics that need no network, for `Trainer(compute_metrics=…)`."""
 
+import math
 import tempfile
+from collections.abc import Sequence
 
 import datasets
 import evaluate
@@ -68,6 +70,65 @@ class TopKAccuracy(_InMemoryMetric):
             raise ValueError(f"k={k} with {ranked.shape[1]} ranked classes: rank more classes or lower k")
         right = (ranked[:, :k] == np.asarray(references)[:, None]).any(axis=1)
         return {f"top{k}_accuracy": float(right.mean())}
+
+
+class PerClassAccuracy(_InMemoryMetric):
+    """Accuracy of each class by itself.
+
+    `PerClassAccuracy().compute(predictions=…, references=…, num_classes=C)` takes integers (n,) twice and returns
+    `{"accuracy": [float or None] * C, "n": [int] * C}`; a class without samples has `None`.
+    """
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description="Accuracy of each class by itself.",
+            citation="",
+            inputs_description="predictions: integers (n,). references: integers (n,). num_classes: int.",
+            features=datasets.Features(
+                {"predictions": datasets.Value("int64"), "references": datasets.Value("int64")}
+            ),
+            format="numpy",
+        )
+
+    def _compute(
+        self, predictions: np.ndarray, references: np.ndarray, num_classes: int
+    ) -> dict[str, list[float | None] | list[int]]:
+        counts = np.bincount(references, minlength=num_classes)
+        right = np.bincount(references[predictions == references], minlength=num_classes)
+        return {
+            "accuracy": [int(r) / int(n) if n else None for r, n in zip(right, counts, strict=True)],
+            "n": counts.tolist(),
+        }
+
+
+def effective_robustness(ood_accuracy: float, iid_accuracy: float, baselines: Sequence[tuple[float, float]]) -> float:
+    """How much better a model is under a shift than baselines of its accuracy without one would be.
+
+    `rho = ood - beta(iid)` (Taori et al., arXiv 2007.00644), where beta is the straight line through the baselines
+    with both accuracies on a logit scale, by least squares; through a single baseline it has slope 1.
+
+    Args:
+        ood_accuracy, iid_accuracy: of the model, in (0, 1).
+        baselines: (IID, OOD) accuracies of other models, in (0, 1).
+
+    Raises:
+        ValueError: no baselines, or an accuracy that is not inside (0, 1).
+    """
+    values = [ood_accuracy, iid_accuracy, *(value for pair in baselines for value in pair)]
+    if not baselines or not all(0 < value < 1 for value in values):
+        raise ValueError(
+            f"accuracies {values} and {len(baselines)} baselines: effective robustness needs at least one baseline, "
+            "and accuracies between 0 and 1"
+        )
+    iid, ood = (np.array([_logit(pair[side]) for pair in baselines]) for side in (0, 1))
+    spread = float(((iid - iid.mean()) ** 2).sum())
+    slope = float(((iid - iid.mean()) * (ood - ood.mean())).sum()) / spread if spread else 1.0
+    expected = ood.mean() + slope * (_logit(iid_accuracy) - iid.mean())
+    return ood_accuracy - 1 / (1 + math.exp(-expected))
+
+
+def _logit(share: float) -> float:
+    return math.log(share / (1 - share))
 
 
 def rank_classes(logits: np.ndarray, k: int) -> np.ndarray:

@@ -1,11 +1,15 @@
 """The evaluation transform, twice: fast for our data sets, and as the image processor that is saved with a model."""
 
+from typing import Any
+
 import numpy as np
 import torch
 from PIL import Image
 from transformers import ViTImageProcessorPil
+from transformers.image_processing_utils import BaseImageProcessor
 
 from m2mkd.data.config import DataConfig
+from m2mkd.data.errors import DataError
 
 
 def pil_resample(config: DataConfig) -> Image.Resampling:
@@ -19,26 +23,73 @@ def build_image_processor(config: DataConfig) -> ViTImageProcessorPil:
     It is the Pillow backend by name, so that its numbers are ours whether or not torchvision is installed. It is
     saved as an ordinary `ViTImageProcessor`.
     """
-    return ViTImageProcessorPil(
-        do_convert_rgb=True,
-        size={"height": config.image_size, "width": config.image_size},
-        resample=pil_resample(config),
-        image_mean=list(config.mean),
-        image_std=list(config.std),
-    )
+    square = {"height": config.image_size, "width": config.image_size}
+    pixels = {
+        "do_convert_rgb": True,
+        "resample": pil_resample(config),
+        "image_mean": list(config.mean),
+        "image_std": list(config.std),
+    }
+    if config.center_crop is None:
+        return ViTImageProcessorPil(size=square, **pixels)
+    short = {"shortest_edge": _short_side(config.image_size, config.center_crop)}
+    return ViTImageProcessorPil(size=short, do_center_crop=True, crop_size=square, **pixels)
+
+
+def _short_side(image_size: int, center_crop: float) -> int:
+    """Pixels of the shorter side before the centre is cut out: 256 for 224 at 0.875, 73 for 64."""
+    return int(image_size / center_crop + 1e-9)  # 64 / (64 / 73) must be 73 again
+
+
+def pixels_of_processor(processor: BaseImageProcessor, source: str) -> dict[str, Any]:
+    """What a `DataConfig` says about pixels, so that they come out as this image processor makes them.
+
+    Args:
+        processor: of a saved model: a square resize, or a resize of the shorter side and a centre crop.
+        source: what the error calls it.
+
+    Returns:
+        `image_size`, `center_crop`, `resample`, `mean` and `std`.
+
+    Raises:
+        DataError: the processor does something else.
+    """
+    said = processor.to_dict()
+    size, crop = dict(said["size"]), dict(said.get("crop_size") or {})
+    is_crop, short = bool(said.get("do_center_crop")), size.get("shortest_edge")
+    square = crop if is_crop else size
+    side = square.get("height")
+    resample = {Image.Resampling.BILINEAR: "bilinear", Image.Resampling.BICUBIC: "bicubic"}.get(said.get("resample"))
+    fits = side is not None and side == square.get("width") and (short is not None) == is_crop and resample
+    if not fits or not said.get("do_rescale") or abs(said["rescale_factor"] * 255 - 1) > 1e-6:
+        raise DataError(
+            f"the image processor of {source} resizes to {size}, crops to {crop}, resample={said.get('resample')}, "
+            f"rescale_factor={said.get('rescale_factor')}: a square (bilinear or bicubic), or the centre of a resized "
+            "shorter side, of pixels in [0, 1] is what can be reproduced here"
+        )
+    normalize = said.get("do_normalize")
+    return {
+        "image_size": side,
+        "center_crop": side / short if is_crop else None,
+        "resample": resample,
+        "mean": tuple(said["image_mean"]) if normalize else (0.0, 0.0, 0.0),
+        "std": tuple(said["image_std"]) if normalize else (1.0, 1.0, 1.0),
+    }
 
 
 class PixelTransform:
-    """Resize to (image_size, image_size), scale to [0, 1] and normalise by mean and std.
+    """Resize to (image_size, image_size), or resize and cut out the centre, scale to [0, 1] and normalise.
 
     Bit-equal to `build_image_processor(config)`, and several times faster: a byte has 256 values, so the arithmetic
     of each channel is done once, for a table.
 
     Args:
-        config: gives image_size, resample, mean and std.
+        config: gives image_size, center_crop, resample, mean and std.
+        is_cropped: the images have been brought to their size already, by an augmentation.
     """
 
-    def __init__(self, config: DataConfig) -> None:
+    def __init__(self, config: DataConfig, is_cropped: bool = False) -> None:
+        self.center_crop = None if is_cropped else config.center_crop
         self.size = (config.image_size, config.image_size)
         self.resample = pil_resample(config)
         # The precisions are those of transformers: scale in float64, round to float32, normalise in float32.
@@ -49,9 +100,18 @@ class PixelTransform:
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
         """A `PIL.Image` of mode RGB and any size to float32 (3, image_size, image_size)."""
-        pixels = np.asarray(image.resize(self.size, self.resample))
+        pixels = np.asarray(self._sized(image))
         out = np.empty((3, *self.size), dtype=np.float32)
         for channel, table in enumerate(self.tables):
             # "clip" never clips a byte; it only spares numpy a copy of the output.
             np.take(table, pixels[:, :, channel], out=out[channel], mode="clip")
         return torch.from_numpy(out)
+
+    def _sized(self, image: Image.Image) -> Image.Image:
+        if self.center_crop is None:
+            return image.resize(self.size, self.resample)
+        side, short = self.size[0], _short_side(self.size[0], self.center_crop)
+        # rounded down, as transformers does
+        width, height = (max(short, int(short * edge / min(image.size))) for edge in image.size)
+        left, top = (width - side) // 2, (height - side) // 2
+        return image.resize((width, height), self.resample).crop((left, top, left + side, top + side))

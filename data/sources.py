@@ -1,10 +1,12 @@
 """From the `source` of a configuration to labelled images."""
 
 from m2mkd.data.config import IMAGEFOLDER_PREFIX, DataConfig
+from m2mkd.data.corruption import without_corrupt
 from m2mkd.data.digits import load_mnist5k, load_uci_digits
 from m2mkd.data.errors import DataError
 from m2mkd.data.huggingface import load_from_datasets
 from m2mkd.data.imagefolder import load_imagefolder
+from m2mkd.data.known_sets import KNOWN_SETS, load_known_set
 from m2mkd.data.labeled_images import LabeledImages
 from m2mkd.data.splits import holdout_indices, sample_per_class
 
@@ -43,6 +45,8 @@ def _load_split(config: DataConfig) -> LabeledImages:
                 "'test'"
             )
         return data
+    if config.source.partition(":")[0] in KNOWN_SETS:
+        return load_known_set(config)
     return load_from_datasets(config)
 
 
@@ -52,10 +56,13 @@ def load_images(config: DataConfig) -> LabeledImages:
     The same configuration gives the same samples in the same order, in every run and on every machine.
 
     Raises:
-        DataError: the source, its split, a class or a column is not there; see the function of each source.
+        DataError: the source, its split, a class or a column is not there (see the function of each source), or more
+            images are corrupt than `max_corrupt_share` allows.
         ImportError: a packaged set whose package is not installed.
     """
     data = _load_split(config)
+    if config.max_corrupt_share:
+        data = without_corrupt(data, config.max_corrupt_share)
     if config.samples_per_class is None:
         return data
     return data.select(sample_per_class(data.labels, data.class_names, config.samples_per_class, config.subset_seed))

@@ -317,7 +317,7 @@ def check_same_normalization(first: Any, second: Any, names: tuple[str, str]) ->
         `StageError`: mean, standard deviation, rescaling or size differ.
     """
     for field in ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std", "size"):
-        ours, theirs = getattr(first, field, None), getattr(second, field, None)
+        ours, theirs = (getattr(processor, _final(field, processor), None) for processor in (first, second))
         if isinstance(ours, list | tuple) and isinstance(theirs, list | tuple):
             ours, theirs = list(ours), list(theirs)
         if ours != theirs:
@@ -325,6 +325,11 @@ def check_same_normalization(first: Any, second: Any, names: tuple[str, str]) ->
                 f"The image processors of the {names[0]} and the {names[1]} differ in `{field}`: {ours} and {theirs}. "
                 "Both networks see the same batch, so set the data's `mean`, `std` and `image_size` to the teacher's."
             )
+
+
+def _final(field: str, processor: Any) -> str:
+    """Where the size of the pixels is said that reach the network: after a resize the centre may be cut out."""
+    return "crop_size" if field == "size" and getattr(processor, "do_center_crop", None) else field
 
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""The command line: `train.py` and `m2mkd run`, `m2mkd report`, `m2mkd push`, `m2mkd assemble`, `m2mkd convert`."""
+"""The command line: `train.py` and `m2mkd run`, `report`, `evaluate`, `few-shot`, `push`, `assemble`, `convert`."""
 
 import logging
 import os
@@ -142,6 +142,98 @@ def convert_command(
         print(convert(kind, config, checkpoint, out, stage, num_stages))
 
     _explained(work)
+
+
+@app.command("evaluate")
+def evaluate_command(
+    model: Annotated[str, typer.Argument(metavar="FOLDER", help="A saved model, or its id on the Hub.")],
+    data: Annotated[list[str], typer.Option(help="A source as in a recipe; may be given several times.")],
+    split: Annotated[str | None, typer.Option(help="Split of the data. By default the one for tests.")] = None,
+    partial: Annotated[bool, typer.Option("--partial", help="Take a copy that lacks classes or images.")] = False,
+    iid_accuracy: Annotated[float | None, typer.Option(help="The model's accuracy without shift, 0 to 1.")] = None,
+    baseline: Annotated[list[str] | None, typer.Option(help="IID:OOD accuracies of another model, 0 to 1.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images a device.")] = 64,
+    per_class: Annotated[bool, typer.Option("--per-class", help="Also print the classes, the worst first.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, per-class figures included.")] = False,
+) -> None:
+    """
+    Evaluate a saved model on whole data sets, over the classes that both have.
+
+    m2mkd evaluate runs/nac/arms/m2mkd --data tiny-imagenet:PATH --data tiny-imagenet-r:PATH
+
+    Logits of classes that a set does not have are left out, and so are images of classes that the model does not know.
+
+    --iid-accuracy gives the gap to it; with --baseline IID:OOD (more than one draws a line) also the effective
+    robustness: how far the accuracy lies above what the baselines let expect.
+    """
+
+    def work() -> None:
+        import json
+
+        from rich.console import Console
+        from transformers.utils.logging import disable_progress_bar
+
+        from m2mkd.trainer.evaluate_folder import evaluate_folder, show
+
+        disable_progress_bar()
+        baselines = [_accuracy_pair(text) for text in baseline or []]
+        results = evaluate_folder(model, data, split, partial, batch_size, iid_accuracy, baselines)
+        if int(os.environ.get("RANK", "0")) > 0:
+            return
+        if as_json:
+            print(json.dumps(results, indent=2))
+        else:
+            show(results, Console(), per_class)
+
+    _explained(work)
+
+
+@app.command("few-shot")
+def few_shot_command(
+    model: Annotated[str, typer.Argument(metavar="FOLDER", help="A saved model, or its id on the Hub.")],
+    data: Annotated[str, typer.Option(help="A source as in a recipe, e.g. cifar100:PATH.")],
+    ways: Annotated[int, typer.Option(min=2, help="Classes of an episode.")] = 8,
+    shots: Annotated[int, typer.Option(min=1, help="Images of each class to learn from.")] = 5,
+    episodes: Annotated[int, typer.Option(min=1, help="Number of episodes.")] = 20,
+    seed: Annotated[int, typer.Option(min=0, help="Of classes, images and heads.")] = 0,
+    train_split: Annotated[str | None, typer.Option(help="Split to learn from.")] = None,
+    val_split: Annotated[str | None, typer.Option(help="Split to test on.")] = None,
+    partial: Annotated[bool, typer.Option("--partial", help="Take a copy that lacks classes or images.")] = False,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images at once for the features.")] = 64,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with the accuracy of each episode.")] = False,
+) -> None:
+    """
+    Train a new head on a few images of a few classes, many times: mean accuracy and its 95 % interval.
+
+    m2mkd few-shot runs/vmoe/arms/m2mkd --data cifar100:PATH --ways 8 --shots 5
+
+    The rest of the model is frozen. Each episode is tested on three times as many other images of its classes.
+    """
+
+    def work() -> None:
+        import json
+
+        from transformers.utils.logging import disable_progress_bar
+
+        from m2mkd.trainer.few_shot import few_shot
+
+        disable_progress_bar()
+        result = few_shot(model, data, ways, shots, episodes, seed, train_split, val_split, partial, batch_size)
+        if as_json:
+            print(json.dumps(result, indent=2))
+            return
+        half = "" if result["interval"] is None else f" ± {100 * result['interval']:.2f}"
+        print(f"{ways}-way {shots}-shot on {data}: {100 * result['accuracy']:.2f}{half} % ({episodes} episodes)")
+
+    _explained(work)
+
+
+def _accuracy_pair(text: str) -> tuple[float, float]:
+    iid, _, ood = text.partition(":")
+    try:
+        return float(iid), float(ood)
+    except ValueError as error:
+        raise typer.BadParameter(f"{text!r}: --baseline takes IID:OOD, such as 0.608:0.195") from error
 
 
 def main() -> None:

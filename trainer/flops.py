@@ -1,5 +1,7 @@
 """Floating point operations of a training step, counted by torch on a small batch."""
 
+from itertools import islice
+
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
@@ -16,7 +18,8 @@ def training_flops_per_image(trainer: M2MKDTrainer, networks: list[PreTrainedMod
         trainer (`M2MKDTrainer`)
         networks (`list[PreTrainedModel]`): Student, teacher and meta model, as far as the trainer uses them.
     """
-    batch = trainer.data_collator([trainer.train_dataset[index % len(trainer.train_dataset)] for index in range(2)])
+    samples = list(islice(iter(trainer.train_dataset), 2))
+    batch = trainer.data_collator((samples * 2)[:2])
     batch = {name: value.to(trainer.args.device) for name, value in batch.items()}
     was_training = trainer.model.training
     backends = [

@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from huggingface_hub import HfApi
 from torch import nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress, logging
 
+from m2mkd.data.dataset import ImageDataset
+from m2mkd.data.sampling import RepeatedSampler
 from m2mkd.modeling.frozen_networks import FrozenNetworks
 from m2mkd.modeling.losses import (
     hard_distillation_loss,
@@ -206,6 +208,12 @@ class M2MKDTrainer(Trainer):
         self._batch_in_step += 1
         batch = self.state.global_step * self.args.gradient_accumulation_steps + self._batch_in_step
         return (self.args.seed * 1_000_003 + batch) * self.args.world_size + self.args.process_index
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if isinstance(dataset, ImageDataset) and dataset.config.repeated > 1:
+            return RepeatedSampler(dataset, self.args.seed, self.args.world_size, self._train_batch_size)
+        return super()._get_train_sampler(train_dataset)
 
     # ---- Evaluation ----
 

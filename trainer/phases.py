@@ -13,6 +13,7 @@ from accelerate.state import AcceleratorState
 from transformers import AutoImageProcessor, PreTrainedModel, ProgressCallback, TrainerState
 from transformers.image_processing_utils import BaseImageProcessor
 
+from m2mkd.data.loading import default_workers
 from m2mkd.data.processing import build_image_processor
 from m2mkd.modeling.pair_files import keep_stitches, load_stage, save_pair
 from m2mkd.modeling.stages import check_same_normalization, split_into_stages
@@ -369,12 +370,14 @@ class Phases:
         # the Trainer's state outlives it; a phase may compute in another precision than the last one
         AcceleratorState._reset_state()
         use_cpu = not torch.accelerator.is_available()
-        device = {"use_cpu": use_cpu, "dataloader_pin_memory": not use_cpu}
+        workers = default_workers(max(data.image_size for data in self.recipe.data.values()), use_cpu)
+        device = {"use_cpu": use_cpu, "dataloader_pin_memory": not use_cpu, "dataloader_num_workers": workers}
         if use_cpu and PartialState().num_processes > 1:
             device["ddp_backend"] = "gloo"
-        return M2MKDConfig(
-            output_dir=str(work), seed=seed, **{**_DEFAULTS, **device, **self.recipe.training, **training, **own}
-        )
+        settings = {**_DEFAULTS, **device, **self.recipe.training, **training, **own}
+        # to start workers anew each epoch takes longer than a short epoch
+        settings.setdefault("dataloader_persistent_workers", settings["dataloader_num_workers"] > 0)
+        return M2MKDConfig(output_dir=str(work), seed=seed, **settings)
 
     def _trainer(
         self,

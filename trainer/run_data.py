@@ -7,6 +7,7 @@ from m2mkd.data.dataset import ImageDataset
 from m2mkd.data.errors import DataError
 from m2mkd.data.labeled_images import LabeledImages
 from m2mkd.data.sources import load_images
+from m2mkd.data.streaming import StreamedImages, open_stream
 from m2mkd.trainer.recipe import Recipe
 
 
@@ -21,6 +22,7 @@ class RunData:
     def __init__(self, recipe: Recipe):
         self.recipe = recipe
         self._loaded: dict[str, LabeledImages] = {}
+        self._streamed_classes: dict[str, list[str]] = {}
 
     def check(self) -> None:
         """
@@ -51,6 +53,12 @@ class RunData:
                 raise DataError(f"data.{name}: {error}") from error
         return self._loaded[name]
 
+    def _stream(self, name: str, config: DataConfig, train: bool, seed: int = 0) -> StreamedImages:
+        try:
+            return open_stream(config, train, seed)
+        except DataError as error:
+            raise DataError(f"data.{name}: {error}") from error
+
     def class_names(self, name: str) -> list[str]:
         """
         The label space of a training set.
@@ -58,6 +66,10 @@ class RunData:
         Raises:
             `DataError`: a class has no image, so nothing could be learnt of it.
         """
+        if self.config(name).streaming:
+            if name not in self._streamed_classes:
+                self._streamed_classes[name] = self._stream(name, self.config(name), train=False).class_names
+            return self._streamed_classes[name]
         images = self.images(name)
         present = set(images.labels.tolist())
         absent = [class_name for label, class_name in enumerate(images.class_names) if label not in present]
@@ -65,11 +77,13 @@ class RunData:
             raise DataError(f"data.{name}: no training image of the classes {absent}. Add some, or drop the classes.")
         return images.class_names
 
-    def training_set(self, name: str, seed: int) -> ImageDataset:
+    def training_set(self, name: str, seed: int) -> ImageDataset | StreamedImages:
         """A data set with the augmentation of its recipe."""
+        if self.config(name).streaming:
+            return self._stream(name, self.config(name), train=True, seed=seed)
         return ImageDataset(self.images(name), self.config(name), train=True, seed=seed)
 
-    def test_set(self, name: str, like: str, class_names: Sequence[str]) -> ImageDataset:
+    def test_set(self, name: str, like: str, class_names: Sequence[str]) -> ImageDataset | StreamedImages:
         """
         A test set for a model trained on the data set `like`: its pixels are made as the model's own, and its labels
         are mapped by name onto the model's classes.
@@ -78,13 +92,16 @@ class RunData:
             `DataError`: it has a class that the model does not know.
         """
         model = self.config(like)
-        pixels = {field: getattr(model, field) for field in ("image_size", "mean", "std", "resample")}
+        pixels = {field: getattr(model, field) for field in ("image_size", "mean", "std", "resample", "center_crop")}
+        config = self.config(name).model_copy(update=pixels)
+        data = self._stream(name, config, train=False) if config.streaming else self.images(name)
         try:
-            images = self.images(name).relabel(class_names)
+            data = data.relabel(class_names)
         except DataError as error:
             raise DataError(f"data.{name}: {error}") from error
-        return ImageDataset(images, self.config(name).model_copy(update=pixels), train=False)
+        return data if config.streaming else ImageDataset(data, config, train=False)
 
     def shares_labels(self, name: str, class_names: Sequence[str]) -> bool:
         """Whether every class of the data set is one of `class_names`."""
-        return set(self.images(name).class_names) <= set(class_names)
+        own = self.class_names(name) if self.config(name).streaming else self.images(name).class_names
+        return set(own) <= set(class_names)

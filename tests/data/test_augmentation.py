@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from m2mkd.data import random_affine, random_resized_crop_flip
-from m2mkd.data.augmentation import CROP_AREA, _random_box
+from m2mkd.data.augmentation import CROP_AREA, IMAGENET_CROP_AREA, _random_box, color_jitter
 
 
 class Fixed:
@@ -67,15 +67,16 @@ class TestRandomResizedCropFlip:
     def test_box_is_inside(self, size):
         rng = np.random.default_rng(0)
         for _ in range(200):
-            left, top, right, bottom = _random_box(*size, rng)
+            left, top, right, bottom = _random_box(*size, rng, CROP_AREA)
             assert 0 <= left < right <= size[0] and 0 <= top < bottom <= size[1]
 
-    def test_area_and_ratio(self):
+    @pytest.mark.parametrize("share", [CROP_AREA, IMAGENET_CROP_AREA])
+    def test_area_and_ratio(self, share):
         rng = np.random.default_rng(0)
-        boxes = np.array([_random_box(100, 100, rng) for _ in range(500)])
+        boxes = np.array([_random_box(100, 100, rng, share) for _ in range(500)])
         width, height = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
         area = width * height / 100**2
-        assert CROP_AREA[0] - 0.02 < area.min() < 0.4 and 0.9 < area.max() <= 1
+        assert share[0] - 0.02 < area.min() < share[0] + 0.05 and 0.9 < area.max() <= 1
         assert 0.73 < (width / height).min() < 0.8 and 1.25 < (width / height).max() < 1.36
 
     def test_every_second_image_is_mirrored(self):
@@ -87,3 +88,26 @@ class TestRandomResizedCropFlip:
         ]
         assert {crop.shape for crop in crops} == {(16, 16, 3)}
         assert 70 < sum(crop[0, 0, 0] > crop[0, -1, 0] for crop in crops) < 130
+
+    def test_is_a_crop_and_then_a_resize(self):
+        image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 44, 3), dtype=np.uint8))
+        out = random_resized_crop_flip(image, 16, Image.Resampling.BICUBIC, np.random.default_rng(1))
+        rng = np.random.default_rng(1)
+        crop = image.crop(_random_box(44, 30, rng, CROP_AREA)).resize((16, 16), Image.Resampling.BICUBIC)
+        expected = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else crop
+        assert np.array_equal(np.asarray(out), np.asarray(expected))
+
+
+class TestColorJitter:
+    def test_range_of_the_brightness(self):
+        white = Image.new("RGB", (4, 4), (100, 100, 100))
+        values = np.array(
+            [np.asarray(color_jitter(white, 0.4, np.random.default_rng(seed)))[0, 0, 0] for seed in range(500)]
+        )
+        # contrast and saturation do nothing to a flat grey image
+        assert 59 <= values.min() < 64 and 136 < values.max() <= 140 and abs(values.mean() - 100) < 3
+
+    def test_nothing_at_zero(self):
+        image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8))
+        out = color_jitter(image, 0.0, np.random.default_rng(0))
+        assert np.array_equal(np.asarray(out), np.asarray(image))

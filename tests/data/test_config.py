@@ -24,6 +24,14 @@ class TestDataConfig:
             {"resample": "nearest"},
             {"augmentation": "mixup"},
             {"imagesize": 28},
+            {"center_crop": 0.0},
+            {"max_corrupt_share": 1.0},
+            {"center_crop": 1.1},
+            {"random_erasing": 1.5},
+            {"mixup": -0.1},
+            {"cutmix": float("inf")},
+            {"repeated": 0},
+            {"color_jitter": 0.4},
             {"source": ""},
         ],
     )
@@ -38,7 +46,28 @@ class TestDataConfig:
             DataConfig(source="uci_digits", config_name="full")
         with pytest.raises(ValidationError, match="has no path"):
             DataConfig(source="imagefolder:")
+        with pytest.raises(ValidationError, match="has no path: write cifar10:PATH"):
+            DataConfig(source="cifar10:")
+        with pytest.raises(ValidationError, match="before a colon stands imagefolder or one of imagenet-1k, "):
+            DataConfig(source="tinyimagenet:x")
+        with pytest.raises(ValidationError, match="partial is for local copies"):
+            DataConfig(source="cifar10", partial=True)
 
     def test_frozen(self):
         with pytest.raises(ValidationError):
             DataConfig(source="mnist5k").image_size = 3
+
+
+class TestImagenetAugmentation:
+    def test_official_values(self):
+        config = DataConfig(source="x", augmentation="imagenet")
+        assert (config.mixup, config.cutmix, config.random_erasing, config.repeated) == (0.8, 1.0, 0.25, 3)
+
+    def test_the_recipe_wins(self):
+        config = DataConfig(source="x", augmentation="imagenet", repeated=1, mixup=0.0)
+        assert (config.mixup, config.cutmix, config.repeated) == (0.0, 1.0, 1)
+        assert DataConfig(**config.model_dump()) == config
+
+    def test_others_change_nothing(self):
+        config = DataConfig(source="x", augmentation="crop_flip")
+        assert (config.mixup, config.cutmix, config.random_erasing, config.repeated) == (0.0, 0.0, 0.0, 1)

@@ -4,10 +4,13 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader
 
-from m2mkd.data import DataConfig, ImageDataset, build_image_processor, random_affine
+from m2mkd.data import DataConfig, ImageDataset, build_image_processor, random_affine, random_resized_crop_flip
+from m2mkd.data.mixing import random_erasing
 from m2mkd.data.processing import PixelTransform
+from m2mkd.data.rand_augment import rand_augment
 
 
 CONFIG = DataConfig(source="x", image_size=16, augmentation="affine")
@@ -39,7 +42,7 @@ class TestSamples:
             with pytest.raises(IndexError, match=str(index)):
                 dataset[index]
 
-    @pytest.mark.parametrize("augmentation", ["none", "affine", "crop_flip"])
+    @pytest.mark.parametrize("augmentation", ["none", "affine", "crop_flip", "imagenet"])
     def test_every_augmentation(self, noise_data, augmentation):
         config = CONFIG.model_copy(update={"augmentation": augmentation})
         train, plain = (
@@ -111,3 +114,53 @@ class TestEpoch:
         dataset = ImageDataset(noise_data, CONFIG, train=True)
         copy.copy(dataset).set_epoch(6)
         assert dataset.epoch == 6
+
+
+class TestMixing:
+    CONFIG = DataConfig(source="x", image_size=16, mixup=0.8, cutmix=1.0, repeated=3)
+
+    def test_batches_are_mixed_and_single_samples_are_not(self, noise_data):
+        dataset = ImageDataset(noise_data, self.CONFIG, train=True)
+        assert dataset[0]["labels"] == 0
+        batch = next(iter(DataLoader(dataset, batch_size=4)))
+        assert batch["labels"].shape == (4, 3) and batch["labels"].sum(dim=1).tolist() == pytest.approx([1.0] * 4)
+
+    def test_evaluation_is_not_mixed(self, noise_data):
+        batch = next(iter(DataLoader(ImageDataset(noise_data, self.CONFIG, train=False), batch_size=4)))
+        assert batch["labels"].tolist() == [0, 1, 2, 0]
+
+    def test_workers_do_not_matter_but_seed_and_epoch_do(self, noise_data):
+        dataset = ImageDataset(noise_data, self.CONFIG, train=True)
+        straight = everything(dataset)
+        assert torch.equal(straight, everything(dataset, num_workers=2))
+        assert not torch.equal(straight, everything(ImageDataset(noise_data, self.CONFIG, train=True, seed=1)))
+        dataset.set_epoch(1)
+        assert not torch.equal(straight, everything(dataset))
+
+    def test_repeats_are_augmented_anew(self, noise_data):
+        dataset = ImageDataset(noise_data, CONFIG, train=True)
+        copies = [dataset[5, repeat]["pixel_values"] for repeat in range(3)]
+        assert torch.equal(copies[0], dataset[5]["pixel_values"])
+        assert not torch.equal(copies[0], copies[1]) and not torch.equal(copies[1], copies[2])
+        with pytest.raises(IndexError, match="index 12"):
+            dataset[12, 1]
+
+
+class TestPaperAugmentation:
+    def test_order_of_the_steps(self, noise_data):
+        config = DataConfig(source="x", image_size=16, mean=(0.4, 0.5, 0.6), augmentation="imagenet", random_erasing=1)
+        rng = np.random.default_rng((3, 0, 7))
+        bicubic = Image.Resampling.BICUBIC
+        image = random_resized_crop_flip(noise_data.images[7], 16, bicubic, rng, (0.08, 1.0))
+        image = rand_augment(image, bicubic, (102, 128, 153), rng)
+        expected = random_erasing(PixelTransform(config)(image), 1.0, rng)
+        dataset = ImageDataset(noise_data, config, train=True, seed=3)
+        assert torch.equal(dataset[7]["pixel_values"], expected)
+
+    def test_the_centre_is_cut_out_of_what_is_not_cropped_yet(self, noise_data):
+        config = DataConfig(source="x", image_size=16, center_crop=0.5, augmentation="crop_flip")
+        plain = config.model_copy(update={"center_crop": None})
+        crops, whole = (everything(ImageDataset(noise_data, each, train=True)) for each in (config, plain))
+        assert torch.equal(crops, whole)
+        crops, whole = (everything(ImageDataset(noise_data, each, train=False)) for each in (config, plain))
+        assert not torch.equal(crops, whole)

@@ -7,8 +7,8 @@ import pytest
 from sklearn.metrics import accuracy_score, top_k_accuracy_score
 from transformers import EvalPrediction
 
-from m2mkd.data import Accuracy, TopKAccuracy, compute_metrics
-from m2mkd.data.metrics import rank_classes
+from m2mkd.data import Accuracy, PerClassAccuracy, TopKAccuracy, compute_metrics
+from m2mkd.data.metrics import effective_robustness, rank_classes
 
 
 RNG = np.random.default_rng(0)
@@ -86,3 +86,35 @@ class TestMetrics:
         for process in processes:
             process.join()
         assert list(tmp_path.iterdir()) == []
+
+    def test_per_class(self):
+        metric = PerClassAccuracy()
+        for part in (slice(0, 3), slice(3, None)):
+            metric.add_batch(predictions=[0, 1, 1, 3, 0][part], references=[0, 0, 1, 3, 3][part])
+        assert metric.compute(num_classes=5) == {"accuracy": [0.5, 1.0, None, 0.5, None], "n": [2, 1, 0, 2, 0]}
+
+
+class TestEffectiveRobustness:
+    def test_zero_on_the_line(self):
+        def beta(iid):
+            return 1 / (1 + np.exp(-(0.9 * np.log(iid / (1 - iid)) - 1.3)))
+
+        baselines = [(iid, beta(iid)) for iid in (0.4, 0.6, 0.8)]
+        assert effective_robustness(beta(0.7), 0.7, baselines) == pytest.approx(0)
+        assert effective_robustness(beta(0.7) + 0.05, 0.7, baselines) == pytest.approx(0.05)
+
+    def test_least_squares(self):
+        iid, ood = np.array([0.5, 0.6, 0.7, 0.75]), np.array([0.2, 0.18, 0.31, 0.3])
+        slope, shift = np.polyfit(np.log(iid / (1 - iid)), np.log(ood / (1 - ood)), 1)
+        expected = 1 / (1 + np.exp(-(slope * np.log(0.65 / 0.35) + shift)))
+        assert effective_robustness(0.3, 0.65, list(zip(iid, ood, strict=True))) == pytest.approx(0.3 - expected)
+
+    def test_one_baseline_has_slope_one(self):
+        assert effective_robustness(0.2, 0.6, [(0.6, 0.2)]) == pytest.approx(0)
+        odds = 0.7 / 0.3 * (0.2 / 0.8) / (0.6 / 0.4)
+        assert effective_robustness(0.3, 0.7, [(0.6, 0.2)]) == pytest.approx(0.3 - odds / (1 + odds))
+
+    @pytest.mark.parametrize(("ood", "iid", "baselines"), [(0.2, 0.6, []), (0.0, 0.6, [(0.5, 0.1)])])
+    def test_refuses(self, ood, iid, baselines):
+        with pytest.raises(ValueError, match="effective robustness needs"):
+            effective_robustness(ood, iid, baselines)

@@ -1,0 +1,90 @@
+"""Few-shot episodes: some classes, a few images of each to learn from, others to test on."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from m2mkd.data.errors import DataError
+from m2mkd.data.labeled_images import LabeledImages
+
+
+VALIDATION_SHOTS = 3  # images to test on, for each to learn from (README of the official code)
+
+
+@dataclass(frozen=True)
+class Episode:
+    """One task of `ways` classes.
+
+    Attributes:
+        classes: their labels in the whole set, rising, int64 (ways,); the task's own labels are positions in it.
+        train: positions in the training images, int64 (ways * shots,), class by class.
+        validation: positions in the validation images, int64 (ways * 3 * shots,), class by class.
+    """
+
+    classes: np.ndarray
+    train: np.ndarray
+    validation: np.ndarray
+
+    @property
+    def train_labels(self) -> np.ndarray:
+        """The task's own labels of `train`, int64 (ways * shots,)."""
+        return np.repeat(np.arange(len(self.classes)), len(self.train) // len(self.classes))
+
+    @property
+    def validation_labels(self) -> np.ndarray:
+        """The task's own labels of `validation`, int64 (ways * 3 * shots,)."""
+        return np.repeat(np.arange(len(self.classes)), len(self.validation) // len(self.classes))
+
+
+def draw_episodes(
+    train: LabeledImages, validation: LabeledImages | None, ways: int, shots: int, episodes: int, seed: int
+) -> Iterator[Episode]:
+    """Episodes whose training and validation images are disjoint, of the same classes.
+
+    (The official loader of CIFAR-100 draws both from the training split with one seed: at 5 shots, every training
+    image is tested on.)
+
+    Args:
+        train: images to learn from.
+        validation: images to test on, of the same classes; `None`: others of `train`.
+        ways: classes of an episode, at least 2.
+        shots: images of each class to learn from; three times as many are tested on.
+        episodes: how many; episode i is the same whatever their number.
+        seed: of all.
+
+    Raises:
+        DataError: two sets that share an image or differ in their classes, or too few classes with enough images.
+    """
+    if validation is not None:
+        both = set(train.names) & set(validation.names)
+        if both:
+            raise DataError(f"{len(both)} images are in both sets, {min(both)} for one: choose two splits")
+        if train.class_names != validation.class_names:
+            raise DataError("training and validation images have different classes: choose two splits of one set")
+    pools = [_members(train), _members(train if validation is None else validation)]
+    needed = [shots, VALIDATION_SHOTS * shots] if validation is not None else [(1 + VALIDATION_SHOTS) * shots] * 2
+    enough = [all(len(pool[label]) >= count for pool, count in zip(pools, needed, strict=True)) for label in pools[0]]
+    eligible = np.flatnonzero(enough)
+    if len(eligible) < ways:
+        raise DataError(
+            f"{len(eligible)} of {len(enough)} classes have the images for {shots} shots "
+            f"({' and '.join(map(str, needed))} to learn from and to test on), but {ways} ways are asked for: lower "
+            "ways or shots"
+        )
+    for number in range(episodes):
+        rng = np.random.default_rng((seed, number))
+        classes = np.sort(rng.choice(eligible, ways, replace=False))
+        learnt, tested = [], []
+        for label in classes.tolist():
+            own = rng.permutation(pools[0][label])
+            learnt.append(own[:shots])
+            # without a second set, what follows in the same order
+            rest = own[shots:] if validation is None else rng.permutation(pools[1][label])
+            tested.append(rest[: VALIDATION_SHOTS * shots])
+        yield Episode(classes, np.concatenate(learnt), np.concatenate(tested))
+
+
+def _members(data: LabeledImages) -> dict[int, np.ndarray]:
+    """Positions of each label."""
+    return {label: np.flatnonzero(data.labels == label) for label in range(len(data.class_names))}

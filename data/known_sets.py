@@ -1,0 +1,101 @@
+"""The data sets that a recipe can call by a short name."""
+
+from dataclasses import dataclass
+
+from m2mkd.data.config import DataConfig
+from m2mkd.data.errors import DataError
+from m2mkd.data.huggingface import load_from_datasets
+from m2mkd.data.imagenet_classes import imagenet_classes
+from m2mkd.data.labeled_images import LabeledImages
+from m2mkd.data.layouts import load_layout, squashed
+
+
+@dataclass(frozen=True)
+class KnownSet:
+    """A published set.
+
+    Attributes:
+        hub: id on the Hub.
+        columns: of images and labels there.
+        splits: our name of each split, its name on the Hub, and its number of images (`None`: not published).
+        marks: for a set of ImageNet classes, which ones (see `imagenet_classes`).
+    """
+
+    hub: str
+    columns: tuple[str, str]
+    splits: dict[str, tuple[str, int | None]]
+    marks: tuple[str, ...] | None = None
+
+
+KNOWN_SETS = {
+    "imagenet-1k": KnownSet(
+        "ILSVRC/imagenet-1k",
+        ("image", "label"),
+        {"train": ("train", 1_281_167), "val": ("validation", 50_000)},
+        (),
+    ),
+    "imagenet-r": KnownSet("axiong/imagenet-r", ("image", "wnid"), {"test": ("test", 30_000)}, ("r",)),
+    "tiny-imagenet": KnownSet(
+        "zh-plus/tiny-imagenet", ("image", "label"), {"train": ("train", 100_000), "val": ("valid", 10_000)}, ("tiny",)
+    ),
+    # made from ImageNet-R
+    "tiny-imagenet-r": KnownSet("axiong/imagenet-r", ("image", "wnid"), {"test": ("test", None)}, ("tiny", "r")),
+    "cifar10": KnownSet("uoft-cs/cifar10", ("img", "label"), {"train": ("train", 50_000), "test": ("test", 10_000)}),
+    "cifar100": KnownSet(
+        "uoft-cs/cifar100", ("img", "fine_label"), {"train": ("train", 50_000), "test": ("test", 10_000)}
+    ),
+    "cub-200": KnownSet(
+        "bentrevett/caltech-ucsd-birds-200-2011",
+        ("image", "label"),
+        {"train": ("train", 5_994), "test": ("test", 5_794)},
+    ),
+}
+
+
+def load_known_set(config: DataConfig) -> LabeledImages:
+    """A set by its short name, from the Hub (`NAME`) or from a local copy (`NAME:PATH`).
+
+    The classes of the ImageNet sets are WordNet ids in rising order, wherever the images come from.
+
+    Raises:
+        DataError: the split, the folder, a file or images are missing, or the Hub cannot be reached.
+    """
+    name, _, path = config.source.partition(":")
+    known = KNOWN_SETS[name]
+    split = config.split or (next(iter(known.splits)) if len(known.splits) == 1 else None)
+    if split not in known.splits:
+        raise DataError(f"{name} has no split {config.split!r}: set split to {' or '.join(map(repr, known.splits))}")
+    hub_split, count = known.splits[split]
+    if not path:
+        return _from_hub(name, known, config, hub_split)
+    data = load_layout(name, path, split, config.partial)
+    if count is not None and len(data) < count and not config.partial:
+        raise DataError(
+            f"{name}: split {split!r} in {path} has {len(data):,} images, but the published set has {count:,}: unpack "
+            "it again, or set partial: true to use the images that are there"
+        )
+    return data
+
+
+def _from_hub(name: str, known: KnownSet, config: DataConfig, split: str) -> LabeledImages:
+    image_column, label_column = known.columns
+    own = {"source": known.hub, "image_column": image_column, "label_column": label_column, "split": split}
+    try:
+        data = load_from_datasets(config.model_copy(update=own))
+    except DataError as error:
+        raise DataError(f"{error}; or give a local copy, '{name}:PATH'") from error
+    return data if known.marks is None else _with_wnids(name, data, imagenet_classes(*known.marks))
+
+
+def _with_wnids(name: str, data: LabeledImages, classes: list[str]) -> LabeledImages:
+    """Name the classes by WordNet ids and take those of `classes` only."""
+    names = data.class_names
+    if not set(imagenet_classes()).issuperset(names):
+        # names in words: the order of the labels is that of the ids
+        if len(names) != len(classes):
+            raise DataError(
+                f"{name} on the Hub has {len(names)} classes instead of {len(classes)}: give '{name}:PATH'"
+            )
+        return LabeledImages(data.images, data.labels, classes, data.names)
+    part = data.of_classes(classes)
+    return squashed(part) if name == "tiny-imagenet-r" else part

@@ -1,0 +1,120 @@
+"""RandAugment as timm's `rand-m9-mstd0.5-inc1` has it, image by image (Cubuk et al., arXiv 1909.13719)."""
+
+from collections.abc import Callable
+
+import numpy as np
+from PIL import Image, ImageEnhance, ImageOps
+
+
+NUM_OPERATIONS = 2  # drawn for each image, with replacement
+CHANCE = 0.5  # that a drawn operation is applied
+MAGNITUDE, MAGNITUDE_STD, MAX_MAGNITUDE = 9.0, 0.5, 10.0
+
+# Values at the largest magnitude.
+MAX_ROTATION = 30.0  # degrees
+MAX_SHEAR = 0.3
+MAX_SHIFT = 0.45  # share of the side
+MAX_ENHANCEMENT = 0.9  # distance of the factor from 1, which changes nothing
+SOLARIZE_ADD_BELOW = 128
+
+# (image, share of the largest magnitude, sign, filter, fill colour) to image
+Operation = Callable[[Image.Image, float, int, Image.Resampling, tuple[int, ...]], Image.Image]
+
+
+def _affine(
+    image: Image.Image, inverse: tuple[float, ...], resample: Image.Resampling, fill: tuple[int, ...]
+) -> Image.Image:
+    return image.transform(image.size, Image.Transform.AFFINE, inverse, resample=resample, fillcolor=fill)
+
+
+def _enhanced(kind: Callable[[Image.Image], ImageEnhance._Enhance]) -> Operation:
+    def enhance(
+        image: Image.Image, share: float, sign: int, resample: Image.Resampling, fill: tuple[int, ...]
+    ) -> Image.Image:
+        return kind(image).enhance(1 + sign * share * MAX_ENHANCEMENT)
+
+    return enhance
+
+
+def _posterize(
+    image: Image.Image, share: float, sign: int, resample: Image.Resampling, fill: tuple[int, ...]
+) -> Image.Image:
+    """Keep 4 to 0 of 8 bits. Pillow's own refuses 0, a black image, which the largest magnitude asks for."""
+    dropped = 4 + int(share * 4)
+    return image.point([value >> dropped << dropped for value in range(256)] * len(image.getbands()))
+
+
+def _solarize_add(
+    image: Image.Image, share: float, sign: int, resample: Image.Resampling, fill: tuple[int, ...]
+) -> Image.Image:
+    """Lighten the darker half of the values."""
+    added = int(share * 110)
+    table = [min(255, value + added) if value < SOLARIZE_ADD_BELOW else value for value in range(256)]
+    return image.point(table * len(image.getbands()))
+
+
+# "inc1": the operations get stronger with the magnitude. Solarize inverts what is above a threshold, Posterize keeps
+# so many bits; both go down to zero.
+OPERATIONS: dict[str, Operation] = {
+    "auto_contrast": lambda image, share, sign, resample, fill: ImageOps.autocontrast(image),
+    "equalize": lambda image, share, sign, resample, fill: ImageOps.equalize(image),
+    "invert": lambda image, share, sign, resample, fill: ImageOps.invert(image),
+    "rotate": lambda image, share, sign, resample, fill: image.rotate(
+        sign * share * MAX_ROTATION, resample, fillcolor=fill
+    ),
+    "posterize": _posterize,
+    "solarize": lambda image, share, sign, resample, fill: ImageOps.solarize(image, 256 - int(share * 256)),
+    "solarize_add": _solarize_add,
+    "color": _enhanced(ImageEnhance.Color),
+    "contrast": _enhanced(ImageEnhance.Contrast),
+    "brightness": _enhanced(ImageEnhance.Brightness),
+    "sharpness": _enhanced(ImageEnhance.Sharpness),
+    "shear_x": lambda image, share, sign, resample, fill: _affine(
+        image, (1, sign * share * MAX_SHEAR, 0, 0, 1, 0), resample, fill
+    ),
+    "shear_y": lambda image, share, sign, resample, fill: _affine(
+        image, (1, 0, 0, sign * share * MAX_SHEAR, 1, 0), resample, fill
+    ),
+    "translate_x": lambda image, share, sign, resample, fill: _affine(
+        image, (1, 0, sign * share * MAX_SHIFT * image.width, 0, 1, 0), resample, fill
+    ),
+    "translate_y": lambda image, share, sign, resample, fill: _affine(
+        image, (1, 0, 0, 0, 1, sign * share * MAX_SHIFT * image.height), resample, fill
+    ),
+}
+_NAMES = tuple(OPERATIONS)
+
+
+def draw_operations(rng: np.random.Generator) -> list[tuple[str, float, int]]:
+    """What happens to one image: name, share of the largest magnitude in [0, 1] and sign of each operation.
+
+    Args:
+        rng: a fixed number of draws.
+    """
+    drawn = []
+    for _ in range(NUM_OPERATIONS):
+        name, applied = _NAMES[rng.integers(len(_NAMES))], rng.random() < CHANCE
+        magnitude = min(max(rng.normal(MAGNITUDE, MAGNITUDE_STD), 0.0), MAX_MAGNITUDE)
+        sign = 1 if rng.random() < 0.5 else -1
+        if applied:
+            drawn.append((name, magnitude / MAX_MAGNITUDE, sign))
+    return drawn
+
+
+def rand_augment(
+    image: Image.Image, resample: Image.Resampling, fill: tuple[int, ...], rng: np.random.Generator
+) -> Image.Image:
+    """Two of fifteen operations, each applied with chance 1/2 at a magnitude of 9 ± 0.5 of 10.
+
+    Args:
+        image: mode RGB, any size.
+        resample: filter of what moves pixels.
+        fill: colour (R, G, B) in 0..255 of what moves in from outside; timm takes the mean of the data.
+        rng: a fixed number of draws, whatever the image.
+
+    Returns:
+        An image of the same mode and size.
+    """
+    for name, share, sign in draw_operations(rng):
+        image = OPERATIONS[name](image, share, sign, resample, fill)
+    return image
