@@ -20,6 +20,7 @@ from jax_vmoe import tree
 from official_nac_cases import nac_case
 from PIL import Image
 from testing_utils import vit
+from tiny_run import write_images
 from typer.testing import CliRunner
 
 from m2mkd.trainer.cli import _overrides, app
@@ -69,8 +70,10 @@ def recipe_arguments(words: list[str]) -> list[str]:
 @pytest.fixture
 def folder(finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working folder with what the blocks read: runs, a picture, checkpoints, a recipe's images."""
-    for name in ("digits", "nac_digits"):
+    for name in ("digits", "nac_digits", "mine"):
         shutil.copytree(finished_run, tmp_path / "runs" / name)
+    for seed, name in enumerate(("test", "sketches")):
+        write_images(tmp_path / name, seed=seed)
     Image.new("RGB", (8, 8), "red").save(tmp_path / "image.png")
     case = nac_case("nac_small_eval")
     shutil.copy(case.folder / "config.json", tmp_path / "nac_scale_tinyimnet_config.yml")
