@@ -203,6 +203,7 @@ class NACConfig(PreTrainedConfig):
     keys_to_ignore_at_inference = [
         "hidden_states",
         "attentions",
+        "cross_attentions",
         "aux_loss",
         "signature_repulsion_loss",
         "block_model_loss",

@@ -17,6 +17,7 @@ from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+from transformers.backbone_utils import BackboneConfigMixin
 from transformers.utils import auto_docstring
 
 
@@ -52,7 +53,7 @@ VMOE_PRESETS: dict[str, dict[str, Any]] = {
     """
 )
 @strict
-class VMoEConfig(PreTrainedConfig):
+class VMoEConfig(BackboneConfigMixin, PreTrainedConfig):
     r"""
     drop_path_rate (`float`, *optional*, defaults to 0.0):
         Stochastic depth of the last layer; it grows linearly from 0 at the first layer.
@@ -61,7 +62,10 @@ class VMoEConfig(PreTrainedConfig):
     num_experts (`int`, *optional*, defaults to 8):
         Experts in each sparse layer.
     num_experts_per_tok (`int`, *optional*, defaults to 2):
-        Experts that each token is sent to. The gate logits of the chosen experts are normalised among themselves.
+        Experts that each token is sent to.
+    norm_topk_prob (`bool`, *optional*, defaults to `True`):
+        Whether the weights of the chosen experts are normalised among themselves (m2mKD), or are their shares in the
+        softmax over all experts (the V-MoE paper, equation 1).
     router_noise_std (`float`, *optional*, defaults to 0.0):
         Standard deviation, in units of `1 / num_experts`, of the normal noise added to the router logits in training
         (V-MoE paper, section 2.2, uses 1.0; m2mKD uses none).
@@ -78,6 +82,11 @@ class VMoEConfig(PreTrainedConfig):
         Layers after which a stitch maps `hidden_size` to `stitch_size`.
     output_router_logits (`bool`, *optional*, defaults to `False`):
         Whether the model returns the router logits of its sparse layers.
+    out_features (`list[str]`, *optional*):
+        Stages whose feature maps [`VMoEBackbone`] returns, in their order: `"stem"` (the embeddings), `"stage1"` (the
+        first layer), and so on. `None` means the last.
+    out_indices (`list[int]`, *optional*):
+        The same by number: 0 is the stem, -1 the last stage.
 
     Example:
 
@@ -119,6 +128,7 @@ class VMoEConfig(PreTrainedConfig):
     moe_layers: list[int] | None = None
     num_experts: int = 8
     num_experts_per_tok: int = 2
+    norm_topk_prob: bool = True
     router_noise_std: float | int = 0.0
     router_importance_loss_coef: float | int = 0.0
     router_load_loss_coef: float | int = 0.0
@@ -126,12 +136,18 @@ class VMoEConfig(PreTrainedConfig):
     pre_stitch_layers: list[int] | None = None
     post_stitch_layers: list[int] | None = None
     output_router_logits: bool = False
+    _out_features: list[str] | None = None
+    _out_indices: list[int] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.moe_layers is None:
             self.moe_layers = list(range(self.num_hidden_layers))
         self.pre_stitch_layers = self.pre_stitch_layers or []
         self.post_stitch_layers = self.post_stitch_layers or []
+        self.stage_names = ["stem"] + [f"stage{layer}" for layer in range(1, self.num_hidden_layers + 1)]
+        self.set_output_features_output_indices(
+            out_features=kwargs.pop("out_features", None), out_indices=kwargs.pop("out_indices", None)
+        )
         super().__post_init__(**kwargs)
 
     @classmethod

@@ -1,14 +1,28 @@
 """Models, their stages, stitches and losses; the models are registered with the Auto classes on import."""
 
-from transformers import AutoModel, AutoModelForImageClassification
+from transformers import (
+    AutoBackbone,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageClassification,
+    ViTImageProcessorPil,
+)
 
 from m2mkd.configuration.configuration_nac import NACConfig
 from m2mkd.configuration.configuration_vmoe import VMoEConfig
 from m2mkd.modeling.modeling_nac import NACForImageClassification, NACModel, NACPreTrainedModel
-from m2mkd.modeling.modeling_vmoe import VMoEForImageClassification, VMoEModel, VMoEPreTrainedModel
+from m2mkd.modeling.modeling_vmoe import (
+    VMoEBackbone,
+    VMoEForImageClassification,
+    VMoEModel,
+    VMoEPreTrainedModel,
+)
 from m2mkd.modeling.stages import split_into_stages
 
 
+for config_class in (NACConfig, VMoEConfig):
+    AutoImageProcessor.register(config_class, image_processor_classes={"pil": ViTImageProcessorPil}, exist_ok=True)
+AutoBackbone.register(VMoEConfig, VMoEBackbone, exist_ok=True)
 AutoModel.register(NACConfig, NACModel, exist_ok=True)
 AutoModel.register(VMoEConfig, VMoEModel, exist_ok=True)
 AutoModelForImageClassification.register(NACConfig, NACForImageClassification, exist_ok=True)
@@ -18,6 +32,7 @@ __all__ = [
     "NACForImageClassification",
     "NACModel",
     "NACPreTrainedModel",
+    "VMoEBackbone",
     "VMoEForImageClassification",
     "VMoEModel",
     "VMoEPreTrainedModel",

@@ -24,7 +24,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, auto_docstring, logging
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
-from transformers.utils.output_capturing import capture_outputs
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from m2mkd.configuration.configuration_nac import NACConfig
 from m2mkd.modeling.graph_losses import (
@@ -35,14 +35,16 @@ from m2mkd.modeling.graph_losses import (
 )
 from m2mkd.modeling.graph_priors import cosine_distance, signatures_for
 from m2mkd.modeling.latent_pruning import prune_latents
+from m2mkd.modeling.nac_latents import NACLatents, NACLatentSeeder, NACLogVariance
 from m2mkd.modeling.nac_layers import (
     NACFeedForward,
     NACKernel,
     NACLatentAttention,
     NACModulatedHead,
-    NACModulatedLinear,
+    NACModulatedWeight,
     NACPooling,
     NACReadInAttention,
+    add_code_noise,
 )
 from m2mkd.modeling.nac_tokenizer import NACImageTokenizer, NACTokenizerBlock, NACTokenizerLinear
 
@@ -60,13 +62,17 @@ class NACModelOutput(ModelOutput):
         States of input and mediator latents, of shape `(batch_size, num_input_latents + num_mediator_latents,
         hidden_size)`: after the read-in, and after each propagator.
     attentions (`tuple(torch.FloatTensor)`, returned with `output_attentions=True`):
-        Attention weights of each propagator and of the read-out, of shape `(batch_size, num_attention_heads,
-        num_receivers, num_senders)`.
+        Attention weights of each round of messages, of shape `(batch_size, num_attention_heads, num_mediator_latents,
+        num_senders)`.
+    cross_attentions (`tuple(torch.FloatTensor)`, returned with `output_attentions=True`):
+        Attention weights of the read-out, of shape `(batch_size, num_attention_heads, num_output_latents,
+        num_senders)`; one tensor.
     """
 
     last_hidden_state: torch.FloatTensor | None = None
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
     attentions: tuple[torch.FloatTensor, ...] | None = None
+    cross_attentions: tuple[torch.FloatTensor, ...] | None = None
 
 
 @auto_docstring(custom_intro="Output of [`NACForImageClassification`].")
@@ -83,6 +89,8 @@ class NACImageClassifierOutput(ModelOutput):
         Unweighted hinge repulsion of the signatures.
     block_model_loss (`torch.FloatTensor` of shape `()`, returned if the config weighs it):
         Unweighted distance of the mediators' graph from the stochastic block model.
+    cross_attentions (`tuple(torch.FloatTensor)`, returned with `output_attentions=True`):
+        As in [`NACModelOutput`].
     """
 
     loss: torch.FloatTensor | None = None
@@ -92,71 +100,11 @@ class NACImageClassifierOutput(ModelOutput):
     block_model_loss: torch.FloatTensor | None = None
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
     attentions: tuple[torch.FloatTensor, ...] | None = None
+    cross_attentions: tuple[torch.FloatTensor, ...] | None = None
 
 
-# ---- Latents ----
-
-
-class NACLatents(nn.Module):
-    """
-    A set of latents: signatures (where each lies in the graph), codes (what each computes) and, without a seeder,
-    their first states.
-    """
-
-    def __init__(self, config: NACConfig, num_latents: int, is_mediator: bool = False):
-        super().__init__()
-        self.num_latents = num_latents
-        self.is_mediator = is_mediator
-        has_layers = is_mediator and not config.share_codes_between_layers
-        layers = (config.num_hidden_layers,) if has_layers else ()
-        self.signatures = nn.Parameter(
-            torch.empty(num_latents, config.signature_size), requires_grad=config.learnable_signatures
-        )
-        self.codes = nn.Parameter(torch.empty(*layers, num_latents, config.code_size))
-        self.initial_states = None
-        # CODEPATH: m2mKD's checkpoints seed first states from codes; official `use_latent_seeder: false` holds them
-        if not config.use_latent_seeder and not (is_mediator and config.mediators_start_as_inputs):
-            self.initial_states = nn.Parameter(torch.empty(num_latents, config.hidden_size))
-
-    def layer_codes(self, layer_idx: int) -> torch.Tensor:
-        """Codes of shape `(num_latents, code_size)` in one round of messages; -1 is the last."""
-        return self.codes[layer_idx] if self.codes.dim() == 3 else self.codes
-
-
-def add_code_noise(codes: torch.Tensor, scale: float) -> torch.Tensor:
-    """`codes` of shape `(num_latents, code_size)` plus uniform noise of at most `scale` times their size."""
-    noise = torch.rand(codes.shape, dtype=codes.dtype, device=codes.device)
-    bound = scale * codes.detach().abs()
-    return codes + (noise * (2 * bound) - bound)
-
-
-class NACLogVariance(nn.Linear):
-    """Logarithm of the seeder's variance; it starts at a standard deviation of about `exp(-2.5)`."""
-
-
-class NACLatentSeeder(nn.Module):
-    """Computes the first state of each latent from its code; in training with noise of a learned size."""
-
-    def __init__(self, config: NACConfig):
-        super().__init__()
-        # CODEPATH: m2mKD trained all its checkpoints with this noise; an option of the official code leaves it out
-        self.code_noise_scale = config.code_noise_scale if config.use_code_noise_in_latent_seeder else 0.0
-        self.sample_in_eval = config.sample_in_eval
-        self.layernorm = nn.LayerNorm(config.code_size, eps=config.layer_norm_eps)
-        self.mean = nn.Linear(config.code_size, config.hidden_size)
-        # CODEPATH: m2mKD's checkpoints have the noise; those of the official `use_state_noise: false` lack its weights
-        self.log_variance = NACLogVariance(config.code_size, config.hidden_size) if config.use_state_noise else None
-
-    def forward(self, codes: torch.Tensor, batch_size: int) -> torch.Tensor:
-        """`(num_latents, code_size)` to `(batch_size, num_latents, hidden_size)`."""
-        if self.training and self.code_noise_scale > 0:
-            codes = add_code_noise(codes, self.code_noise_scale)
-        codes = self.layernorm(codes)
-        mean = self.mean(codes)
-        if self.log_variance is None or not (self.training or self.sample_in_eval):
-            return mean.expand(batch_size, -1, -1)
-        std = (0.5 * self.log_variance(codes)).exp()
-        return mean + std * torch.randn(batch_size, *mean.shape, dtype=mean.dtype, device=mean.device)
+class NACClassifier(nn.Linear):
+    """A linear head, which starts without a bias to any class."""
 
 
 # ---- The parts of a circuit ----
@@ -214,7 +162,7 @@ class NACPropagator(GradientCheckpointingLayer):
             sender_codes = add_code_noise(sender_codes, self.code_noise_scale)
         inputs, mediators = hidden_states[:, : self.num_input_latents], hidden_states[:, self.num_input_latents :]
         senders = hidden_states if log_affinity.shape[-1] == hidden_states.shape[1] else mediators
-        bias = self.kernel(log_affinity, hidden_states.shape[0])
+        bias = self.kernel.bias(log_affinity, hidden_states.shape[0])
         mediators, _ = self.attention(mediators, senders, receiver_codes, sender_codes, bias, **kwargs)
         return torch.cat((inputs, self.ffn(mediators, receiver_codes)), dim=1)
 
@@ -245,7 +193,7 @@ class NACReadOut(nn.Module):
         if self.training and self.code_noise_scale > 0:
             receiver_codes = add_code_noise(receiver_codes, self.code_noise_scale)
             sender_codes = add_code_noise(sender_codes, self.code_noise_scale)
-        bias = self.kernel(log_affinity, states.shape[0])
+        bias = self.kernel.bias(log_affinity, states.shape[0])
         states, _ = self.attention(states, senders, receiver_codes, sender_codes, bias, **kwargs)
         return self.ffn(states, receiver_codes)
 
@@ -264,7 +212,11 @@ class NACPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    _can_record_outputs = {"hidden_states": NACPropagator, "attentions": NACLatentAttention}
+    _can_record_outputs = {
+        "hidden_states": NACPropagator,
+        "attentions": OutputRecorder(NACLatentAttention, index=1, layer_name="layers"),
+        "cross_attentions": OutputRecorder(NACLatentAttention, index=1, layer_name="read_out"),
+    }
     _input_embed_layer = "tokenizer"
 
     @torch.no_grad()
@@ -281,12 +233,14 @@ class NACPreTrainedModel(PreTrainedModel):
                 init.uniform_(module.bias, -bound, bound)
             if isinstance(module, NACLogVariance):
                 init.constant_(module.bias, -5.0)
+            elif isinstance(module, NACClassifier):
+                init.zeros_(module.bias)
         elif isinstance(module, NACTokenizerBlock):
             init.constant_(module.layer_scale, module.layer_scale_init_value)
         elif isinstance(module, NACImageTokenizer):
             if module.position_embeddings is not None:
                 init.normal_(module.position_embeddings)
-        elif isinstance(module, NACModulatedLinear):
+        elif isinstance(module, NACModulatedWeight):
             init.kaiming_uniform_(module.weight, a=5**0.5)
             if module.bias is not None:
                 init.zeros_(module.bias)
@@ -355,22 +309,24 @@ class NACModel(NACPreTrainedModel):
     def seed(self, batch_size: int) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
         """First states of input, mediator (`None` if they start as inputs) and output latents, for a batch."""
 
-        def first_states(latents: NACLatents, codes: torch.Tensor) -> torch.Tensor:
+        def first_states(latents: NACLatents) -> torch.Tensor:
+            _, codes, initial_states = latents()
             if self.latent_seeder is not None:
                 return self.latent_seeder(codes, batch_size)
-            return latents.initial_states.expand(batch_size, -1, -1)
+            return initial_states.expand(batch_size, -1, -1)
 
-        inputs = first_states(self.input_latents, self.input_latents.codes)
+        inputs = first_states(self.input_latents)
         mediators = None
         # CODEPATH: mediators of m2mKD's checkpoints have first states, official `use_input_states_as_mediator_states`
         # copies those of the inputs
         if not self.config.mediators_start_as_inputs:
-            mediators = first_states(self.mediator_latents, self.mediator_latents.layer_codes(0))
-        return inputs, mediators, first_states(self.output_latents, self.output_latents.codes)
+            mediators = first_states(self.mediator_latents)
+        return inputs, mediators, first_states(self.output_latents)
 
     def read(self, pixel_values: torch.Tensor, inputs: torch.Tensor, mediators: torch.Tensor | None) -> torch.Tensor:
         """Read the images: the hidden states that the propagators work on (see `NACModelOutput.hidden_states`)."""
-        inputs = self.read_in(inputs, self.tokenizer(pixel_values), self.input_latents.codes)
+        _, codes, _ = self.input_latents()
+        inputs = self.read_in(inputs, self.tokenizer(pixel_values), codes)
         return torch.cat((inputs, inputs if mediators is None else mediators), dim=1)
 
     def propagate(
@@ -381,8 +337,9 @@ class NACModel(NACPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
         """One round of messages; `log_affinity` as in [`NACPropagator`]."""
-        codes = self.mediator_latents.layer_codes(layer_idx)
-        sender_codes = torch.cat((self.input_latents.codes, codes)) if self.inputs_send(layer_idx) else codes
+        _, codes, _ = self.mediator_latents(layer_idx)
+        _, input_codes, _ = self.input_latents()
+        sender_codes = torch.cat((input_codes, codes)) if self.inputs_send(layer_idx) else codes
         return self.propagator(layer_idx)(hidden_states, codes, sender_codes, log_affinity, **kwargs)
 
     def write(
@@ -394,16 +351,19 @@ class NACModel(NACPreTrainedModel):
     ) -> torch.Tensor:
         """Read-out: first states of the output latents to their last ones."""
         first = self.config.first_output_sender
-        codes = torch.cat((self.input_latents.codes, self.mediator_latents.layer_codes(-1)))[first:]
-        senders = hidden_states[:, first:]
-        return self.read_out(outputs, senders, self.output_latents.codes, codes, log_affinity, **kwargs)
+        _, codes, _ = self.output_latents()
+        sender_codes = torch.cat((self.input_latents()[1], self.mediator_latents(-1)[1]))[first:]
+        return self.read_out(outputs, hidden_states[:, first:], codes, sender_codes, log_affinity, **kwargs)
 
     def log_affinities(self) -> list[torch.Tensor]:
         """
         Log affinity of each round's senders and mediators, and last that of the read-out: once for each distinct
         bandwidth, and in evaluation once for all forwards until signatures or bandwidths change.
         """
-        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.compiler.is_exporting():
+        if torch.compiler.is_exporting() and not torch.is_grad_enabled():
+            # ONNX traces once more with gradients on, where a bias that wants one gets another kernel of attention
+            return [log_affinity.detach() for log_affinity in self._compute_log_affinities(by_value=False)]
+        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return self._compute_log_affinities(by_value=False)
         sources = [latents.signatures for latents in (self.input_latents, self.mediator_latents, self.output_latents)]
         sources += [kernel.bandwidth for kernel in (*(layer.kernel for layer in self.layers), self.read_out.kernel)]
@@ -418,7 +378,7 @@ class NACModel(NACPreTrainedModel):
 
     def _compute_log_affinities(self, by_value: bool) -> list[torch.Tensor]:
         config = self.config
-        inputs, mediators = self.input_latents.signatures, self.mediator_latents.signatures
+        (inputs, *_), (mediators, *_) = self.input_latents(), self.mediator_latents()
         # in float32, whatever autocast says: the truncation is a decision
         # (the meta device, on which a run is planned, has no autocast)
         device_type = "cpu" if mediators.is_meta else mediators.device.type
@@ -430,13 +390,14 @@ class NACModel(NACPreTrainedModel):
             affinities = []
             for layer_idx in range(config.num_hidden_layers):
                 kernel, inputs_send = self.propagator(layer_idx).kernel, self.inputs_send(layer_idx)
-                key = (float(kernel.bandwidth) if by_value else id(kernel), inputs_send)
+                has_value = by_value and not kernel.bandwidth.is_meta
+                key = (float(kernel.bandwidth) if has_value else id(kernel), inputs_send)
                 if key not in known:
-                    known[key] = kernel.log_affinity(distance if inputs_send else distance[:, len(inputs) :])
+                    known[key] = kernel(distance if inputs_send else distance[:, len(inputs) :])
                 affinities.append(known[key])
-            outputs = self.output_latents.signatures.float()
+            outputs = self.output_latents()[0].float()
             distance = cosine_distance(outputs, senders[config.first_output_sender :])
-            return [*affinities, self.read_out.kernel.log_affinity(distance)]
+            return [*affinities, self.read_out.kernel(distance)]
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
@@ -461,7 +422,7 @@ class NACForImageClassification(NACPreTrainedModel):
         if config.num_labels == 0:
             self.classifier = nn.Identity()
         elif is_pooled:
-            self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+            self.classifier = NACClassifier(config.hidden_size, config.num_labels)
         else:
             self.classifier = NACModulatedHead(config)
         self.post_init()
@@ -472,7 +433,7 @@ class NACForImageClassification(NACPreTrainedModel):
             return self.classifier(self.pooling(states))
         if self.num_labels == 0:
             return states[:, 0]
-        return self.classifier(states, self.nac.output_latents.codes)
+        return self.classifier(states, self.nac.output_latents()[1])
 
     def graph_losses(self) -> dict[str, torch.Tensor]:
         """
@@ -578,6 +539,7 @@ class NACForImageClassification(NACPreTrainedModel):
             **graph_losses,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            cross_attentions=outputs.cross_attentions,
         )
 
 

@@ -22,9 +22,10 @@ from torch import nn
 from transformers import PreTrainedConfig
 from transformers import initialization as init
 from transformers.activations import ACT2FN
+from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
 from transformers.integrations import use_experts_implementation
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import ModelOutput
+from transformers.modeling_outputs import BackboneOutput, ModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, auto_docstring
@@ -34,6 +35,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from m2mkd.configuration.configuration_vmoe import VMoEConfig
 from m2mkd.modeling.losses import importance_loss, load_loss
 from m2mkd.modeling.stitches import StitchLayer
+from m2mkd.modeling.vmoe_experts import AnyWidthExpertsInterface
 
 
 @auto_docstring(custom_intro="Output of [`VMoEModel`].")
@@ -80,6 +82,24 @@ class VMoEImageClassifierOutput(ModelOutput):
     load_loss: torch.FloatTensor | None = None
     hidden_states: tuple[torch.FloatTensor, ...] | None = None
     attentions: tuple[torch.FloatTensor, ...] | None = None
+    router_logits: tuple[torch.FloatTensor, ...] | None = None
+
+
+@auto_docstring(custom_intro="Output of [`VMoEBackbone`].")
+@dataclass
+class VMoEBackboneOutput(BackboneOutput):
+    r"""
+    feature_maps (`tuple(torch.FloatTensor)`):
+        For each of `out_features`, the hidden states of the patches after the final layer norm, of shape
+        `(batch_size, hidden_size, height / patch_size, width / patch_size)`. A stage that ends in a stitch has the
+        stitch's width, and no layer norm.
+    last_hidden_state (`torch.FloatTensor` of shape `(batch_size, num_patches + 1, hidden_size)`):
+        As in [`VMoEModelOutput`].
+    router_logits (`tuple(torch.FloatTensor)`, returned with `output_router_logits=True`):
+        As in [`VMoEModelOutput`].
+    """
+
+    last_hidden_state: torch.FloatTensor | None = None
     router_logits: tuple[torch.FloatTensor, ...] | None = None
 
 
@@ -217,13 +237,14 @@ class VMoEMLP(nn.Module):
 
 class VMoERouter(nn.Module):
     """
-    Linear gate: the `num_experts_per_tok` largest logits choose the experts, their softmax weighs them. There is no
-    capacity: no token is dropped.
+    Linear gate: the `num_experts_per_tok` largest logits choose the experts, their softmax (or their part in that of
+    all logits) weighs them. There is no capacity: no token is dropped.
     """
 
     def __init__(self, config: VMoEConfig):
         super().__init__()
         self.top_k = config.num_experts_per_tok
+        self.norm_topk_prob = config.norm_topk_prob
         self.noise_std = config.router_noise_std / config.num_experts
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
         self.bias = nn.Parameter(torch.empty(config.num_experts))
@@ -242,11 +263,15 @@ class VMoERouter(nn.Module):
         if self.training and self.noise_std > 0:
             noisy_logits = logits + self.noise_std * torch.randn_like(logits)
         top_k_logits, top_k_index = torch.topk(noisy_logits, self.top_k, dim=-1)
-        top_k_weights = F.softmax(top_k_logits, dim=-1, dtype=torch.float32).to(hidden_states.dtype)
-        return logits, noisy_logits, top_k_weights, top_k_index
+        # CODEPATH: Google's V-MoE checkpoints weigh by shares among all experts, m2mKD's among the chosen ones
+        if self.norm_topk_prob:
+            top_k_weights = F.softmax(top_k_logits, dim=-1, dtype=torch.float32)
+        else:
+            top_k_weights = F.softmax(noisy_logits, dim=-1, dtype=torch.float32).gather(-1, top_k_index)
+        return logits, noisy_logits, top_k_weights.to(hidden_states.dtype), top_k_index
 
 
-@use_experts_implementation(has_gate=False, has_bias=True)
+@use_experts_implementation(experts_interface=AnyWidthExpertsInterface(), has_gate=False, has_bias=True)
 class VMoEExperts(nn.Module):
     """Two-layer perceptrons in stacked weights; the backend is chosen by `model.set_experts_implementation(...)`."""
 
@@ -472,6 +497,54 @@ class VMoEForImageClassification(VMoEPreTrainedModel):
         )
 
 
+@auto_docstring(
+    custom_intro="""
+    V-MoE as the backbone of a dense-prediction model. Images may have any size: the position embeddings are
+    interpolated. The balance losses of the config are the classifier's, and not computed here.
+    """
+)
+class VMoEBackbone(BackboneMixin, VMoEPreTrainedModel):
+    def __init__(self, config: VMoEConfig):
+        super().__init__(config)
+        self.vmoe = VMoEModel(config)
+        self.is_stitched = [False, *(layer.post_stitch is not None for layer in self.vmoe.layers)]
+        self.num_features = [config.stitch_size if stitched else config.hidden_size for stitched in self.is_stitched]
+        self.post_init()
+
+    @can_return_tuple
+    @filter_output_hidden_states
+    @auto_docstring
+    def forward(self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> VMoEBackboneOutput:
+        r"""
+        Example:
+
+        ```python
+        >>> import torch
+        >>> from m2mkd import VMoEBackbone, VMoEConfig
+
+        >>> backbone = VMoEBackbone(VMoEConfig.from_preset("tiny", out_features=["stage2", "stage4"]))
+        >>> [list(feature_map.shape) for feature_map in backbone(torch.zeros(1, 3, 64, 48)).feature_maps]
+        [[1, 32, 8, 6], [1, 32, 8, 6]]
+
+        ```"""
+        outputs: VMoEModelOutput = self.vmoe(pixel_values, interpolate_pos_encoding=True, **kwargs)
+        patch_height, patch_width = self.vmoe.embeddings.patch_embeddings.patch_size
+        grid_size = (pixel_values.shape[-2] // patch_height, pixel_values.shape[-1] // patch_width)
+        feature_maps = []
+        for index in self.out_indices:
+            hidden_states = outputs["hidden_states"][index][:, 1:]
+            if not self.is_stitched[index]:
+                hidden_states = self.vmoe.layernorm(hidden_states)
+            feature_maps.append(hidden_states.transpose(1, 2).unflatten(2, grid_size).contiguous())
+        return VMoEBackboneOutput(
+            feature_maps=tuple(feature_maps),
+            last_hidden_state=outputs.last_hidden_state,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.router_logits,
+        )
+
+
 def has_balance_loss(config: PreTrainedConfig) -> bool:
     """Whether `config` is a V-MoE's and gives a balance loss a weight."""
     if not isinstance(config, VMoEConfig):
@@ -507,4 +580,4 @@ def balance_losses(
     return {"aux_loss": aux_loss, **losses}
 
 
-__all__ = ["VMoEForImageClassification", "VMoEModel", "VMoEPreTrainedModel"]
+__all__ = ["VMoEBackbone", "VMoEForImageClassification", "VMoEModel", "VMoEPreTrainedModel"]

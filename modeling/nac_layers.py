@@ -87,11 +87,15 @@ class ModulatedLinear(torch.autograd.Function):
         return grad_states, grad_scale, grad_weight, grad_bias, None
 
 
-class NACModulatedLinear(nn.Module):
-    """
-    ModFC of the NAC paper: a linear layer whose inputs are scaled, channel by channel, as the latent's code says:
-    `y_u = W (x_u ∘ (gain * layernorm(P code_u) + 1)) + b`.
-    """
+def add_code_noise(codes: torch.Tensor, scale: float) -> torch.Tensor:
+    """`codes` of shape `(num_latents, code_size)` plus uniform noise of at most `scale` times their size."""
+    noise = torch.rand(codes.shape, dtype=codes.dtype, device=codes.device)
+    bound = scale * codes.detach().abs()
+    return codes + (noise * (2 * bound) - bound)
+
+
+class NACModulatedWeight(nn.Module):
+    """The parameters of [`NACModulatedLinear`], and the scale of the inputs that a code asks for."""
 
     def __init__(self, config: NACConfig, in_features: int, out_features: int, bias: bool = True):
         super().__init__()
@@ -108,6 +112,13 @@ class NACModulatedLinear(nn.Module):
         scale = F.layer_norm(self.code_projection(codes), (self.in_features,), eps=1e-5)
         gain = self.gain_init_value if self.gain is None else self.gain
         return gain * scale + self.offset
+
+
+class NACModulatedLinear(NACModulatedWeight):
+    """
+    ModFC of the NAC paper: a linear layer whose inputs are scaled, channel by channel, as the latent's code says:
+    `y_u = W (x_u ∘ (gain * layernorm(P code_u) + 1)) + b`.
+    """
 
     def forward(
         self,
@@ -150,8 +161,10 @@ class NACKernel(nn.Module):
         else:
             self.bandwidth = nn.Buffer(torch.empty(()))
 
-    def log_affinity(self, distance: torch.Tensor) -> torch.Tensor:
+    def forward(self, distance: torch.Tensor) -> torch.Tensor:
         """
+        The log affinity of receivers and senders.
+
         Args:
             distance (`torch.Tensor` of shape `(num_receivers, num_senders)`): Cosine distance of the signatures.
 
@@ -177,7 +190,7 @@ class NACKernel(nn.Module):
         # the logarithm of the sigmoid; unlike `logsigmoid` it keeps one tensor for the backward pass
         return -F.softplus((torch.logit(uniform, eps=eps) + odds) / -self.temperature)
 
-    def forward(self, log_affinity: torch.Tensor, batch_size: int) -> torch.Tensor:
+    def bias(self, log_affinity: torch.Tensor, batch_size: int) -> torch.Tensor:
         """
         The bias of the attention scores, of shape `(1 or batch_size, 1, num_receivers, num_senders)`; outside training
         each image may have a `log_affinity` of its own.
@@ -206,6 +219,25 @@ def eager_attention_forward(
     return torch.matmul(weights, value).transpose(1, 2), weights
 
 
+class NACReadInKeys(NACModulatedWeight):
+    """The map of tokens to keys, on the side of the latents (see [`NACReadInAttention`])."""
+
+    def forward(self, queries: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+        """`(batch_size, num_latents, num_heads, head_dim)`, `(num_latents, code_size)` to queries in token space."""
+        weight = self.weight.view(*queries.shape[2:], -1)
+        return torch.einsum("buhd,hdx->buhx", queries, weight) * self.code_scale(codes)[:, None]
+
+
+class NACReadInValues(NACModulatedWeight):
+    """The map of tokens to values, applied to what each head of a latent has gathered."""
+
+    def forward(self, messages: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+        """`(batch_size, num_latents, num_heads, token_size)` to `(batch_size, num_latents, hidden_size)`."""
+        weight = self.weight.view(messages.shape[2], -1, messages.shape[3])
+        values = torch.einsum("buhx,hdx->buhd", messages * self.code_scale(codes)[:, None], weight).flatten(2)
+        return values if self.bias is None else values + self.bias
+
+
 class NACReadInAttention(nn.Module):
     """
     Input latents attend to image tokens. Keys and values are modulated linear maps of the tokens, another one for each
@@ -225,8 +257,8 @@ class NACReadInAttention(nn.Module):
         self.sender_layernorm = nn.LayerNorm(token_size, eps=config.layer_norm_eps)
         self.receiver_layernorm = nn.LayerNorm(size, eps=config.layer_norm_eps)
         self.q_proj = NACModulatedLinear(config, size, size, bias)
-        self.k_proj = NACModulatedLinear(config, token_size, size, bias=False)
-        self.v_proj = NACModulatedLinear(config, token_size, size, bias)
+        self.k_proj = NACReadInKeys(config, token_size, size, bias=False)
+        self.v_proj = NACReadInValues(config, token_size, size, bias)
         self.o_proj = NACModulatedLinear(config, size, size)
         self.layer_scale = nn.Parameter(torch.empty(size))
         self.layer_scale_init_value = config.read_in_layer_scale_init_value
@@ -239,22 +271,16 @@ class NACReadInAttention(nn.Module):
             codes (`torch.Tensor` of shape `(num_latents, code_size)`): Or `(1, code_size)`, one for all.
         """
         batch_size, num_latents, _ = states.shape
-        heads = (self.num_heads, self.head_dim, -1)
         tokens = self.sender_layernorm(tokens)
         queries = self.q_proj(self.receiver_layernorm(states), codes)
-        queries = queries.view(batch_size, num_latents, self.num_heads, self.head_dim)
-        # (batch, latents, heads, token_size): each head of a latent asks for a vector of token space
-        queries = torch.einsum("buhd,hdx->buhx", queries, self.k_proj.weight.view(heads))
-        queries = (queries * self.k_proj.code_scale(codes)[:, None]).flatten(1, 2)[:, None].to(tokens.dtype)
+        queries = self.k_proj(queries.view(batch_size, num_latents, self.num_heads, self.head_dim), codes)
+        # the heads of all latents are one sequence of queries, and the tokens their only head of keys and values
+        queries = queries.flatten(1, 2)[:, None].to(tokens.dtype)
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
         messages, _ = attention_interface(self, queries, tokens[:, None], tokens[:, None], None, scaling=self.scaling)
-        messages = messages.reshape(batch_size, num_latents, self.num_heads, -1)
-        messages = messages * self.v_proj.code_scale(codes)[:, None]
-        values = torch.einsum("buhx,hdx->buhd", messages, self.v_proj.weight.view(heads)).flatten(2)
-        if self.v_proj.bias is not None:
-            values = values + self.v_proj.bias
+        values = self.v_proj(messages.reshape(batch_size, num_latents, self.num_heads, -1), codes)
         output = self.o_proj(values, codes, self.layer_scale)
         return states + output if self.has_residual else output
 

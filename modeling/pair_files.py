@@ -13,15 +13,17 @@
 # limitations under the License.
 """One distilled pair on disk: the student stage under the student's own names, its stitches, and where both belong."""
 
+import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from m2mkd.modeling.stages import Stage
 from m2mkd.modeling.stitched_stage import StitchedStage
@@ -30,13 +32,24 @@ from m2mkd.modeling.stitched_stage import StitchedStage
 STAGE_FILE = "model.safetensors"
 STITCHES_FILE = "stitches.safetensors"
 CONTRACT_FILE = "pair.json"
+# What all pairs of one student have in common; a pair from elsewhere does not fit between the others.
+_COMMON = ("model_type", "num_pairs", "hidden_size", "stitch_size")
+HASHES = {"teacher_sha256": "teacher", "meta_sha256": "meta model"}
+# They say nothing of what the weights are.
+_INCIDENTAL = ("transformers_version", "architectures", "dtype", "_name_or_path")
 
 
 class PairFileError(ValueError):
     """A pair's folder is missing, damaged, or belongs to another student."""
 
 
-def save_pair(pair: StitchedStage, folder: str | Path, stitch_size: int) -> None:
+def save_pair(
+    pair: StitchedStage,
+    folder: str | Path,
+    stitch_size: int,
+    teacher_sha256: str | None = None,
+    meta_sha256: str | None = None,
+) -> None:
     """
     Write `config.json`, `model.safetensors` (the stage's tensors, named as in the student), `stitches.safetensors` and
     `pair.json` into `folder`.
@@ -45,15 +58,75 @@ def save_pair(pair: StitchedStage, folder: str | Path, stitch_size: int) -> None
         pair (`StitchedStage`)
         folder (`str` or `Path`): Created if needed.
         stitch_size (`int`): Width of the meta model.
+        teacher_sha256, meta_sha256 (`str`, *optional*): [`tensors_sha256`] of the networks that it was distilled with.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    stage = pair.stage
+    stage, stitches = pair.stage, _on_cpu(pair.stitch_state_dict())
     stage.config.save_pretrained(folder)
     save_file(_on_cpu(stage.state_dict()), folder / STAGE_FILE, metadata={"format": "pt"})
-    save_file(_on_cpu(pair.stitch_state_dict()), folder / STITCHES_FILE, metadata={"format": "pt"})
-    contract = {**_contract(stage), "stitch_size": stitch_size}
+    save_file(stitches, folder / STITCHES_FILE, metadata={"format": "pt"})
+    contract = make_contract(
+        stage.config,
+        stage.index,
+        stage.num_stages,
+        stage.layer_indices,
+        stitch_size,
+        stitches,
+        teacher_sha256,
+        meta_sha256,
+    )
     (folder / CONTRACT_FILE).write_text(json.dumps(contract, indent=2) + "\n")
+
+
+def make_contract(
+    config: PreTrainedConfig,
+    index: int,
+    num_pairs: int,
+    layers: Sequence[int],
+    stitch_size: int,
+    stitches: Mapping[str, torch.Tensor],
+    teacher_sha256: str | None = None,
+    meta_sha256: str | None = None,
+) -> dict[str, Any]:
+    """
+    The content of `pair.json`: where a pair belongs, and what it was made with.
+
+    Args:
+        config (`PreTrainedConfig`): The student's.
+        index (`int`), num_pairs (`int`): The pair's place.
+        layers (`Sequence[int]`): Its layers in the student.
+        stitch_size (`int`): Width of the meta model.
+        stitches (`dict[str, torch.Tensor]`): Its stitches; the contract says their shapes.
+        teacher_sha256, meta_sha256 (`str`, *optional*): `None` if nobody knows.
+    """
+    return {
+        "index": index,
+        "num_pairs": num_pairs,
+        "layers": list(layers),
+        "model_type": config.model_type,
+        "hidden_size": config.hidden_size,
+        "stitch_size": stitch_size,
+        "stitches": {name: list(tensor.shape) for name, tensor in sorted(stitches.items())},
+        "teacher_sha256": teacher_sha256,
+        "meta_sha256": meta_sha256,
+    }
+
+
+def tensors_sha256(tensors: Mapping[str, torch.Tensor]) -> str | None:
+    """
+    SHA-256 of a network's tensors, types and shapes included: the same however the file is split and whatever its
+    header says. Names do not count, since transformers' classes do not always have those of the file. `None` if a
+    tensor is on the meta device, and so is not there.
+    """
+    digests = []
+    for tensor in tensors.values():
+        if tensor.is_meta:
+            return None
+        digest = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        digests.append(digest.digest())
+    return hashlib.sha256(b"".join(sorted(digests))).hexdigest()
 
 
 def load_stage(stage: Stage, folder: str | Path, reinitialize: tuple[str, ...] = ()) -> list[str]:
@@ -130,18 +203,107 @@ def keep_stitches(student: PreTrainedModel, folder: str | Path) -> None:
             parameter.copy_(saved[name])
 
 
+def match_pairs(folders: Sequence[str | Path]) -> list[Path]:
+    """
+    Check that pairs make one student: the contracts agree, so do the student's configurations, and every place is
+    taken once.
+
+    Args:
+        folders (`Sequence[str | Path]`): Folders of pairs, in any order.
+
+    Returns:
+        `list[Path]`: The folders in the order of the pairs.
+
+    Raises:
+        `PairFileError`: they do not fit; the message names the two files and the field. A hash that one of them does
+            not know is no contradiction, see [`unknown_networks`].
+    """
+    if not folders:
+        raise PairFileError("There is no pair to assemble.")
+    contracts = {Path(folder): read_contract(folder) for folder in folders}
+    for field in _COMMON:
+        _check_equal(field, {folder: contract.get(field) for folder, contract in contracts.items()}, CONTRACT_FILE)
+    for field in HASHES:
+        known = {folder: contract[field] for folder, contract in contracts.items() if contract.get(field)}
+        _check_equal(field, known, CONTRACT_FILE)
+    for name in ("config.json", "preprocessor_config.json"):
+        contents = {folder: _read_json(folder / name) for folder in contracts if (folder / name).is_file()}
+        for field in sorted({field for content in contents.values() for field in content} - set(_INCIDENTAL)):
+            _check_equal(field, {folder: content.get(field) for folder, content in contents.items()}, name)
+    places: dict[int, Path] = {}
+    # not the contracts: a folder given twice has one
+    for folder in map(Path, folders):
+        index = contracts[folder]["index"]
+        if index in places:
+            raise PairFileError(
+                f"{places[index] / CONTRACT_FILE} and {folder / CONTRACT_FILE} both say `index` {index}. Give each "
+                "pair once."
+            )
+        places[index] = folder
+    number = next(iter(contracts.values()))["num_pairs"]
+    missing = sorted(set(range(number)) - set(places))
+    if missing or len(places) > number:
+        raise PairFileError(
+            f"`num_pairs` is {number} in {next(iter(contracts)) / CONTRACT_FILE}; there are the pairs "
+            f"{sorted(places)}, so {missing or 'none'} are missing. Give one folder for each of 0 to {number - 1}."
+        )
+    ordered = [places[index] for index in range(number)]
+    for before, after in pairwise(ordered):
+        last, first = contracts[before]["layers"][-1], contracts[after]["layers"][0]
+        if first != last + 1:
+            raise PairFileError(
+                f"`layers` in {before / CONTRACT_FILE} end with {last}, but those in {after / CONTRACT_FILE} start "
+                f"with {first}. Use pairs of a student that was cut in one way."
+            )
+    return ordered
+
+
+def unknown_networks(folders: Sequence[str | Path]) -> list[str]:
+    """What contracts do not say of the networks behind their pairs, in sentences; a converted pair knows neither."""
+    contracts = {Path(folder): read_contract(folder) for folder in folders}
+    return [
+        f"{folder / CONTRACT_FILE} has no `{field}`: whether its {network} is that of the others was not checked."
+        for folder, contract in contracts.items()
+        for field, network in HASHES.items()
+        if not contract.get(field)
+    ]
+
+
+def _check_equal(field: str, values: Mapping[Path, Any], name: str) -> None:
+    first = next(iter(values), None)
+    for folder, value in values.items():
+        if value != values[first]:
+            raise PairFileError(
+                f"`{field}` is {values[first]!r} in {first / name} and {value!r} in {folder / name}. Modules of one "
+                "student come from one distillation: the same student, teacher and meta model."
+            )
+
+
 def read_contract(folder: str | Path) -> dict[str, Any]:
     """The content of `pair.json`. Raises `PairFileError` if it is missing or damaged."""
-    path = Path(folder) / CONTRACT_FILE
+    folder = Path(folder)
+    path = folder / CONTRACT_FILE
     if not path.is_file():
         raise PairFileError(f"{path} is missing: {folder} is no folder of a distilled pair.")
-    try:
-        contract = json.loads(path.read_text())
-    except ValueError as error:  # no JSON, or no text
-        raise PairFileError(f"{path} is damaged ({error}). Delete {folder} and distil this pair again.") from error
-    if not isinstance(contract, dict):
-        raise PairFileError(f"{path} is damaged (no JSON object). Delete {folder} and distil this pair again.")
+    contract = _read_json(path)
+    numbers, layers = [contract.get(name) for name in ("index", "num_pairs")], contract.get("layers")
+    if not isinstance(layers, list) or not layers or not all(isinstance(item, int) for item in [*numbers, *layers]):
+        raise PairFileError(
+            f"{path} is damaged (`index`, `num_pairs` or `layers` is missing or no number). Delete {folder} and "
+            "distil this pair again."
+        )
     return contract
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    way_out = f"Delete {path.parent} and distil this pair again."
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:  # no JSON, or no text
+        raise PairFileError(f"{path} is damaged ({error}). {way_out}") from error
+    if not isinstance(content, dict):
+        raise PairFileError(f"{path} is damaged (no JSON object). {way_out}")
+    return content
 
 
 def _contract(stage: Stage) -> dict[str, Any]:
@@ -173,4 +335,15 @@ def _shapes(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
-__all__ = ["PairFileError", "keep_stitches", "load_stage", "load_stitches", "read_contract", "save_pair"]
+__all__ = [
+    "PairFileError",
+    "keep_stitches",
+    "load_stage",
+    "load_stitches",
+    "make_contract",
+    "match_pairs",
+    "read_contract",
+    "save_pair",
+    "tensors_sha256",
+    "unknown_networks",
+]

@@ -1,4 +1,4 @@
-"""The command line: `train.py` and `m2mkd run`, `report`, `evaluate`, `few-shot`, `convert`."""
+"""The command line: `train.py` and `m2mkd run`, `report`, `evaluate`, `few-shot`, `push`, `assemble`, `convert`."""
 
 import logging
 import math
@@ -82,22 +82,78 @@ def report_command(context: typer.Context, run_folder: Annotated[Path, typer.Arg
     _explained(work)
 
 
+@app.command("push")
+def push_command(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN_FOLDER", help="A finished run.")],
+    repo_id: Annotated[str, typer.Option(metavar="USER/NAME", help="The repository; it is made if need be.")],
+    arm: Annotated[str, typer.Option(help="Which of the run's arms.")] = "m2mkd",
+    seed: Annotated[int | None, typer.Option(help="Of which seed, if the run has several.")] = None,
+    public: Annotated[bool, typer.Option("--public", help="Let everybody read it; otherwise it is private.")] = False,
+    with_code: Annotated[
+        bool, typer.Option("--with-code", help="Add the model's code, for readers without m2mkd.")
+    ] = False,
+    license: Annotated[str, typer.Option(help="Of the weights, as the Hub names it.")] = "apache-2.0",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would go; send nothing.")] = False,
+) -> None:
+    """
+    Push one arm of a run to the Hub, in one commit: the model, its image processor and card, and, of a distilled
+    student, each of its modules in pairs/<i> with its stitches and contract.
+
+    Log in first with `hf auth login`, or set HF_TOKEN.
+    """
+
+    def work() -> None:
+        from m2mkd.trainer.push import files_to_push, print_files, push
+
+        files = files_to_push(run_folder, arm, repo_id, seed, with_code, license)
+        print_files(files)
+        if dry_run:
+            print(f"Nothing was sent: this is what would go to {repo_id} ({'public' if public else 'private'}).")
+            return
+        print(f"It is at {push(files, repo_id, f'{arm} of {run_folder.resolve().name}', public)}.")
+
+    _explained(work)
+
+
+@app.command("assemble")
+def assemble_command(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to make.")],
+    sources: Annotated[list[str], typer.Argument(metavar="FOLDER_OR_ID...", help="Where the modules are.")],
+) -> None:
+    """
+    Build a student from distilled modules: the folder of a run or of single pairs, or repositories on the Hub
+    (user/name, or user/name/pairs/0).
+
+    Modules of different distillations are refused. The stitches are left out: train the student end to end next.
+    """
+
+    def work() -> None:
+        from m2mkd.trainer.assemble import assemble
+
+        print("\n".join(assemble(out, sources)))
+
+    _explained(work)
+
+
 @app.command("convert")
 def convert_command(
-    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A .pth, .pt or .safetensors file.")],
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A .pth, .pt, .safetensors or .npz file.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to make.")],
-    kind: Annotated[str, typer.Option(help="nac, nac-student, vmoe, vmoe-student or vit.")],
+    kind: Annotated[str, typer.Option(help="nac, nac-student, vmoe, vmoe-student, vit or vmoe-jax.")],
     config: Annotated[Path, typer.Option(help="The official YAML file; for vit and vmoe JSON, see below.")],
     stage: Annotated[int | None, typer.Option(help="Stage of a student or of a teacher, from 0.")] = None,
     num_stages: Annotated[int | None, typer.Option(help="Stages of a student's model. NAC: 10, V-MoE: 4.")] = None,
 ) -> None:
     """
-    Convert an official m2mKD checkpoint to a Hugging Face folder.
+    Convert an official checkpoint (of m2mKD, Deep Incubation or google-research/vmoe) to a Hugging Face folder.
 
     A NAC student is known by its file's name (ReadInStudent, MediatorStudent_3, ReadOutStudent) or by --stage.
 
     The official code has no file for the arguments of a ViT or V-MoE; give JSON or YAML, e.g.
     {"kwargs": {"patch_size": 14, "embed_dim": 1280, "num_heads": 16, "divided_depths": [4, 3, 4]}, "norm_eps": 1e-5}
+
+    A vmoe-jax is the parameter tree of google-research/vmoe, flattened into one file of named arrays; its --config
+    says what they do not show, e.g. {"num_selected_experts": 2}
 
     The folder of a student or of one stage holds that stage's tensors and its stitches, as a run's pairs/ do.
     """
@@ -257,6 +313,7 @@ def _explained(work: Callable[[], None]) -> None:
     from m2mkd.modeling.pair_files import PairFileError
     from m2mkd.modeling.stages import StageError
     from m2mkd.trainer.folders import RunError
+    from m2mkd.trainer.hub import HubError
     from m2mkd.trainer.m2mkd_trainer import NonFiniteError
     from m2mkd.trainer.recipe import RecipeError
     from m2mkd.trainer.report import ReportError
@@ -268,6 +325,7 @@ def _explained(work: Callable[[], None]) -> None:
     except (
         ConversionError,
         DataError,
+        HubError,
         NonFiniteError,
         PairFileError,
         RecipeError,

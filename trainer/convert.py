@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 from huggingface_hub.errors import StrictDataclassError
@@ -33,6 +34,7 @@ from m2mkd.modeling.conversion import (
     vmoe_student_config,
     without_aliases,
 )
+from m2mkd.modeling.conversion_jax import check_vmoe_jax, convert_vmoe_jax, plain_names, vmoe_jax_config
 from m2mkd.modeling.conversion_nac import (
     convert_nac,
     convert_nac_student,
@@ -43,7 +45,7 @@ from m2mkd.modeling.conversion_nac import (
 )
 from m2mkd.modeling.modeling_nac import NACForImageClassification
 from m2mkd.modeling.modeling_vmoe import VMoEForImageClassification
-from m2mkd.modeling.pair_files import CONTRACT_FILE, STAGE_FILE, STITCHES_FILE
+from m2mkd.modeling.pair_files import CONTRACT_FILE, STAGE_FILE, STITCHES_FILE, make_contract
 from m2mkd.modeling.stages import split_into_stages
 from m2mkd.trainer.folders import explained_write_errors
 
@@ -51,7 +53,7 @@ from m2mkd.trainer.folders import explained_write_errors
 Tensors = dict[str, torch.Tensor]
 
 
-KINDS = ("nac", "nac-student", "vmoe", "vmoe-student", "vit")
+KINDS = ("nac", "nac-student", "vmoe", "vmoe-student", "vit", "vmoe-jax")
 # Stages of the paper's students, where nothing else says how many there are.
 NUM_STAGES = {"nac-student": 10, "vmoe-student": 4}
 _ROLES = ("readin", "mediator", "readout")
@@ -100,7 +102,7 @@ def convert(
     Args:
         kind (`str`): What the checkpoint holds, one of `KINDS`.
         config_path (`Path`): An official YAML file, or a JSON file with the constructor's arguments.
-        checkpoint_path (`Path`): `.pth`, `.pt` or `.safetensors`.
+        checkpoint_path (`Path`): `.pth`, `.pt`, `.safetensors` or `.npz`.
         out (`Path`): Folder to make. It appears whole or not at all.
         stage (`int`, *optional*): Which stage a student is, or which one to take from a ViT or V-MoE.
         num_stages (`int`, *optional*): Stages of the student's model.
@@ -123,6 +125,8 @@ def convert(
             write, what = _nac(content, checkpoint)
         elif kind == "nac-student":
             write, what = _nac_student(content, checkpoint, checkpoint_path, stage, num_stages)
+        elif kind == "vmoe-jax":
+            write, what = _vmoe_jax(content, checkpoint)
         elif kind == "vmoe-student":
             write, what = _vmoe_student(content, checkpoint, checkpoint_path, stage, num_stages)
         else:
@@ -155,6 +159,9 @@ def read_checkpoint(path: Path) -> Checkpoint:
     try:
         if path.suffix == ".safetensors":
             return Checkpoint(model=load_file(path))
+        if path.suffix == ".npz":
+            with np.load(path, allow_pickle=False) as arrays:
+                return Checkpoint(model={name: _tensor(arrays[name]) for name in arrays.files})
         # mapped: of a checkpoint with an optimizer only the model is ever read
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path) or None)
     except pickle.UnpicklingError as error:
@@ -164,10 +171,27 @@ def read_checkpoint(path: Path) -> Checkpoint:
             "damaged, or it holds objects beside tensors: then load it where you trust it and save its state dict "
             f"alone. torch says: {reason}"
         ) from error
-    except (SafetensorError, OSError, EOFError, RuntimeError, ValueError, TypeError, KeyError, IndexError) as error:
+    except (
+        SafetensorError,
+        zipfile.BadZipFile,
+        OSError,
+        EOFError,
+        RuntimeError,
+        ValueError,
+        TypeError,
+        KeyError,
+        IndexError,
+    ) as error:
         reason = str(error).split("\n")[0]
         raise ConversionError(f"{path} is damaged or no checkpoint: {reason}") from error
     return _layout(content, path)
+
+
+def _tensor(array: np.ndarray) -> torch.Tensor:
+    # numpy knows no bfloat16, and keeps its two bytes
+    if array.dtype == np.dtype("V2"):
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
 
 
 def _layout(content: Any, path: Path) -> Checkpoint:
@@ -315,6 +339,15 @@ def _norm_eps(content: Mapping[str, Any]) -> float:
             "in ViT-Huge."
         )
     return content["norm_eps"]
+
+
+def _vmoe_jax(content: dict[str, Any], checkpoint: Checkpoint) -> tuple[Callable[[Path], None], str]:
+    """A V-MoE of google-research/vmoe."""
+    arrays = plain_names(_model_of(checkpoint))
+    model = _on_meta(VMoEForImageClassification, lambda: vmoe_jax_config(arrays, content))
+    converted = convert_vmoe_jax(arrays)
+    check_vmoe_jax(converted, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()})
+    return _whole(model, converted)
 
 
 def _model_of(checkpoint: Checkpoint, depths: list[int] | None = None) -> dict[str, Any]:
@@ -474,14 +507,8 @@ def _part(
     config = model.config
     config.architectures = [type(model).__name__]
     config.dtype = next(iter(tensors.values())).dtype
-    contract = {
-        "index": position.index,
-        "num_pairs": position.num_stages,
-        "layers": position.layers,
-        "model_type": config.model_type,
-        "hidden_size": config.hidden_size,
-        "stitch_size": stitch_size,
-    }
+    # the official files do not say which teacher and meta model a student was distilled with
+    contract = make_contract(config, position.index, position.num_stages, position.layers, stitch_size, stitches)
 
     def write(folder: Path) -> None:
         config.save_pretrained(folder)

@@ -3,14 +3,18 @@
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import HfApi
 from torch import nn
 from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.image_processing_utils import BaseImageProcessor
+from transformers.trainer_utils import HubStrategy
+from transformers.utils import PushInProgress, logging
 
 from m2mkd.data.dataset import ImageDataset
 from m2mkd.data.sampling import RepeatedSampler
@@ -21,12 +25,13 @@ from m2mkd.modeling.losses import (
     per_sample_kl,
     soft_distillation_loss,
 )
-from m2mkd.modeling.pair_files import save_pair
+from m2mkd.modeling.pair_files import save_pair, tensors_sha256
 from m2mkd.modeling.stages import StageError, check_stitchable, count_layers, split_into_stages
 from m2mkd.modeling.stitched_student import StitchedStudent
 from m2mkd.trainer.m2mkd_config import M2MKDConfig
 
 
+logger = logging.get_logger(__name__)
 # What one image tells of one pair; means of these are logged and evaluated.
 STATISTICS = ("cross_entropy", "accuracy", "kl", "agreement")
 # Written into a checkpoint when all its other files are there; a process can die between two of them.
@@ -101,6 +106,13 @@ class M2MKDTrainer(Trainer):
             cut = split_into_stages(teacher, args.teacher_depths or [count_layers(teacher)])
             teacher_stages = {index: cut[index] for index in indices}
 
+        # before anything is cast; contracts of pairs name the networks by them
+        used = {"teacher": teacher if args.alpha > 0 else None, "meta": meta} if args.num_pairs > 1 else {}
+        self.network_hashes = {
+            f"{name}_sha256": tensors_sha256(network.state_dict())
+            for name, network in used.items()
+            if network is not None
+        }
         self.student = model
         self.stitch_size = stitch_size
         self._statistics: dict[str, torch.Tensor] = defaultdict(float)
@@ -301,24 +313,117 @@ class M2MKDTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """
         Save the student: a whole student as an ordinary Hugging Face folder; of a cut one each trained pair, stitches
-        included, in `<output_dir>/pairs/<index>`.
+        included, in `<output_dir>/pairs/<index>`. With `push_to_hub` it is pushed, too.
         """
-        if _internal_call or not self.args.should_save:
-            super().save_model(output_dir, _internal_call=_internal_call)
+        if _internal_call and output_dir is not None:
+            # a checkpoint: what training goes on from
+            super().save_model(output_dir, _internal_call=True)
             return
-        folder = Path(output_dir or self.args.output_dir)
+        if self.args.should_save:
+            self._save_student(Path(output_dir or self.args.output_dir))
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save_student(self, folder: Path) -> None:
+        processors = [self.processing_class] if self.processing_class is not None else []
         if self.args.num_pairs == 1 or self.args.pairs == "all":
             self.student.save_pretrained(folder)
-            if self.processing_class is not None:
-                self.processing_class.save_pretrained(folder)
+            for processor in processors:
+                processor.save_pretrained(folder)
         if self.args.num_pairs > 1:
             for index, pair in self.trained_pairs().items():
-                save_pair(pair, folder / "pairs" / str(index), self.stitch_size)
+                save_pair(pair, folder / "pairs" / str(index), self.stitch_size, **self.network_hashes)
+                for processor in processors:
+                    processor.save_pretrained(folder / "pairs" / str(index))
+
+    # ---- The Hub ----
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """As [`~transformers.Trainer.push_to_hub`]; what goes there is what [`~M2MKDTrainer.save_model`] writes."""
+        # a push on its way still reads the files that are written next
+        self._finish_current_push()
+        return super().push_to_hub(*args, **kwargs)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # the Trainer would take the weights of the checkpoint, which are the stitched stages' and not the student's
+        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
+            return
+        is_busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
+        if is_busy and not self.args.hub_always_push:
+            return
+        self._finish_current_push()
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        self._save_student(Path(self.args.output_dir))
+        self.create_model_card()
+        step = f"Training in progress, step {self.state.global_step}"
+        jobs = [self._upload(self.args.output_dir, step, ignore_patterns=["_*", "checkpoint-*"])]
+        if self.args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            is_last = self.args.hub_strategy == HubStrategy.CHECKPOINT
+            place = "last-checkpoint" if is_last else Path(checkpoint_folder).name
+            jobs.append(self._upload(checkpoint_folder, f"{step}, checkpoint", path_in_repo=place))
+        self.push_in_progress = PushInProgress(jobs)
+
+    def _upload(self, folder: str, message: str, **kwargs: Any) -> Future:
+        job = HfApi(library_name="m2mkd").upload_folder(
+            repo_id=self.hub_model_id,
+            folder_path=folder,
+            commit_message=message,
+            token=self.args.hub_token,
+            run_as_future=True,
+            revision=self.args.hub_revision,
+            **kwargs,
+        )
+        job.add_done_callback(_say_failure)
+        return job
+
+    def create_model_card(
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: str | list[str] | None = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        dataset_args: str | list[str] | None = None,
+    ) -> None:
+        """
+        Write `README.md` into `args.output_dir`. Of the arguments that [`~transformers.Trainer`] takes, `license`,
+        `tags` and `dataset_tags` (Hub ids of the training data) are told.
+        """
+        # here, since it imports the folders of a run, which import this module
+        from m2mkd.trainer.cards import CARD_FILE, render_trainer_card
+
+        if not self.is_world_process_zero():
+            return
+        evaluations = [entry for entry in self.state.log_history if "eval_loss" in entry]
+        card = render_trainer_card(
+            self.student.config,
+            self.args,
+            source=self.hub_model_id or self.args.output_dir,
+            parameters=self.student.num_parameters(),
+            metrics=evaluations[-1] if evaluations else {},
+            license=license,
+            tags=[*self._tag_names, *_as_list(tags)],
+            datasets=_as_list(dataset_tags) or None,
+        )
+        card.save(Path(self.args.output_dir) / CARD_FILE)
 
     def trained_pairs(self) -> dict[int, nn.Module]:
         """The stitched stages that this trainer trains, by pair index."""
         pairs = self.accelerator.unwrap_model(self.model, keep_torch_compile=False).pairs
         return {int(name): pair for name, pair in pairs.items()}
+
+
+def _as_list(names: str | list[str] | None) -> list[str]:
+    return [names] if isinstance(names, str) else list(names or [])
+
+
+def _say_failure(job: Future) -> None:
+    # nobody asks a push in the background for its result
+    if not job.cancelled() and job.exception() is not None:
+        logger.warning(f"A push to the Hub failed, training goes on: {job.exception()}")
 
 
 def _check_networks(

@@ -303,7 +303,7 @@ class Phases:
             "meta_depths": self.meta_depths,
             "pairs": indices,
         }
-        trained: dict[int, Any] = {}
+        trained: list[M2MKDTrainer] = []
         work = self.own / "pairs" / f"work-{'-'.join(map(str, indices))}"
         results = self._train(
             work,
@@ -314,14 +314,16 @@ class Phases:
             cut,
             teacher=teacher,
             meta=meta,
-            on_trained=lambda trainer: trained.update(trainer.trained_pairs()),
+            on_trained=trained.append,
         )
-        for index, pair in trained.items():
+        (trainer,) = trained
+        for index, pair in trainer.trained_pairs().items():
             # pairs trained together share time and compute; the history is kept by each for its own curve
             share = {name: results[name] / len(indices) for name in ("train_seconds", "train_flops")}
 
             def write(temporary: Path, pair: Any = pair, share: Results = share) -> None:
-                save_pair(pair, temporary, meta.config.hidden_size)
+                save_pair(pair, temporary, meta.config.hidden_size, **trainer.network_hashes)
+                build_image_processor(self.data.config(spec.data)).save_pretrained(temporary)
                 own = {**share, "parameters": count_parameters(pair), "hybrids": hybrids}
                 write_json(temporary / TRAIN_RESULTS, {**results, **own})
 

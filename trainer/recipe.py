@@ -58,6 +58,8 @@ class _Section(BaseModel):
         for name, value in (training or {}).items():
             if name in _SET_BY_THE_RUNNER:
                 raise ValueError(f"`{name}` is set by the runner from other keys of the recipe; leave it out here")
+            if name == "push_to_hub" and value:
+                raise ValueError("`push_to_hub` would push single phases; push an arm of the run with `m2mkd push`")
             if name in _LOSS_ARGUMENTS and not cls._has_teacher:
                 raise ValueError(f"`{name}` belongs to distill.training or kd.training; this phase has no teacher")
             if name not in _TRAINING_TYPES:

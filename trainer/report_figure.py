@@ -223,9 +223,23 @@ def _name(report: Report) -> str:
     return str(report["recipe"].get("name") or "a run without a name")
 
 
-def _markdown_table(header: tuple[str, ...], rows: list[list[str]]) -> str:
+def markdown_table(header: tuple[str, ...], rows: list[list[str]]) -> str:
+    """A GitHub table; all columns but the first are aligned to the right."""
     rule = ["---", *["---:"] * (len(header) - 1)]
     return "\n".join(f"| {' | '.join(row)} |" for row in [header, rule, *rows])
+
+
+def results_section(report: Report) -> str:
+    """What was measured, as Markdown: the table, its caption, and the comparisons in words."""
+    sentences = "\n".join(f"- {comparison_sentence(comparison)}" for comparison in report["comparisons"])
+    parts = [markdown_table(COLUMNS, _result_rows(report)), _caption(report), sentences]
+    return "\n\n".join(part for part in parts if part)
+
+
+def compute_section(report: Report) -> str:
+    """What the networks cost, as Markdown: the table, and what it covers."""
+    covers = f"What the compute of each arm covers (the table is of seed {report['seed']}):"
+    return "\n\n".join([markdown_table(COST_COLUMNS, _cost_rows(report)), covers, _compute_notes(report)])
 
 
 def to_markdown(report: Report) -> str:
@@ -235,16 +249,12 @@ def to_markdown(report: Report) -> str:
         f"# {_name(report)}",
         f"Seeds {', '.join(report['seeds'])} · {report['device']} · {versions} · {report.get('date') or 'undated'}",
         "## Results",
-        _markdown_table(COLUMNS, _result_rows(report)),
-        _caption(report),
-        "\n".join(f"- {comparison_sentence(comparison)}" for comparison in report["comparisons"]),
+        results_section(report),
         _hybrid_section(report),
         "![Accuracy, training curves, distillation and expert load](report.png)",
         _graph_section(report),
         "## Training data and compute",
-        _markdown_table(COST_COLUMNS, _cost_rows(report)),
-        f"What the compute of each arm covers (the table is of seed {report['seed']}):",
-        _compute_notes(report),
+        compute_section(report),
         "## Reproduce",
         "Save this as `recipe.yaml` and run `m2mkd run recipe.yaml`, or `accelerate launch train.py recipe.yaml`:",
         f"```yaml\n{yaml.safe_dump(report['recipe'], sort_keys=False, allow_unicode=True)}```",
@@ -256,7 +266,7 @@ def _hybrid_section(report: Report) -> str:
     """What the pairs were distilled from; nothing where no pair was distilled from a teacher."""
     if not report.get("hybrids"):
         return ""
-    table = _markdown_table(HYBRID_COLUMNS, _hybrid_rows(report))
+    table = markdown_table(HYBRID_COLUMNS, _hybrid_rows(report))
     return f"## Teacher stages inside the meta model\n\n{table}\n\n{_hybrid_caption(report)}"
 
 

@@ -8,6 +8,7 @@ import torch
 import transformers
 from accelerate import PartialState
 
+from m2mkd.trainer.cards import write_cards
 from m2mkd.trainer.folders import RunError
 from m2mkd.trainer.phases import BEFORE_ARMS, Phases
 from m2mkd.trainer.recipe import Recipe
@@ -101,7 +102,10 @@ def _use_all_cores() -> None:
 
 
 def make_report(recipe: Recipe) -> Path:
-    """Write `report.json`, `report.md` and `report.png` from the folders of a finished run; returns `report.md`."""
+    """
+    Write `report.json`, `report.md` and `report.png` from the folders of a finished run, and the model card of each
+    arm into its folder. Returns the path of `report.md`.
+    """
     _quieten()
     output_dir = Path(recipe.output_dir)
     if PartialState().is_main_process:
@@ -114,6 +118,7 @@ def make_report(recipe: Recipe) -> Path:
             report["graph_density"] = {name: density(affinity) for name, affinity in affinities.items()}
             graph = draw_graphs(affinities)
         write_report(output_dir, report, read_histories(output_dir, recipe.seed, recipe.repeat_seeds), graph)
+        write_cards(output_dir)
         print_report(report)
     PartialState().wait_for_everyone()
     return output_dir / "report.md"

@@ -13,6 +13,7 @@ from m2mkd.modeling import (
     NACForImageClassification,
     NACModel,
     NACPreTrainedModel,
+    VMoEBackbone,
     VMoEForImageClassification,
     VMoEModel,
     VMoEPreTrainedModel,
@@ -25,6 +26,7 @@ __version__ = "0.1.0"
 _LAZY = {
     "M2MKDConfig": "m2mkd.trainer.m2mkd_config",
     "M2MKDTrainer": "m2mkd.trainer.m2mkd_trainer",
+    "export_hub_code": "m2mkd.trainer.hub",
 }
 
 __all__ = [
@@ -34,10 +36,12 @@ __all__ = [
     "NACForImageClassification",
     "NACModel",
     "NACPreTrainedModel",
+    "VMoEBackbone",
     "VMoEConfig",
     "VMoEForImageClassification",
     "VMoEModel",
     "VMoEPreTrainedModel",
+    "export_hub_code",
     "split_into_stages",
 ]
 

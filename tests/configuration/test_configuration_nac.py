@@ -162,7 +162,7 @@ class TestDefaults:
 
     def test_what_only_training_has_is_left_out_of_predictions(self) -> None:
         ignored = set(NACConfig.keys_to_ignore_at_inference)
-        assert {"hidden_states", "attentions", "aux_loss"} <= ignored and "logits" not in ignored
+        assert {"hidden_states", "attentions", "cross_attentions", "aux_loss"} <= ignored and "logits" not in ignored
 
 
 class TestPresets:

@@ -261,8 +261,9 @@ class TestOutputs:
         outputs = model(pixels(), output_hidden_states=True, output_attentions=True)
         assert outputs.logits.shape == (3, 5)
         assert [tuple(h.shape) for h in outputs.hidden_states] == [(3, 8 + 24, 48)] * 3
-        assert [tuple(a.shape) for a in outputs.attentions] == [(3, 3, 24, 32)] * 2 + [(3, 3, 4, 32)]
-        for attention in outputs.attentions:
+        assert [tuple(a.shape) for a in outputs.attentions] == [(3, 3, 24, 32)] * 2
+        assert [tuple(a.shape) for a in outputs.cross_attentions] == [(3, 3, 4, 32)]
+        for attention in (*outputs.attentions, *outputs.cross_attentions):
             assert torch.allclose(attention.sum(dim=-1), torch.ones(attention.shape[:-1]), atol=1e-5)
 
     def test_attention_goes_along_the_graph_alone(self) -> None:
@@ -285,7 +286,8 @@ class TestOutputs:
     def test_who_sends_to_whom(self, fields: dict[str, Any], senders: list[int]) -> None:
         model = nac(**fields)
         model.set_attn_implementation("eager")
-        attentions = model(pixels(), output_attentions=True).attentions
+        outputs = model(pixels(), output_attentions=True)
+        attentions = (*outputs.attentions, *outputs.cross_attentions)
         assert [attention.shape[-1] for attention in attentions] == senders
 
     def test_input_latents_stay_as_they_read(self) -> None:

@@ -62,6 +62,15 @@ class TestExpertsBackends:
         model.set_experts_implementation(backend)
         assert_close(result(model, images()), expected, atol=2e-5)
 
+    @pytest.mark.parametrize("sizes", [(16, 37), (18, 32), (18, 37)], ids=str)
+    @pytest.mark.parametrize("dtype, atol", [(torch.float32, 2e-5), (torch.bfloat16, 0.1)], ids=str)
+    def test_grouped_mm_takes_any_width(self, sizes: tuple[int, int], dtype: torch.dtype, atol: float) -> None:
+        model = vmoe(hidden_size=sizes[0], intermediate_size=sizes[1], num_attention_heads=2).to(dtype)
+        assert model.config._experts_implementation == "grouped_mm"
+        after = result(model, images().to(dtype))
+        model.set_experts_implementation("eager")
+        assert_close(after, result(model, images().to(dtype)), atol=atol)
+
     @pytest.mark.parametrize("backend", EXPERTS)
     def test_an_expert_without_tokens_gets_a_zero_gradient(self, backend: str) -> None:
         model = vmoe()

@@ -13,8 +13,11 @@ from m2mkd.modeling.pair_files import (
     keep_stitches,
     load_stage,
     load_stitches,
+    match_pairs,
     read_contract,
     save_pair,
+    tensors_sha256,
+    unknown_networks,
 )
 from m2mkd.modeling.stages import Stage
 from m2mkd.modeling.stitched_student import StitchedStage
@@ -60,6 +63,18 @@ class TestSavePair:
             "model_type": "vmoe",
             "hidden_size": 16,
             "stitch_size": 12,
+            "stitches": {
+                "post.linear.bias": [12],
+                "post.linear.weight": [12, 16],
+                "post.layernorm.bias": [16],
+                "post.layernorm.weight": [16],
+                "pre.linear.bias": [16],
+                "pre.linear.weight": [16, 12],
+                "pre.layernorm.bias": [12],
+                "pre.layernorm.weight": [12],
+            },
+            "teacher_sha256": None,
+            "meta_sha256": None,
         }
 
     def test_the_config_is_that_of_the_whole_student(self, folder: Path) -> None:
@@ -242,3 +257,97 @@ class TestReadContract:
     def test_a_folder_that_is_none_of_a_pair_is_named(self, tmp_path: Path) -> None:
         with pytest.raises(PairFileError, match="no folder of a distilled pair"):
             read_contract(tmp_path)
+
+
+class TestMatchPairs:
+    @pytest.fixture
+    def folders(self, tmp_path: Path) -> list[Path]:
+        """Three pairs of one distillation, last one first."""
+        folders = [tmp_path / str(index) for index in (2, 1, 0)]
+        for folder, index in zip(folders, (2, 1, 0), strict=True):
+            save_pair(StitchedStage(stage(index), STITCH_SIZE), folder, STITCH_SIZE, "a" * 64, "b" * 64)
+        return folders
+
+    def change(self, path: Path, **fields: object) -> None:
+        path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+    def test_they_come_back_in_their_order(self, folders: list[Path]) -> None:
+        assert match_pairs(folders) == folders[::-1]
+        assert unknown_networks(folders) == []
+
+    @pytest.mark.parametrize(
+        ("field", "value"),
+        [
+            ("num_pairs", 4),
+            ("model_type", "nac"),
+            ("hidden_size", 32),
+            ("stitch_size", 13),
+            ("teacher_sha256", "c" * 64),
+            ("meta_sha256", "c" * 64),
+        ],
+    )
+    def test_a_contract_of_another_student_is_refused(self, folders: list[Path], field: str, value: object) -> None:
+        self.change(folders[1] / "pair.json", **{field: value})
+        with pytest.raises(PairFileError, match=rf"`{field}` is .* in {folders[0]}/pair.json .* in {folders[1]}/pair"):
+            match_pairs(folders)
+
+    def test_so_is_another_student_s_configuration(self, folders: list[Path]) -> None:
+        self.change(folders[2] / "config.json", num_experts=8, transformers_version="1")
+        with pytest.raises(PairFileError, match=f"`num_experts` is 4 in {folders[0]}/config.json and 8 in"):
+            match_pairs(folders)
+
+    def test_and_other_pixels(self, folders: list[Path]) -> None:
+        (folders[0] / "preprocessor_config.json").write_text('{"image_mean": [0.5]}')
+        (folders[2] / "preprocessor_config.json").write_text('{"image_mean": [0.4]}')
+        with pytest.raises(PairFileError, match="`image_mean`"):
+            match_pairs(folders)
+
+    def test_every_place_is_taken_once(self, folders: list[Path]) -> None:
+        with pytest.raises(PairFileError, match=r"\[1\] are missing"):
+            match_pairs([folders[0], folders[2]])
+        self.change(folders[0] / "pair.json", index=1)
+        with pytest.raises(
+            PairFileError, match=f"{folders[0]}/pair.json and {folders[1]}/pair.json both say `index` 1"
+        ):
+            match_pairs(folders)
+        self.change(folders[0] / "pair.json", index=7)
+        with pytest.raises(PairFileError, match=r"pairs \[0, 1, 7\]"):
+            match_pairs(folders)
+        with pytest.raises(PairFileError, match="no pair"):
+            match_pairs([])
+
+    def test_stages_cut_in_another_way_do_not_join(self, folders: list[Path]) -> None:
+        self.change(folders[1] / "pair.json", layers=[1])
+        with pytest.raises(PairFileError, match=f"`layers` in {folders[1]}/pair.json end with 1"):
+            match_pairs(folders)
+
+    def test_an_unknown_network_is_said_and_no_contradiction(self, folders: list[Path]) -> None:
+        self.change(folders[1] / "pair.json", teacher_sha256=None)
+        assert match_pairs(folders) == folders[::-1]
+        (said,) = unknown_networks(folders)
+        assert str(folders[1]) in said and "teacher" in said
+
+    @pytest.mark.parametrize("fields", [{"index": "1"}, {"layers": []}, {"num_pairs": None}])
+    def test_a_damaged_contract_is_refused(self, folders: list[Path], fields: dict[str, object]) -> None:
+        self.change(folders[1] / "pair.json", **fields)
+        with pytest.raises(PairFileError, match="is damaged"):
+            match_pairs(folders)
+
+
+class TestTensorsSha256:
+    def test_it_is_of_types_shapes_and_values(self) -> None:
+        tensors = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor(1.0, dtype=torch.bfloat16)}
+        others = [
+            {**tensors, "a": tensors["a"].reshape(3, 2)},
+            {**tensors, "a": tensors["a"].int()},
+            {**tensors, "a": tensors["a"] + 1e-6},
+            {"a": tensors["a"]},
+        ]
+        hashes = {tensors_sha256(item) for item in [tensors, *others]}
+        assert len(hashes) == 5
+        # neither names nor order nor memory matter
+        again = {"c": tensors["b"], "a": tensors["a"].T.contiguous().T}
+        assert tensors_sha256(again) == tensors_sha256(tensors)
+
+    def test_what_is_not_there_has_none(self) -> None:
+        assert tensors_sha256({"a": torch.empty(2, device="meta")}) is None

@@ -47,7 +47,9 @@ class TestM2MKDConfig:
     def test_the_defaults_are_those_of_the_paper(self, make) -> None:
         args = make()
         assert (args.alpha, args.temperature, args.distillation_type) == (0.5, 1.0, "soft")
+        # no stitch is named: each student gets the paper's for it
         assert (args.kl_reduction, args.stitch, args.pairs) == ("batchmean", None, "all")
+        assert (args.nac_codes, args.read_in_latents) == ("random", "one")
 
     def test_the_arguments_of_the_base_class_that_differ_are_set(self, make) -> None:
         args = make()

@@ -137,6 +137,10 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         {"training": {"output_dir": "x"}},
         "training: `output_dir` is set by the runner",
     ),
+    "a phase that pushes itself": (
+        {"training": {"push_to_hub": True}},
+        "push an arm of the run with `m2mkd push`",
+    ),
     "loss argument where no teacher is": (
         {"finetune": {"data": "labelled", "training": {"alpha": 0.3}}},
         "finetune.training: `alpha` belongs to distill.training or kd.training",

@@ -114,7 +114,7 @@ class TestSideBySide:
         workers = [int((tmp_path / name).read_text()) for name in ("a", "b")]
         process.send_signal(how)
         process.wait()
-        for _ in range(50):
+        for _ in range(300):
             if not any(map(is_alive, workers)):
                 return
             time.sleep(0.1)

@@ -1,0 +1,167 @@
+"""README and the hand-written cards: every code block does what it says. (Cards of arms: test_cards, test_push.)"""
+
+import json
+import os
+import re
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+from configparser import ConfigParser
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from jax_vmoe import tree
+from official_nac_cases import nac_case
+from PIL import Image
+from testing_utils import vit
+from tiny_run import write_images
+from typer.testing import CliRunner
+
+from m2mkd.trainer.cli import _overrides, app
+from m2mkd.trainer.recipe import load_recipe
+
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "model_cards").glob("digits_*.md"))]
+# What makes minutes into seconds.
+QUICK = ["--training.max_steps", "2", "--equal_compute", "false", "--data.train.samples_per_class", "4"]
+QUICK += ["--training.dataloader_num_workers", "0"]
+DIGITS = [
+    *("--data.labelled.samples_per_class", "2"),
+    *("--data.iid.samples_per_class", "2", "--data.ood.samples_per_class", "2"),
+]
+LAUNCHERS = {"accelerate": ("accelerate.commands.launch", 2), "torchrun": ("torch.distributed.run", 1)}
+
+
+def blocks(document: Path, language: str) -> list[str]:
+    text = document.read_text(encoding="utf-8")
+    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+
+
+def commands() -> list[tuple[str, list[str]]]:
+    """Every command of every `bash` block, words apart and comments gone."""
+    return [
+        (document.stem, shlex.split(command, comments=True))
+        for document in DOCUMENTS
+        for block in blocks(document, "bash")
+        for line in block.splitlines()
+        for command in line.split("&&")
+        if shlex.split(command, comments=True)
+    ]
+
+
+def trainings() -> list[list[str]]:
+    """The commands that train, each once."""
+    found = [words for _, words in commands() if "train.py" in words or words[:2] == ["m2mkd", "run"]]
+    return [words for index, words in enumerate(found) if words not in found[:index]]
+
+
+def recipe_arguments(words: list[str]) -> list[str]:
+    last = words.index("train.py") if "train.py" in words else words.index("run")
+    return words[last + 1 :]
+
+
+@pytest.fixture
+def folder(finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with what the blocks read: runs, a picture, checkpoints, a recipe's images."""
+    for name in ("digits", "nac_digits", "mine"):
+        shutil.copytree(finished_run, tmp_path / "runs" / name)
+    for seed, name in enumerate(("test", "sketches")):
+        write_images(tmp_path / name, seed=seed)
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "image.png")
+    case = nac_case("nac_small_eval")
+    shutil.copy(case.folder / "config.json", tmp_path / "nac_scale_tinyimnet_config.yml")
+    torch.save({"model": case.state_dict, "model_ema": None}, tmp_path / "checkpoint_best.pt")
+    np.savez(tmp_path / "params.npz", **tree())
+    (tmp_path / "router.json").write_text(json.dumps({"num_selected_experts": 2}))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.stem)
+def test_the_python_blocks_run_one_after_the_other(document: Path, folder: Path) -> None:
+    sizes = {"image_size": 32, "patch_size": 8, "num_labels": 10}
+    images = [{"pixel_values": torch.randn(3, 32, 32), "labels": index % 10} for index in range(8)]
+    # what the text calls the reader's own
+    names: dict[str, Any] = {
+        "teacher": vit(num_hidden_layers=24, **sizes),
+        "meta": vit(num_hidden_layers=4, **sizes),
+        "train_dataset": images,
+        "pixel_values": torch.randn(1, 3, 8, 8),
+    }
+    scripts = blocks(document, "python")
+    assert scripts
+    for index, script in enumerate(scripts):
+        path = folder / f"block_{index}.py"
+        path.write_text(script)
+        names = {**names, **runpy.run_path(str(path), init_globals=names)}
+    if document.stem == "README":
+        # the last stage returns the model's own logits
+        with torch.no_grad():
+            assert torch.equal(names["hidden_states"], names["model"](names["pixel_values"]).logits)
+        assert names["trainer"].state.global_step > 0
+        assert (folder / "runs" / "digits" / "arms" / "m2mkd" / "modeling_vmoe.py").is_file()
+
+
+def test_the_commands_that_train_nothing_run(folder: Path) -> None:
+    ran = set()
+    for _, words in commands():
+        if words[0] == "m2mkd" and words[1] != "run":
+            done = CliRunner().invoke(app, words[1:])
+            assert done.exit_code == 0, f"{words}: {done.output}"
+            ran.add(words[1])
+            shutil.rmtree("student", ignore_errors=True)
+    assert ran == {"assemble", "convert", "evaluate", "few-shot", "push", "report"}
+
+
+def test_the_recipes_and_overrides_of_the_others_are_valid() -> None:
+    assert len(trainings()) > 5
+    for words in trainings():
+        arguments = recipe_arguments(words)
+        has_recipe = bool(arguments) and not arguments[0].startswith("--")
+        path, options = (ROOT / arguments[0], arguments[1:]) if has_recipe else (None, arguments)
+        load_recipe(path, _overrides(options))
+
+
+def test_what_is_to_be_installed_is_there() -> None:
+    setup = ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    for _, words in commands():
+        if words[0] == "pip":
+            extras = [name for word in words for name in re.findall(r"\[(\w+)\]", word)]
+            assert set(extras) <= set(setup["options.extras_require"]), words
+            constraints = [word for option, word in pairwise(words) if option == "-c"]
+            assert all((ROOT / name).is_file() for name in constraints), words
+    kinds = {words[0] for _, words in commands()}
+    assert kinds <= {"pip", "pytest", "m2mkd", *LAUNCHERS}, "a command of a kind that no test runs"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", trainings(), ids=" ".join)
+def test_the_commands_that_train_run(words: list[str], tmp_path: Path) -> None:
+    """As they stand, but for the sizes, the folder of the run and the reader's own images."""
+    for name in ("red", "green"):
+        (tmp_path / "PATH" / name).mkdir(parents=True)
+        for index in range(40):
+            Image.new("RGB", (16, 16), (index, 60, 90)).save(tmp_path / "PATH" / name / f"{index}.png")
+    module, skipped = LAUNCHERS.get(words[0], ("m2mkd.trainer.cli", 1))
+    words = [word.replace(":PATH", f":{tmp_path}/PATH") for word in words[skipped:]]
+    sizes = [] if "recipes/image_folder.yaml" in words else DIGITS
+    quick = [*QUICK, *sizes, "--output_dir", str(tmp_path / "run")]
+    done = subprocess.run(
+        [sys.executable, "-m", module, *words, *quick],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=900,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "run" / "recipe.json").is_file()
