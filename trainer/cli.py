@@ -269,8 +269,12 @@ def train() -> None:
 
 
 def _print_plan(recipe: Any, throughput: str, gpus: int | None) -> None:
-    from m2mkd.trainer.plan import THROUGHPUT, make_plan, measure_throughput, print_plan
+    from rich.console import Console
+
+    from m2mkd.trainer.plan import make_plan
+    from m2mkd.trainer.plan_table import print_plan
     from m2mkd.trainer.recipe import RecipeError
+    from m2mkd.trainer.throughput import THROUGHPUT, measure_throughput
 
     if int(os.environ.get("RANK", "0")) != 0:
         return
@@ -285,7 +289,9 @@ def _print_plan(recipe: Any, throughput: str, gpus: int | None) -> None:
         ) from error
     how = "measured on this machine" if measured else "stated" if throughput else "assumed; see --throughput"
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    print_plan(make_plan(recipe, gpus or processes), value, how)
+    with Console(stderr=True).status("Counting a step of each phase"):
+        plan = make_plan(recipe, gpus or processes)
+    print_plan(plan, value, how)
 
 
 def _overrides(arguments: list[str]) -> dict[str, Any]:

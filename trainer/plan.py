@@ -1,34 +1,24 @@
 """What a recipe would cost: parameters, FLOPs, memory and steps of every phase, without data, GPUs or training."""
 
 import math
-import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-from rich.console import Console
-from rich.table import Table
-from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel, ViTConfig
+from transformers import AutoConfig, PreTrainedModel
 
 from m2mkd.data.errors import DataError
 from m2mkd.data.imagenet_classes import imagenet_classes
 from m2mkd.data.known_sets import KNOWN_SETS
 from m2mkd.modeling.meta_from_teacher import meta_from_teacher
 from m2mkd.modeling.stages import Stage, StageError, check_stitchable, count_layers, split_into_stages
-from m2mkd.modeling.stitched_student import StitchedStudent
 from m2mkd.trainer.flops import count_parameters
 from m2mkd.trainer.networks import build_config, take_class_names
 from m2mkd.trainer.recipe import NetworkSpec, Recipe, Training
 from m2mkd.trainer.run_data import RunData
+from m2mkd.trainer.step_cost import COUNTED_IMAGES, StageCounter, StepCost, build_on_meta, stitched_pairs, trained_cost
 
 
-# TFLOP/s of one GPU in training, where none is stated: about a third of what an A100 can do in bfloat16.
-THROUGHPUT = 100.0
-# Images of the pass that is counted: a batch of one would hide what grows with it.
-COUNTED_IMAGES = 2
 # float32 weights, gradients and the two moments of AdamW
 BYTES_A_TRAINED_PARAMETER = 16
 # transformers' defaults
@@ -42,7 +32,6 @@ _DEFAULTS = {
 }
 # Of published sets that are not drawn from ImageNet.
 CLASSES = {"cifar10": range(10), "cifar100": range(100), "cub-200": range(200)}
-COLUMNS = ("Phase", "Trained", "Frozen", "Images", "Epochs", "Batch", "Steps", "GFLOPs/image", "EFLOPs", "GiB/GPU")
 
 
 @dataclass(frozen=True)
@@ -118,7 +107,7 @@ def make_plan(recipe: Recipe, gpus: int = 1) -> Plan:
 
 class _Planner:
     def __init__(self, recipe: Recipe, gpus: int):
-        self.recipe, self.gpus, self.data, self.counter = recipe, gpus, RunData(recipe), _Counter()
+        self.recipe, self.gpus, self.data, self.counter = recipe, gpus, RunData(recipe), StageCounter()
         self.depths = recipe.student.depths
         self.meta_depths = recipe.meta.depths or [1] * len(self.depths)
         self.teacher = self._teacher()
@@ -173,7 +162,7 @@ class _Planner:
         return images, [str(name) for name in classes]
 
     def _network(self, spec: NetworkSpec, data: str) -> PreTrainedModel:
-        return _on_meta(build_config(spec, self.data.config(data), self._size(data)[1]))
+        return build_on_meta(build_config(spec, self.data.config(data), self._size(data)[1]))
 
     def _teacher(self) -> PreTrainedModel:
         spec = self.recipe.teacher
@@ -185,7 +174,7 @@ class _Planner:
             raise StageError(f"The configuration of {spec.pretrained} cannot be loaded: {error}") from error
         config.image_size = self.data.config(self.recipe.distill.data).image_size
         take_class_names(config, self._size(self.recipe.distill.data)[1])
-        return _on_meta(config)
+        return build_on_meta(config)
 
     # ---- Phases ----
 
@@ -240,7 +229,7 @@ class _Planner:
             arms.append(self._phase(f"arm {arm}", spec.data, training, step))
         return arms
 
-    def _phase(self, name: str, data: str, training: Training, step: "_Step") -> PhasePlan:
+    def _phase(self, name: str, data: str, training: Training, step: StepCost) -> PhasePlan:
         training = {**_DEFAULTS, **self.recipe.training, **training}
         half = training["bf16"] or training["fp16"]
         device_batch = training["per_device_train_batch_size"]
@@ -259,26 +248,30 @@ class _Planner:
         size = self.data.config(data).image_size
         return (COUNTED_IMAGES, 3, size, size)
 
-    def _whole(self, network: PreTrainedModel, data: str) -> "_Step":
+    def _whole(self, network: PreTrainedModel, data: str) -> StepCost:
         """A network that is trained end to end."""
         (stage,) = split_into_stages(network, [count_layers(network)])
-        return _trained(_stitched(network, [stage], network.config.hidden_size, "none")[0], self._images(data))[0]
+        return trained_cost(
+            stitched_pairs(network, [stage], network.config.hidden_size, "none")[0], self._images(data)
+        )[0]
 
-    def _frozen(self, stages: Sequence[Stage], data: str) -> list["_Step"]:
+    def _frozen(self, stages: Sequence[Stage], data: str) -> list[StepCost]:
         """A chain of stages without gradient: what it takes up to each."""
-        steps, shape = [_Step()], self._images(data)
+        steps, shape = [StepCost()], self._images(data)
         for stage in stages:
             step, shape = self.counter.forward(stage, shape)
             steps.append(steps[-1] + step)
         return steps[1:]
 
-    def _aligned(self, data: str) -> "_Step":
+    def _aligned(self, data: str) -> StepCost:
         """The layers of a meta model on the boundaries of the teacher's stages."""
         theirs = split_into_stages(self.teacher, self.recipe.teacher.depths)
         own = split_into_stages(self.meta, self.meta_depths)
         total, shape = self._frozen(theirs, data)[-1], self._images(data)
-        for pair, source in zip(_stitched(self.meta, own, self.meta.config.hidden_size, "none"), theirs, strict=True):
-            total += _trained(pair, shape, layers_only=True)[0]
+        for pair, source in zip(
+            stitched_pairs(self.meta, own, self.meta.config.hidden_size, "none"), theirs, strict=True
+        ):
+            total += trained_cost(pair, shape, layers_only=True)[0]
             shape = self.counter.forward(source, shape)[1]
         return total
 
@@ -290,16 +283,16 @@ class _Planner:
         teacher: PreTrainedModel | None,
         stitch: str | None = None,
         **options: Any,
-    ) -> list["_Step"]:
+    ) -> list[StepCost]:
         """Each pair on the meta model's hidden states, which the prefix gives; its teacher and suffix included."""
         meta = split_into_stages(self.meta, self.meta_depths)
         theirs = split_into_stages(teacher, self.recipe.teacher.depths) if teacher is not None else []
         stages, shape, steps = split_into_stages(student, depths), self._images(data), []
-        pairs = _stitched(
+        pairs = stitched_pairs(
             student, stages, self.meta.config.hidden_size, stitch if len(stages) > 1 else "none", **options
         )
         for index, pair in enumerate(pairs):
-            step, ours = _trained(pair, shape)
+            step, ours = trained_cost(pair, shape)
             for stage in meta[index + 1 :]:
                 suffix, ours = self.counter.passed(stage, ours)
                 step += suffix
@@ -314,218 +307,17 @@ class _Planner:
             shape = self.counter.forward(meta[index], shape)[1]
         return steps
 
-    def _together(self, steps: Sequence["_Step"], indices: Sequence[int], data: str) -> "_Step":
+    def _together(self, steps: Sequence[StepCost], indices: Sequence[int], data: str) -> StepCost:
         """Pairs in one process, with one pass through the meta model up to the last of them."""
         meta = split_into_stages(self.meta, self.meta_depths)
-        prefix = [_Step(), *self._frozen(meta, data)][max(indices)]
+        prefix = [StepCost(), *self._frozen(meta, data)][max(indices)]
         total = replace(prefix, frozen=count_parameters(self.meta))
         for index in indices:
             total += steps[index]
         return total
 
 
-@dataclass(frozen=True)
-class _Step:
-    """FLOPs of an image, bytes of float32 that it leaves for the backward pass, and parameters on its way."""
-
-    flops: float = 0.0
-    saved: float = 0.0
-    parameters: int = 0
-    frozen: int = 0
-
-    def __add__(self, other: "_Step") -> "_Step":
-        return _Step(
-            self.flops + other.flops,
-            self.saved + other.saved,
-            self.parameters + other.parameters,
-            self.frozen + other.frozen,
-        )
-
-
-class _Counter:
-    """Steps through frozen stages, each counted once for each shape of its input."""
-
-    def __init__(self) -> None:
-        self._known: dict[tuple[Any, ...], tuple[_Step, torch.Size]] = {}
-
-    def forward(self, stage: Stage, shape: Sequence[int]) -> tuple[_Step, torch.Size]:
-        """Without gradient: the step, and the shape of what comes out."""
-        return self._count(stage, tuple(shape), passes_gradient=False)
-
-    def passed(self, stage: Stage, shape: Sequence[int]) -> tuple[_Step, torch.Size]:
-        """With gradient for the input."""
-        return self._count(stage, tuple(shape), passes_gradient=True)
-
-    def _count(self, stage: Stage, shape: tuple[int, ...], passes_gradient: bool) -> tuple[_Step, torch.Size]:
-        # the networks live as long as the plan is made, so an identity stands for one of them
-        key = (id(stage.config), stage.layer_indices, shape, passes_gradient)
-        if key not in self._known:
-            stage.requires_grad_(False).eval()
-            flops, saved, out = _run(stage, shape, passes_gradient, backward=passes_gradient)
-            self._known[key] = _Step(flops, saved, frozen=count_parameters(stage)), out
-        return self._known[key]
-
-
 def _with_flops(phase: PhasePlan, flops: float) -> PhasePlan:
     """A baseline once more, with as many epochs as take these FLOPs; rounded up, as the runner does."""
     epochs = math.ceil(flops / (phase.flops_per_image * phase.images))
     return replace(phase, name=f"{phase.name}_equal_compute", epochs=max(epochs, phase.epochs))
-
-
-def _on_meta(config: PreTrainedConfig) -> PreTrainedModel:
-    with torch.device("meta"):
-        model = AutoModelForImageClassification.from_config(config)
-    # what the counter knows; fused attention and grouped products are the same mathematics
-    model.set_attn_implementation("eager")
-    model.config._experts_implementation = "batched_mm"
-    if hasattr(model.config, "block_model_coef"):
-        # it orders the latents by their values, which are not there; it has no products of matrices
-        model.config.block_model_coef = 0.0
-    return model
-
-
-def _stitched(
-    student: PreTrainedModel, stages: Sequence[Stage], width: int, stitch: str | None, **options: Any
-) -> list[nn.Module]:
-    with torch.device("meta"):
-        return list(StitchedStudent(student, stages, width, stitch, **options).pairs.values())
-
-
-def _trained(pair: nn.Module, shape: Sequence[int], layers_only: bool = False) -> tuple[_Step, torch.Size]:
-    """The step through a pair that is trained, whole or its layers only, and the shape of what comes out."""
-    pair.requires_grad_(not layers_only)
-    for layer in pair.stage.layers if layers_only else ():
-        layer.requires_grad_(True)
-    # in evaluation mode, as a run counts its FLOPs; what is kept, as in training
-    flops, _, out = _run(pair.eval(), shape, passes_gradient=False, backward=True)
-    _, saved, _ = _run(pair.train(), shape, passes_gradient=False, backward=True)
-    pair.zero_grad(set_to_none=True)
-    trained = sum(parameter.numel() for parameter in pair.parameters() if parameter.requires_grad)
-    return _Step(flops, saved, parameters=trained), out
-
-
-def _run(
-    module: nn.Module, shape: Sequence[int], passes_gradient: bool, backward: bool
-) -> tuple[float, float, torch.Size]:
-    """FLOPs and saved bytes of an image through a module, and the shape that comes out."""
-    states = torch.empty(*shape, device="meta", requires_grad=passes_gradient)
-    saved = _SavedActivations(module.parameters())
-    with torch.set_grad_enabled(backward), FlopCounterMode(display=False) as counter, saved:
-        out = module(states)
-        out = out[0] if isinstance(out, tuple) else out
-        if backward:
-            # a loss has no products of matrices
-            out.sum().backward()
-    return counter.get_total_flops() / COUNTED_IMAGES, saved.nbytes / COUNTED_IMAGES, out.shape
-
-
-class _SavedActivations(torch.autograd.graph.saved_tensors_hooks):
-    """Bytes of what autograd keeps for the backward pass, without parameters and what fused kernels do not keep."""
-
-    def __init__(self, parameters: Iterable[torch.Tensor]):
-        parameters = list(parameters)
-        self._parameters = {parameter.untyped_storage()._cdata for parameter in parameters}
-        # a product with the experts' weights gathered for each token keeps them; grouped products do not
-        self._gathered = {tuple(parameter.shape[1:]) for parameter in parameters if parameter.ndim == 3}
-        self._gathered |= {shape[::-1] for shape in self._gathered}
-        # kept alive, so that no storage takes the place of another
-        self._kept: dict[int, torch.Tensor] = {}
-        super().__init__(self._keep, lambda tensor: tensor)
-
-    def _keep(self, tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()._cdata
-        is_map = tensor.ndim >= 3 and tensor.shape[-1] == tensor.shape[-2]
-        is_gathered = tensor.ndim == 3 and tuple(tensor.shape[1:]) in self._gathered
-        if storage not in self._parameters and not is_map and not is_gathered:
-            self._kept[storage] = tensor
-        return tensor
-
-    @property
-    def nbytes(self) -> int:
-        return sum(tensor.untyped_storage().nbytes() for tensor in self._kept.values())
-
-
-# ---- Throughput ----
-
-
-def measure_throughput(seconds: float = 3.0) -> float:
-    """
-    TFLOP/s of this machine's device in training: the embeddings and four layers of ViT-Base, forward and backward,
-    in bfloat16 on an accelerator.
-
-    Args:
-        seconds (`float`): How long to measure, after a first step.
-    """
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    device = accelerator or torch.device("cpu")
-    batch = 64 if accelerator else 2
-    model = AutoModelForImageClassification.from_config(ViTConfig(num_hidden_layers=4)).to(device)
-    pixel_values = torch.randn(batch, 3, 224, 224, device=device)
-
-    def step() -> None:
-        with torch.autocast(device.type, torch.bfloat16, enabled=accelerator is not None):
-            model(pixel_values).logits.sum().backward()
-        if accelerator is not None:
-            torch.accelerator.synchronize()
-
-    model.set_attn_implementation("eager")
-    with FlopCounterMode(display=False) as counter:
-        step()
-    model.set_attn_implementation("sdpa")
-    step()
-    steps, start = 0, time.perf_counter()
-    while time.perf_counter() - start < seconds:
-        step()
-        steps += 1
-    return counter.get_total_flops() * steps / (time.perf_counter() - start) / 1e12
-
-
-# ---- Showing it ----
-
-
-def print_plan(plan: Plan, throughput: float, how: str, console: Console | None = None) -> None:
-    """
-    Print the phases, and what each arm costs.
-
-    Args:
-        plan (`Plan`)
-        throughput (`float`): TFLOP/s of one GPU in training.
-        how (`str`): Where that number comes from, e.g. `"stated"`.
-        console (`Console`, *optional*): Defaults to the terminal.
-    """
-    console = console or Console(width=None if Console().is_terminal else 140)
-    gpus = f"{plan.gpus} GPU{'s' * (plan.gpus > 1)}"
-    phases = Table(title=f"Plan of {plan.name} on {gpus}", caption=_CAPTION, caption_justify="left")
-    for column in COLUMNS:
-        phases.add_column(column, justify="left" if column == "Phase" else "right", no_wrap=True)
-    for phase in plan.phases:
-        phases.add_row(*_row(phase))
-    console.print(phases)
-    title = f"In all, at {throughput:g} TFLOP/s a GPU ({how})"
-    totals = Table(title=title, caption=_TOTALS_CAPTION, caption_justify="left")
-    for column in ("Arm", "EFLOPs", "GPU-hours", f"Hours on {gpus}", "times e2e"):
-        totals.add_column(column, justify="left" if column == "Arm" else "right")
-    for name, flops in plan.totals.items():
-        hours = flops / (throughput * 1e12) / 3600
-        ratio = f"{flops / plan.totals['e2e']:.2f}" if "e2e" in plan.totals else "–"
-        totals.add_row(name, _number(flops / 1e18), _number(hours), _number(hours / plan.gpus), ratio)
-    console.print(totals)
-
-
-_CAPTION = (
-    "Trained and frozen: parameters. Each pair is planned alone, in a process of its own; `pairs` trains all of them "
-    "in one, with one pass through the meta model. GiB/GPU: weights, gradients, AdamW and the activations of one "
-    "device batch; fused attention and grouped experts are assumed."
-)
-_TOTALS_CAPTION = "FLOPs of forward and backward passes in training; evaluation, data and communication come on top."
-
-
-def _row(phase: PhasePlan) -> list[str]:
-    millions = [f"{number / 1e6:,.1f} M" for number in (phase.parameters, phase.frozen)]
-    counts = [f"{phase.images:,}", f"{phase.epochs:,.4g}", f"{phase.batch:,}", f"{phase.steps:,}"]
-    work = [f"{phase.flops_per_image / 1e9:,.4g}", _number(phase.flops / 1e18), _number(phase.memory / 2**30)]
-    return [phase.name, *millions, *counts, *work]
-
-
-def _number(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

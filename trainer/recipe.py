@@ -52,10 +52,16 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
     _has_teacher: ClassVar[bool] = False
 
+    @field_validator("training", "incubation", "finetuning", mode="before", check_fields=False)
+    @classmethod
+    def _none_given(cls, training: Training | None) -> Training:
+        # how a recipe drops the arguments of the one that it extends
+        return {} if training is None else training
+
     @field_validator("training", "incubation", "finetuning", check_fields=False)
     @classmethod
-    def _check_training(cls, training: Training | None) -> Training | None:
-        for name, value in (training or {}).items():
+    def _check_training(cls, training: Training) -> Training:
+        for name, value in training.items():
             if name in _SET_BY_THE_RUNNER:
                 raise ValueError(f"`{name}` is set by the runner from other keys of the recipe; leave it out here")
             if name == "push_to_hub" and value:

@@ -4,14 +4,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console
 from tiny_run import recipe_content
 from torch import nn
 from transformers import Trainer, ViTConfig, ViTForImageClassification
 
 from m2mkd.data.errors import DataError
 from m2mkd.modeling.stages import StageError
-from m2mkd.trainer.plan import Plan, make_plan, measure_throughput, print_plan
+from m2mkd.trainer.plan import Plan, make_plan
 from m2mkd.trainer.recipe import Recipe, parse_recipe
 
 
@@ -105,15 +104,3 @@ class TestMakePlan:
         own["teacher"]["model"]["config"]["hidden_size"] = 16
         with pytest.raises(StageError, match="The teacher is 16 wide and the meta model 12"):
             make_plan(parse_recipe(own, "widths"))
-
-    def test_it_is_printed_with_hours_against_e2e(self, recipe: Recipe, capsys: pytest.CaptureFixture[str]) -> None:
-        plan = make_plan(recipe, gpus=8)
-        print_plan(plan, 150.0, "stated", Console(width=200))
-        printed = capsys.readouterr().out
-        assert "Plan of tiny on 8 GPUs" in printed and "at 150 TFLOP/s a GPU (stated)" in printed
-        for word in ("pair 0", "teacher: incubation", "m2mkd, meta model and teacher included", "1.00"):
-            assert word in printed
-
-
-def test_throughput_is_measured_on_this_machine() -> None:
-    assert measure_throughput(seconds=0.1) > 1e-4

@@ -59,7 +59,10 @@ class TestLoadRecipe:
     def test_a_recipe_that_extends_another_says_only_what_differs(self, tmp_path: Path) -> None:
         content = recipe_content(tmp_path)
         (tmp_path / "base.yaml").write_text(yaml.safe_dump(content))
-        own = "extends: ../base.yaml\nseed: 3\narms: [e2e]\nstudent: {model: {config: {num_experts: 4}}}\n"
+        own = (
+            "extends: ../base.yaml\nseed: 3\narms: [e2e]\nstudent: {model: {config: {num_experts: 4}}}\n"
+            "meta: {init: from_teacher, model: null}\nteacher: {incubation: null}\n"
+        )
         path = tmp_path / "more" / "own.yaml"
         path.parent.mkdir()
         path.write_text(own)
@@ -67,6 +70,7 @@ class TestLoadRecipe:
         assert (recipe.seed, recipe.arms, recipe.distill.pairs) == (3, ["e2e"], [1])
         expected = {**content["student"]["model"]["config"], "num_experts": 4}
         assert recipe.student.model.config == expected and recipe.name == "tiny"
+        assert recipe.meta.model is None and recipe.teacher.incubation == {}
 
     @pytest.mark.parametrize(
         "extends, message",
