@@ -108,7 +108,7 @@ def cosine_distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     Returns:
         `torch.Tensor` of shape `(n, m)`.
     """
-    with torch.autocast(a.device.type, enabled=False):
+    with torch.autocast("cpu" if a.is_meta else a.device.type, enabled=False):
         return 1.0 - F.normalize(a, dim=-1) @ F.normalize(b, dim=-1).transpose(-1, -2)
 
 

@@ -83,6 +83,20 @@ def hard_distillation_loss(student_logits: torch.Tensor, teacher_logits: torch.T
     return F.cross_entropy(student_logits.float(), teacher_logits.argmax(dim=-1))
 
 
+def boundary_loss(hidden_states: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    r"""
+    How far hidden states are from those of another network, in float32, relative to how much these vary:
+    `mean((h - t)^2) / mean((t - mean(t))^2)`, the mean in the denominator taken for each channel over the batch and
+    the tokens. 1 is what the best constant reaches.
+
+    Args:
+        hidden_states, target (`torch.Tensor` of shape `(..., hidden_size)`): Of one shape; `target` gets no gradient.
+    """
+    target = target.detach().float().flatten(end_dim=-2)
+    error = (hidden_states.float().flatten(end_dim=-2) - target).pow(2).mean()
+    return error / target.var(dim=0, correction=0).mean().clamp(min=torch.finfo(torch.float32).tiny)
+
+
 def importance_loss(router_logits: torch.Tensor) -> torch.Tensor:
     r"""
     Squared coefficient of variation of the experts' importance, the sum of their softmax weights over the tokens
@@ -127,6 +141,7 @@ def _squared_variation(values: torch.Tensor) -> torch.Tensor:
 __all__ = [
     "DistillationType",
     "KLReduction",
+    "boundary_loss",
     "hard_distillation_loss",
     "importance_loss",
     "load_loss",

@@ -380,7 +380,9 @@ class NACModel(NACPreTrainedModel):
         config = self.config
         (inputs, *_), (mediators, *_) = self.input_latents(), self.mediator_latents()
         # in float32, whatever autocast says: the truncation is a decision
-        with torch.autocast(device_type=mediators.device.type, enabled=False):
+        # (the meta device, on which a run is planned, has no autocast)
+        device_type = "cpu" if mediators.is_meta else mediators.device.type
+        with torch.autocast(device_type=device_type, enabled=False):
             inputs, mediators = inputs.float(), mediators.float()
             senders = torch.cat((inputs, mediators))
             distance = cosine_distance(mediators, senders)

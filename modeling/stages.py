@@ -33,21 +33,33 @@ class _Architecture:
     embeddings: str
     layers: str
     layernorm: str
-    pool: Callable[[torch.Tensor], torch.Tensor]
-    classifier: str = "classifier"
+    pool: Callable[[torch.Tensor], tuple[torch.Tensor, ...]]
+    classifiers: tuple[str, ...] = ("classifier",)
 
 
-def _class_token(hidden_states: torch.Tensor) -> torch.Tensor:
-    return hidden_states[:, 0]
+def _class_token(hidden_states: torch.Tensor) -> tuple[torch.Tensor]:
+    return (hidden_states[:, 0],)
 
 
-def _class_token_and_patch_mean(hidden_states: torch.Tensor) -> torch.Tensor:
-    return torch.cat([hidden_states[:, 0], hidden_states[:, 1:].mean(dim=1)], dim=1)
+def _class_and_distillation_token(hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return hidden_states[:, 0], hidden_states[:, 1]
+
+
+def _class_token_and_patch_mean(hidden_states: torch.Tensor) -> tuple[torch.Tensor]:
+    return (torch.cat([hidden_states[:, 0], hidden_states[:, 1:].mean(dim=1)], dim=1),)
 
 
 _ARCHITECTURES = {
     "ViTForImageClassification": _Architecture("vit.embeddings", "vit.layers", "vit.layernorm", _class_token),
     "DeiTForImageClassification": _Architecture("deit.embeddings", "deit.layers", "deit.layernorm", _class_token),
+    # Each head reads a token of its own; the logits are their mean.
+    "DeiTForImageClassificationWithTeacher": _Architecture(
+        "deit.embeddings",
+        "deit.layers",
+        "deit.layernorm",
+        _class_and_distillation_token,
+        ("cls_classifier", "distillation_classifier"),
+    ),
     "Dinov2ForImageClassification": _Architecture(
         "dinov2.embeddings", "dinov2.encoder.layer", "dinov2.layernorm", _class_token_and_patch_mean
     ),
@@ -135,8 +147,18 @@ class TransformerStage(Stage):
         # tuples, unlike attributes of their own, do not register the modules a second time
         self._embeddings = tuple(self._attach(model, architecture.embeddings)) if self.is_first else ()
         self._layers = tuple(self._attach(model, *(f"{architecture.layers}.{i}" for i in layer_indices)))
-        head = (architecture.layernorm, architecture.classifier) if self.is_last else ()
+        head = (architecture.layernorm, *architecture.classifiers) if self.is_last else ()
         self._head = tuple(self._attach(model, *head))
+
+    @property
+    def layers(self) -> tuple[nn.Module, ...]:
+        """The transformer layers, in order."""
+        return self._layers
+
+    @property
+    def embeddings(self) -> nn.Module | None:
+        """The model's embeddings, in the first stage."""
+        return self._embeddings[0] if self._embeddings else None
 
     def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """
@@ -150,8 +172,10 @@ class TransformerStage(Stage):
         for layer in self._layers:
             hidden_states = layer(hidden_states)
         if self._head:
-            layernorm, classifier = self._head
-            hidden_states = classifier(self._pool(layernorm(hidden_states)))
+            layernorm, *classifiers = self._head
+            pooled = self._pool(layernorm(hidden_states))
+            logits = [classifier(tokens) for classifier, tokens in zip(classifiers, pooled, strict=True)]
+            hidden_states = logits[0] if len(logits) == 1 else sum(logits) / len(logits)
         return hidden_states
 
 

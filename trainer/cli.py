@@ -1,6 +1,7 @@
 """The command line: `train.py` and `m2mkd run`, `report`, `evaluate`, `few-shot`, `push`, `assemble`, `convert`."""
 
 import logging
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -19,7 +20,15 @@ _OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
 @app.command("run", context_settings=_OVERRIDES, options_metavar="[RECIPE.yaml] [--key.sub value]...")
-def run_command(context: typer.Context) -> None:
+def run_command(
+    context: typer.Context,
+    plan: Annotated[bool, typer.Option("--plan", help="Print what it would cost, and train nothing.")] = False,
+    miniature: Annotated[
+        bool, typer.Option("--miniature", help="The same phases on tiny networks and a few generated images.")
+    ] = False,
+    throughput: Annotated[str, typer.Option(help="TFLOP/s of a GPU for --plan, or 'measured' on this machine.")] = "",
+    gpus: Annotated[int | None, typer.Option(help="GPUs for --plan; by default the processes started.")] = None,
+) -> None:
     """
     Run a recipe: train what is not finished, skip what is, write the report.
 
@@ -28,16 +37,29 @@ def run_command(context: typer.Context) -> None:
     Any value of the recipe can be overridden: --seed 1 --finetune.training.num_train_epochs 3 --arms '[e2e, m2mkd]'.
 
     Several processes: accelerate launch train.py RECIPE.yaml, or torchrun --nproc_per_node N train.py RECIPE.yaml.
+
+    What it would cost, without data or GPUs: train.py RECIPE.yaml --plan --gpus 8 --throughput 150.
+
+    Whether it runs, in seconds: train.py RECIPE.yaml --miniature.
     """
 
     def work() -> None:
         from m2mkd.trainer.recipe import load_recipe
-        from m2mkd.trainer.runner import run
 
         # not a parameter of the command: click would take the value of the first override for it
         has_recipe = bool(context.args) and not context.args[0].startswith("--")
         path, options = (context.args[0], context.args[1:]) if has_recipe else (None, context.args)
-        report = run(load_recipe(path, _overrides(options)))
+        recipe = load_recipe(path, _overrides(options))
+        if miniature:
+            from m2mkd.trainer.miniature import make_miniature
+
+            recipe = make_miniature(recipe)
+        if plan:
+            _print_plan(recipe, throughput, gpus)
+            return
+        from m2mkd.trainer.runner import run
+
+        report = run(recipe)
         if report is not None:
             _print_once(f"The report is in {report} (and report.json, report.png beside it).")
 
@@ -244,6 +266,32 @@ def main() -> None:
 def train() -> None:
     """Entry point of `train.py`: `m2mkd run` under its own name."""
     app(["run", *sys.argv[1:]], prog_name="train.py")
+
+
+def _print_plan(recipe: Any, throughput: str, gpus: int | None) -> None:
+    from rich.console import Console
+
+    from m2mkd.trainer.plan import make_plan
+    from m2mkd.trainer.plan_table import print_plan
+    from m2mkd.trainer.recipe import RecipeError
+    from m2mkd.trainer.throughput import THROUGHPUT, measure_throughput
+
+    if int(os.environ.get("RANK", "0")) != 0:
+        return
+    try:
+        measured = throughput == "measured"
+        value = measure_throughput() if measured else float(throughput or THROUGHPUT)
+        if not 0 < value < math.inf:
+            raise ValueError
+    except ValueError as error:
+        raise RecipeError(
+            f"--throughput is {throughput!r}; give a positive number of TFLOP/s, or 'measured'."
+        ) from error
+    how = "measured on this machine" if measured else "stated" if throughput else "assumed; see --throughput"
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    with Console(stderr=True).status("Counting a step of each phase"):
+        plan = make_plan(recipe, gpus or processes)
+    print_plan(plan, value, how)
 
 
 def _overrides(arguments: list[str]) -> dict[str, Any]:

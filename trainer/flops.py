@@ -32,7 +32,8 @@ def training_flops_per_image(trainer: M2MKDTrainer, networks: list[PreTrainedMod
             network.config._experts_implementation = "eager"
         # evaluation mode leaves the trainer's statistics and random numbers alone
         trainer.model.eval()
-        with FlopCounterMode(display=False) as counter:
+        # in the precision of the training: what is frozen is in it already
+        with FlopCounterMode(display=False) as counter, trainer.accelerator.autocast():
             trainer.compute_loss(trainer.model, batch).backward()
     finally:
         trainer.model.zero_grad(set_to_none=True)

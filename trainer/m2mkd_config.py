@@ -50,6 +50,13 @@ class M2MKDConfig(TrainingArguments):
             `"batchmean"` averages the divergence over the images; `"mean"` over images times classes, as the official
             code does, which weakens it by the number of classes.
 
+    > Parameters of the optimizer
+
+    Args:
+        base_learning_rate (`float`, *optional*):
+            Learning rate for 512 images a step. It takes the place of `learning_rate`, which becomes
+            `base_learning_rate * images a step / 512` over all devices and accumulation steps (the paper's rule).
+
     > [!NOTE]
     > Defaults that differ from `TrainingArguments`: `remove_unused_columns` and `ddp_find_unused_parameters` are
     > `False` (every trained parameter takes part in every step), `logging_nan_inf_filter` is `False` (a loss that is
@@ -103,8 +110,20 @@ class M2MKDConfig(TrainingArguments):
         metadata={"help": "'batchmean' (over images) or 'mean' (over images times classes, as the official code)."},
     )
 
+    # Parameters of the optimizer
+    base_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate for 512 images a step; scaled, it replaces `learning_rate`."}
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.base_learning_rate is not None:
+            if not 0 <= self.base_learning_rate < math.inf:
+                raise ValueError(
+                    f"`base_learning_rate` must be finite and not negative, but is {self.base_learning_rate}."
+                )
+            images = self.train_batch_size * self.gradient_accumulation_steps * self.world_size
+            self.learning_rate = self.base_learning_rate * images / 512
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = False
         _check_choice("distillation_type", self.distillation_type, ("soft", "hard"))

@@ -83,3 +83,17 @@ def load_network(source: str | Path, **kwargs: Any) -> PreTrainedModel:
         return AutoModelForImageClassification.from_pretrained(source, **kwargs)
     except Exception as error:
         raise StageError(f"The model {source} cannot be loaded: {error}") from error
+
+
+def take_class_names(config: PreTrainedConfig, class_names: Sequence[str]) -> None:
+    """
+    Call the classes of a published network as the data do, in order, if it has as many and shares no name with them:
+    the Hub has other words for ImageNet's classes. Its accuracy tells whether the order is the same.
+
+    Args:
+        config (`PreTrainedConfig`): Changed in place.
+        class_names (`Sequence[str]`): Of the data.
+    """
+    if len(class_names) == config.num_labels and set(class_names).isdisjoint(config.id2label.values()):
+        config.id2label = dict(enumerate(class_names))
+        config.label2id = {name: index for index, name in enumerate(class_names)}

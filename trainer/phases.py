@@ -15,8 +15,10 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from m2mkd.data.loading import default_workers
 from m2mkd.data.processing import build_image_processor
+from m2mkd.modeling.meta_from_teacher import fit_image_size, meta_from_teacher
 from m2mkd.modeling.pair_files import keep_stitches, load_stage, save_pair
-from m2mkd.modeling.stages import check_same_normalization, split_into_stages
+from m2mkd.modeling.stages import check_same_normalization, check_stitchable, split_into_stages
+from m2mkd.trainer.alignment import AlignmentTrainer, hybrid_accuracies, hybrids_sentence, judge_hybrids
 from m2mkd.trainer.callbacks import DataEpoch, ShownProgress, Stopwatch
 from m2mkd.trainer.evaluation import evaluate_model, expert_load
 from m2mkd.trainer.flops import count_parameters, training_flops_per_image
@@ -33,7 +35,7 @@ from m2mkd.trainer.folders import (
 )
 from m2mkd.trainer.m2mkd_config import M2MKDConfig
 from m2mkd.trainer.m2mkd_trainer import M2MKDTrainer
-from m2mkd.trainer.networks import build_config, load_network, new_network
+from m2mkd.trainer.networks import build_config, load_network, new_network, take_class_names
 from m2mkd.trainer.recipe import Recipe, RecipeError, Training
 from m2mkd.trainer.run_data import RunData
 from m2mkd.trainer.schedule import Task
@@ -53,6 +55,8 @@ _DEFAULTS = {
 _NO_TEACHER = {"alpha": 0.0}
 _EQUAL_COMPUTE = "_equal_compute"
 _SHARED = ("meta", "teacher")
+# Training images that hybrids are measured on where the test set has other classes.
+HYBRID_IMAGES = 2_000
 BEFORE_ARMS = (*_SHARED, "pairs")
 Results = dict[str, Any]
 
@@ -113,11 +117,12 @@ class Phases:
 
     def _phases(self) -> dict[str, tuple[str, ...]]:
         """The phases that the recipe's arms need, each with those that it reads from."""
-        arms, incubated = self.recipe.arms, self.recipe.teacher.pretrained is None
+        arms, aligned = self.recipe.arms, self.recipe.meta.init == "from_teacher"
+        incubated = self.recipe.teacher.pretrained is None and not aligned
         phases: dict[str, tuple[str, ...]] = {}
         if self.own == self.shared:
             if "m2mkd" in arms or ("kd" in arms and incubated):
-                phases["meta"] = ()
+                phases["meta"] = ("teacher",) if aligned else ()
             if "m2mkd" in arms or "kd" in arms:
                 phases["teacher"] = ("meta",) if incubated else ()
         if "m2mkd" in arms:
@@ -168,12 +173,81 @@ class Phases:
     # ---- Phases ----
 
     def meta(self) -> None:
-        """[PT] Train the meta model end to end."""
+        """[PT] Train the meta model end to end, or align it with a teacher."""
         folder, spec = self.shared / "meta", self.recipe.meta
+        if spec.init == "from_teacher":
+            self._align_meta(folder)
+            return
         config = build_config(spec.model, self.data.config(spec.data), self.data.class_names(spec.data))
         model = new_network(config, self.meta_depths, self.recipe.seed)
         results = self._train(folder, "meta", spec.data, model, spec.training, _NO_TEACHER, seed=self.recipe.seed)
         self._save_model(folder, model, spec.data, results)
+
+    def _align_meta(self, folder: Path) -> None:
+        """Make the meta model of the teacher, and train its layers to reproduce the teacher's stage boundaries."""
+        spec, depths = self.recipe.meta, self.recipe.teacher.depths
+        teacher = self._load_teacher()
+        self._check_processors(self._teacher_source(), spec.data)
+        distill = self.recipe.distill.data
+        student = build_config(self.recipe.student.model, self.data.config(distill), self.data.class_names(distill))
+        check_stitchable(student, teacher.config, teacher.config)
+        meta = meta_from_teacher(teacher, depths, self.meta_depths)
+        before = self._hybrids(teacher, meta)
+        cut = {"student_depths": self.meta_depths, "meta_depths": depths, "stitch": "none", "eval_strategy": "no"}
+        results = self._train(
+            folder,
+            "meta: aligning its layers with the teacher",
+            spec.data,
+            meta,
+            spec.training,
+            {**cut, **_NO_TEACHER},
+            teacher=teacher,
+            seed=self.recipe.seed,
+            trainer_class=AlignmentTrainer,
+        )
+        after = self._hybrids(teacher, meta)
+        for when, measured in (("before", before), ("after", after)):
+            self._say(f"meta, {when} alignment: {hybrids_sentence(measured)}")
+        self._save_model(folder, meta, spec.data, {**results, "labels": 0, "before": before, "after": after})
+
+    def _hybrids(
+        self, teacher: PreTrainedModel, meta: PreTrainedModel, indices: Sequence[int] | None = None
+    ) -> Results:
+        """
+        The accuracy of the hybrids on the IID test set if it has the distilled classes, else on training images.
+        """
+        spec = self.recipe.distill
+        tested = self.data.shares_labels(self.recipe.evaluation.iid, self.data.class_names(spec.data))
+        images = self._test_set(self.recipe.evaluation.iid, spec.data) if tested else None
+        measured = hybrid_accuracies(
+            split_into_stages(meta, self.meta_depths),
+            split_into_stages(teacher, self.recipe.teacher.depths),
+            range(len(self.depths)) if indices is None else indices,
+            images or self.data.plain_set(spec.data, HYBRID_IMAGES),
+            self._arguments(self.own / ".hybrids", self.seed, {}, {}).per_device_eval_batch_size,
+            use_cpu=not torch.accelerator.is_available(),
+        )
+        return {**measured, "set": "IID test set" if tested else "training images"}
+
+    def _check_hybrids(self, teacher: PreTrainedModel, meta: PreTrainedModel, indices: Sequence[int]) -> Results:
+        """
+        Measure the hybrids that the pairs are distilled from. Says which are weak. Raises `RunError` for noise.
+        """
+        measured = self._hybrids(teacher, meta, indices)
+        noise, weak = judge_hybrids(measured)
+        if noise or weak:
+            warning = (
+                f"Warning: meta model and teacher do not share a feature space at stage {', '.join([*noise, *weak])}; "
+                f"{hybrids_sentence(measured)}."
+            )
+            self._say(warning)
+        if noise:
+            raise RunError(
+                f"{warning} What stage {', '.join(noise)} gives there is noise, and is not distilled. Set `meta.init: "
+                "from_teacher` (and leave `meta.model` out) to align the meta model with the teacher, or "
+                "`distill.training.alpha: 0` to train the pairs by the labels alone."
+            )
+        return measured
 
     def teacher(self) -> None:
         """[MT + FT] Incubate the teacher's stages inside the meta model, then fine-tune the whole."""
@@ -184,22 +258,21 @@ class Phases:
         seed = self.recipe.seed
         config = build_config(spec.model, self.data.config(spec.data), self.data.class_names(spec.data))
         model = new_network(config, spec.depths, seed)
-        cut = {"student_depths": spec.depths, "meta_depths": self.meta_depths, "stitch": "none", **_NO_TEACHER}
-        work, meta = self.shared / "teacher-incubation", load_network(self.shared / "meta")
-        phases = {}
-        phases["incubation"] = self._train(
-            work, "teacher: incubating its stages", spec.data, model, spec.incubation, cut, meta=meta, seed=seed
-        )
-        phases["finetuning"] = self._train(
-            folder, "teacher: fine-tuning", spec.data, model, spec.finetuning, _NO_TEACHER, seed=seed
-        )
+        phases, aligned = {}, self.recipe.meta.init == "from_teacher"
+        if not aligned:
+            cut = {"student_depths": spec.depths, "meta_depths": self.meta_depths, "stitch": "none", **_NO_TEACHER}
+            work, meta = self.shared / "teacher-incubation", load_network(self.shared / "meta")
+            phases["incubation"] = self._train(
+                work, "teacher: incubating its stages", spec.data, model, spec.incubation, cut, meta=meta, seed=seed
+            )
+        name = "teacher" if aligned else "teacher: fine-tuning"
+        phases["finetuning"] = self._train(folder, name, spec.data, model, spec.finetuning, _NO_TEACHER, seed=seed)
         self._save_model(folder, model, spec.data, {**_total(phases), "phases": phases})
         self._remove_work(self.shared / "teacher-incubation")
 
     def _evaluate_pretrained_teacher(self, folder: Path) -> None:
         """A published teacher is not copied; its folder holds its results alone."""
-        source = self.recipe.teacher.pretrained
-        model = load_network(source)
+        source, model = self.recipe.teacher.pretrained, self._load_teacher()
         evaluation = self._evaluate(model, self.recipe.distill.data)
         results = {"pretrained": source, "parameters": count_parameters(model), **_NOTHING_TRAINED}
 
@@ -218,6 +291,10 @@ class Phases:
         self._check_processors(self._teacher_source(), spec.data)
         self._check_processors(self.shared / "meta", spec.data)
         config = build_config(self.recipe.student.model, self.data.config(spec.data), self.data.class_names(spec.data))
+        hybrids = None
+        if self._arguments(self.own, self.seed, spec.training, {}).alpha > 0:
+            # copies, so that this process keeps no more of either network than its pairs need
+            hybrids = self._check_hybrids(self._load_teacher(), load_network(self.shared / "meta"), indices)
         # stages of other processes stay on the meta device
         student = new_network(config, self.depths, self.seed, indices)
         cut = {
@@ -247,7 +324,8 @@ class Phases:
             def write(temporary: Path, pair: Any = pair, share: Results = share) -> None:
                 save_pair(pair, temporary, meta.config.hidden_size, **trainer.network_hashes)
                 build_image_processor(self.data.config(spec.data)).save_pretrained(temporary)
-                write_json(temporary / TRAIN_RESULTS, {**results, **share, "parameters": count_parameters(pair)})
+                own = {**share, "parameters": count_parameters(pair), "hybrids": hybrids}
+                write_json(temporary / TRAIN_RESULTS, {**results, **own})
 
             write_folder(folders[index], write)
         self._remove_work(work)
@@ -332,13 +410,14 @@ class Phases:
         meta: PreTrainedModel | None = None,
         seed: int | None = None,
         on_trained: Callable[[M2MKDTrainer], None] | None = None,
+        trainer_class: type[M2MKDTrainer] = M2MKDTrainer,
     ) -> Results:
         """Train `model` in place, from its last checkpoint if there is one. Returns what `train_results.json` says."""
         seed = self.seed if seed is None else seed
         work = folder.parent / f".{folder.name}.work"
         args = self._arguments(work, seed, training, own)
         networks = [network for network in (model, teacher, meta) if network is not None]
-        trainer = self._trainer(args, data, model, teacher, meta, seed)
+        trainer = self._trainer(args, data, model, teacher, meta, seed, trainer_class)
         flops_per_image = training_flops_per_image(trainer, networks)
         images = len(trainer.train_dataset)
         self._say(f"{name}: {images} images, {trainer.args.num_train_epochs:g} epochs")
@@ -387,14 +466,15 @@ class Phases:
         teacher: PreTrainedModel | None,
         meta: PreTrainedModel | None,
         seed: int,
+        trainer_class: type[M2MKDTrainer] = M2MKDTrainer,
     ) -> M2MKDTrainer:
         evaluates = args.eval_strategy != "no" and self._has_test_set(self.recipe.evaluation.iid, data)
         args.eval_strategy = args.eval_strategy if evaluates else "no"
-        return M2MKDTrainer(
+        networks = {name: network for name, network in (("teacher", teacher), ("meta", meta)) if network is not None}
+        return trainer_class(
             model=model,
             args=args,
-            teacher=teacher,
-            meta=meta,
+            **networks,
             train_dataset=self.data.training_set(data, seed),
             eval_dataset=self._test_set(self.recipe.evaluation.iid, data) if evaluates else None,
         )
@@ -437,7 +517,10 @@ class Phases:
         self._say(f"{folder.name}: {', '.join(scores) or 'not tested: other classes than the test set'}")
 
     def _load_teacher(self) -> PreTrainedModel:
-        return load_network(self._teacher_source())
+        teacher, data = load_network(self._teacher_source()), self.recipe.distill.data
+        fit_image_size(teacher, self.data.config(data).image_size)
+        take_class_names(teacher.config, self.data.class_names(data))
+        return teacher
 
     def _teacher_source(self) -> str | Path:
         return self.recipe.teacher.pretrained or self.shared / "teacher"

@@ -52,10 +52,16 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
     _has_teacher: ClassVar[bool] = False
 
+    @field_validator("training", "incubation", "finetuning", mode="before", check_fields=False)
+    @classmethod
+    def _none_given(cls, training: Training | None) -> Training:
+        # how a recipe drops the arguments of the one that it extends
+        return {} if training is None else training
+
     @field_validator("training", "incubation", "finetuning", check_fields=False)
     @classmethod
-    def _check_training(cls, training: Training | None) -> Training | None:
-        for name, value in (training or {}).items():
+    def _check_training(cls, training: Training) -> Training:
+        for name, value in training.items():
             if name in _SET_BY_THE_RUNNER:
                 raise ValueError(f"`{name}` is set by the runner from other keys of the recipe; leave it out here")
             if name == "push_to_hub" and value:
@@ -87,17 +93,37 @@ class NetworkSpec(_Section):
 
 
 class MetaSpec(_Section):
-    """The meta model [PT]: `depths` defaults to one layer a stage."""
+    """
+    The meta model [PT].
 
-    model: NetworkSpec
+    Args:
+        init (`str`): `"random"`: `model` is trained by the labels, and the teacher can be incubated inside it.
+            `"from_teacher"`: made of the teacher, whose stage boundaries its layers learn; any pretrained ViT will do.
+        model (`NetworkSpec`, *optional*): What to train; `from_teacher` has the teacher's architecture.
+        depths (`list[int]`, *optional*): Layers of each stage. `None`: one.
+        data (`str`): Name of the training set; `from_teacher` does not read its labels.
+        training (`dict`): Training arguments.
+    """
+
+    init: Literal["random", "from_teacher"] = "random"
+    model: NetworkSpec | None = None
     depths: list[int] | None = None
     data: str
     training: Training = Field(default_factory=dict)
 
+    @model_validator(mode="after")
+    def _one_source(self) -> "MetaSpec":
+        if (self.init == "random") == (self.model is None):
+            raise ValueError(
+                "give `model` (what to train), or `init: from_teacher` (the teacher's architecture), and not both"
+            )
+        return self
+
 
 class TeacherSpec(_Section):
     """
-    The teacher: incubated inside the meta model and fine-tuned [MT + FT], or a published one.
+    The teacher: incubated inside the meta model and fine-tuned [MT + FT], or a published one. With
+    `meta.init: from_teacher` there is no meta model to incubate in yet: a `model` is trained by `finetuning` alone.
 
     Args:
         pretrained (`str`, *optional*): Hub id or folder of a trained classifier; beside it only `depths` is read.
@@ -217,6 +243,11 @@ class Recipe(_Section):
                     f"`student.depths` {self.student.depths} makes {num_pairs} stages and `{key}` {depths} makes "
                     f"{len(depths)}; pair i takes stage i of each network"
                 )
+        if self.meta.init == "from_teacher" and self.teacher.incubation:
+            raise ValueError(
+                "`teacher.incubation` needs a meta model to incubate in, but `meta.init` is from_teacher; leave it "
+                "out (`teacher.finetuning` trains the whole teacher), or train a `meta.model`"
+            )
         if self.finetune.keep_stitches and self.student.model.model_type != "vmoe":
             raise ValueError(
                 f"`finetune.keep_stitches` is for a vmoe; a {self.student.model.model_type} has no place for stitches"
@@ -229,7 +260,8 @@ class Recipe(_Section):
 
 def load_recipe(path: str | Path | None = None, overrides: dict[str, Any] | None = None) -> Recipe:
     """
-    Read a recipe.
+    Read a recipe. Its key `extends` names another recipe, relative to its own folder, whose values it takes over but
+    for those that it gives itself: sections are merged key by key, anything else is replaced.
 
     Args:
         path (`str` or `Path`, *optional*): A YAML file. `None`: the embedded default.
@@ -240,6 +272,14 @@ def load_recipe(path: str | Path | None = None, overrides: dict[str, Any] | None
         `RecipeError`: a file that is no YAML mapping, an unknown key, a wrong type or value.
     """
     source = Path(path) if path is not None else resources.files("m2mkd.trainer") / "default.yaml"
+    content = _read(source, [])
+    for key, value in (overrides or {}).items():
+        _set(content, key, value)
+    return parse_recipe(content, str(source))
+
+
+def _read(source: Any, extended: list[str]) -> dict[str, Any]:
+    """The content of a recipe, with what it extends; `extended` are those that extend it."""
     if not source.is_file():
         raise RecipeError(f"There is no recipe {source}. Recipes are YAML files; the repository's are in recipes/.")
     try:
@@ -248,9 +288,22 @@ def load_recipe(path: str | Path | None = None, overrides: dict[str, Any] | None
         raise RecipeError(f"{source} is no YAML file: {error}") from error
     if not isinstance(content, dict):
         raise RecipeError(f"{source} holds no mapping of keys to values.")
-    for key, value in (overrides or {}).items():
-        _set(content, key, value)
-    return parse_recipe(content, str(source))
+    base = content.pop("extends", None)
+    if base is None:
+        return content
+    if not isinstance(base, str):
+        raise RecipeError(f"{source}: `extends` is {base!r}; give the path of one recipe.")
+    if str(source) in extended:
+        raise RecipeError(f"{source} extends itself, by way of {extended}.")
+    return _merged(_read(source.parent / base, [*extended, str(source)]), content)
+
+
+def _merged(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in own.items():
+        both = isinstance(value, dict) and isinstance(base.get(key), dict)
+        merged[key] = _merged(base[key], value) if both else value
+    return merged
 
 
 def parse_recipe(content: dict[str, Any], source: str) -> Recipe:

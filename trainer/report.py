@@ -61,7 +61,9 @@ def collect(output_dir: Path, recipe: dict[str, Any], seed: int, repeat_seeds: l
         The report as DESIGN.md §5 has it: accuracies in [0, 1], times in seconds, `train_flops` in floating-point
         operations. `meta` and `teacher` are `None` if they have no folder and no arm needs one, their `iid` is `None`
         if they know other classes. Beside it `date`, `seeds` (the arms of every seed, the first included), `summary`
-        (over the seeds) and `comparisons` (seed by seed).
+        (over the seeds), `comparisons` (seed by seed) and `hybrids`: the accuracy of the meta model with one teacher
+        stage in it when the pairs of the first seed were distilled, and before alignment (`None` where it was not
+        measured).
 
     Raises:
         `ReportError`: no arm has run, or a results file is missing or damaged.
@@ -82,6 +84,7 @@ def collect(output_dir: Path, recipe: dict[str, Any], seed: int, repeat_seeds: l
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
         **networks,
+        "hybrids": _read_hybrids(output_dir),
         "arms": arms,
         "seeds": seeds,
         "summary": {
@@ -142,6 +145,21 @@ def _read_arms(folder: Path, recipe: dict[str, Any]) -> dict[str, Result]:
             raise ReportError(f"There are no distilled pairs in {folder / 'pairs'}. {RUN_AGAIN}")
         _add_distillation(results["m2mkd"], pairs)
     return results
+
+
+def _read_hybrids(folder: Path) -> Result | None:
+    """`stages` (`before` alignment and `after` it, by index), `teacher`, `chance`, `n`, `set`: `hybrid_accuracies`."""
+    before: dict[str, float] = {}
+    if (folder / "meta" / "train_results.json").is_file():
+        before = _read_json(folder / "meta" / "train_results.json").get("before", {}).get("hybrids", {})
+    pairs = [_read_json(pair / "train_results.json").get("hybrids") for _, pair in _pair_folders(folder, 0)]
+    measured = [own for own in pairs if own]
+    if not measured:
+        return None
+    # pairs that were distilled together were measured together
+    after = {index: accuracy for own in measured for index, accuracy in own["hybrids"].items()}
+    stages = {index: {"before": before.get(index), "after": after[index]} for index in sorted(after, key=int)}
+    return {"stages": stages, **{name: measured[-1][name] for name in ("teacher", "chance", "n", "set")}}
 
 
 def _add_distillation(result: Result, pairs: list[Result]) -> None:

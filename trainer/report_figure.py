@@ -26,6 +26,7 @@ COVERS = {
 }
 COLUMNS = ("Model", "IID %", "OOD %", "End-to-end epochs", "Images", "Labels", "Train time", "Parameters", "TFLOPs")
 COST_COLUMNS = ("Model", "Images", "Labels", "Samples seen", "Train time", "TFLOPs", "Extra", "TFLOPs with the extra")
+HYBRID_COLUMNS = ("Teacher stage", "Before alignment %", "When distilled %")
 # Okabe and Ito's colours, told apart by colour-blind readers; an arm and its equal-compute twin are of one family.
 COLORS = {
     "e2e": "#0072B2",
@@ -171,6 +172,38 @@ def _compute_notes(report: Report) -> str:
     return "\n".join(notes)
 
 
+def _hybrid_rows(report: Report) -> list[list[str]]:
+    """Accuracy of the meta model with one teacher stage in it, a row a stage."""
+    stages = report["hybrids"]["stages"]
+    return [
+        [
+            index,
+            *("–" if accuracies[when] is None else f"{100 * accuracies[when]:.1f}" for when in ("before", "after")),
+        ]
+        for index, accuracies in stages.items()
+    ]
+
+
+def _hybrid_table(report: Report) -> Table:
+    table = Table(
+        title="Teacher stages inside the meta model", caption=_hybrid_caption(report), caption_justify="left"
+    )
+    for column in HYBRID_COLUMNS:
+        table.add_column(column, justify="right")
+    for row in _hybrid_rows(report):
+        table.add_row(*row)
+    return table
+
+
+def _hybrid_caption(report: Report) -> str:
+    hybrids = report["hybrids"]
+    return (
+        f"Accuracy of the meta model with one teacher stage in it, whose logits the pairs are distilled from "
+        f"({hybrids['n']:,} images, {hybrids['set']}). The teacher's own: {100 * hybrids['teacher']:.1f} %; chance: "
+        f"{100 * hybrids['chance']:.1f} %."
+    )
+
+
 def print_tables(report: Report, console: Console) -> None:
     """Print the table of results and the sentences of the comparisons."""
     title = escape(f"{_name(report)} on {report['device']}")
@@ -180,6 +213,8 @@ def print_tables(report: Report, console: Console) -> None:
     for row in _result_rows(report):
         table.add_row(*row)
     console.print(table)
+    if report.get("hybrids"):
+        console.print(_hybrid_table(report))
     for comparison in report["comparisons"]:
         console.print(comparison_sentence(comparison), markup=False, highlight=False, soft_wrap=True)
 
@@ -215,6 +250,7 @@ def to_markdown(report: Report) -> str:
         f"Seeds {', '.join(report['seeds'])} · {report['device']} · {versions} · {report.get('date') or 'undated'}",
         "## Results",
         results_section(report),
+        _hybrid_section(report),
         "![Accuracy, training curves, distillation and expert load](report.png)",
         _graph_section(report),
         "## Training data and compute",
@@ -224,6 +260,14 @@ def to_markdown(report: Report) -> str:
         f"```yaml\n{yaml.safe_dump(report['recipe'], sort_keys=False, allow_unicode=True)}```",
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def _hybrid_section(report: Report) -> str:
+    """What the pairs were distilled from; nothing where no pair was distilled from a teacher."""
+    if not report.get("hybrids"):
+        return ""
+    table = markdown_table(HYBRID_COLUMNS, _hybrid_rows(report))
+    return f"## Teacher stages inside the meta model\n\n{table}\n\n{_hybrid_caption(report)}"
 
 
 def _graph_section(report: Report) -> str:

@@ -1,13 +1,16 @@
 """The data sets of a recipe, loaded once each and handed to the phases."""
 
 from collections.abc import Sequence
+from itertools import islice
+
+import numpy as np
 
 from m2mkd.data.config import DataConfig
 from m2mkd.data.dataset import ImageDataset
 from m2mkd.data.errors import DataError
 from m2mkd.data.labeled_images import LabeledImages
 from m2mkd.data.sources import load_images
-from m2mkd.data.streaming import StreamedImages, open_stream
+from m2mkd.data.streaming import Sample, StreamedImages, open_stream
 from m2mkd.trainer.recipe import Recipe
 
 
@@ -100,6 +103,16 @@ class RunData:
         except DataError as error:
             raise DataError(f"data.{name}: {error}") from error
         return data if config.streaming else ImageDataset(data, config, train=False)
+
+    def plain_set(self, name: str, most: int) -> ImageDataset | list[Sample]:
+        """
+        Up to `most` images of a training set without augmentation: spread evenly over it, or the first of a stream.
+        """
+        if self.config(name).streaming:
+            return list(islice(self._stream(name, self.config(name), train=False), most))
+        images = self.images(name)
+        chosen = np.linspace(0, len(images) - 1, min(most, len(images))).round().astype(np.int64)
+        return ImageDataset(images.select(chosen), self.config(name), train=False)
 
     def shares_labels(self, name: str, class_names: Sequence[str]) -> bool:
         """Whether every class of the data set is one of `class_names`."""

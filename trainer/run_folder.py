@@ -71,7 +71,12 @@ def _check_changes(output_dir: Path, changes: dict[str, str], recipe: Recipe) ->
 def _folders(output_dir: Path, key: str, recipe: Recipe) -> list[Path]:
     """Folders of the phases that depend on a key of the recipe."""
     section, _, rest = key.partition(".")
-    patterns = _PHASES_OF.get(section, _ALL)
+    phases_of = dict(_PHASES_OF)
+    if recipe.meta.init == "from_teacher" and key != "meta.init":
+        # the teacher comes first
+        phases_of["meta"] = tuple(phase for phase in phases_of["meta"] if phase != _TEACHER)
+        phases_of["teacher"] = (_META, *phases_of["teacher"])
+    patterns = phases_of.get(section, _ALL)
     if section == "data":
         name = rest.partition(".")[0]
         users = {
@@ -83,7 +88,7 @@ def _folders(output_dir: Path, key: str, recipe: Recipe) -> list[Path]:
         sections = [user for user, data in users.items() if data == name]
         if name in (recipe.evaluation.iid, recipe.evaluation.ood):
             sections.append("evaluation")
-        patterns = tuple(pattern for user in sections for pattern in _PHASES_OF[user])
+        patterns = tuple(pattern for user in sections for pattern in phases_of[user])
     return sorted({folder for pattern in patterns for folder in output_dir.glob(pattern)})
 
 

@@ -19,6 +19,7 @@ from transformers import (
     ConvNextForImageClassification,
     DeiTConfig,
     DeiTForImageClassification,
+    DeiTForImageClassificationWithTeacher,
     Dinov2Config,
     Dinov2ForImageClassification,
     PreTrainedModel,
@@ -54,9 +55,14 @@ def dinov2() -> Dinov2ForImageClassification:
     return Dinov2ForImageClassification(Dinov2Config(**SIZES, mlp_ratio=2))
 
 
+def deit_with_two_heads() -> DeiTForImageClassificationWithTeacher:
+    return DeiTForImageClassificationWithTeacher(DeiTConfig(**SIZES, intermediate_size=24))
+
+
 BUILDERS = {
     "vit": lambda: ViTForImageClassification(vit_config(**SIZES)),
     "deit": deit,
+    "deit_with_two_heads": deit_with_two_heads,
     "dinov2": dinov2,
     "vmoe": lambda: VMoEForImageClassification(vmoe_config()),
 }

@@ -44,9 +44,27 @@ class TestTrain:
         # transformers has a warning for each of its image processors where torchvision is not installed
         assert "torchvision" not in done.stdout + done.stderr
 
+    def test_a_plan_is_printed_and_nothing_is_run(self, tmp_path: Path) -> None:
+        recipe = str(ROOT / "recipes" / "vmoe_base_imagenet.yaml")
+        options = ("--plan", "--gpus", "8", "--throughput", "150", "--arms", "[e2e]", "--output_dir", str(tmp_path))
+        done = train(recipe, *options)
+        assert done.returncode == 0, done.stderr
+        assert "on 8 GPUs" in done.stdout and "at 150 TFLOP/s a GPU (stated)" in done.stdout
+        # V-MoE-Base, ImageNet-1k, 1,024 images a step
+        assert all(number in done.stdout for number in ("483.3 M", "1,281,167", "1,024", "125,200"))
+        assert not list(tmp_path.iterdir())
+
+    def test_a_miniature_is_another_recipe_in_another_folder(self, tmp_path: Path) -> None:
+        recipe = str(ROOT / "recipes" / "image_folder.yaml")
+        done = train(recipe, "--miniature", "--plan", "--arms", "[e2e]", "--output_dir", f"{tmp_path}/mine")
+        assert done.returncode == 0, done.stderr
+        assert "image folder (miniature)" in done.stdout
+        assert [path.name for path in tmp_path.iterdir()] == ["mine-miniature"]
+
     @pytest.mark.parametrize(
         "arguments, message",
         [
+            (["--plan", "--throughput", "fast"], "--throughput is 'fast'; give a positive number of TFLOP/s"),
             (["--sede", "1"], "sede: there is no such key"),
             (["--seed"], "--seed has no value"),
             (["nowhere.yaml"], "There is no recipe nowhere.yaml"),

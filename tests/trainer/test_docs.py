@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from jax_vmoe import tree
 from official_nac_cases import nac_case
 from PIL import Image
@@ -24,7 +25,7 @@ from tiny_run import write_images
 from typer.testing import CliRunner
 
 from m2mkd.trainer.cli import _overrides, app
-from m2mkd.trainer.recipe import load_recipe
+from m2mkd.trainer.recipe import load_recipe, parse_recipe
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,6 +37,8 @@ DIGITS = [
     *("--data.labelled.samples_per_class", "2"),
     *("--data.iid.samples_per_class", "2", "--data.ood.samples_per_class", "2"),
 ]
+# They take no time, and are no values of a recipe.
+SWITCHES = {"--plan", "--miniature", "--gpus"}
 LAUNCHERS = {"accelerate": ("accelerate.commands.launch", 2), "torchrun": ("torch.distributed.run", 1)}
 
 
@@ -56,10 +59,15 @@ def commands() -> list[tuple[str, list[str]]]:
     ]
 
 
-def trainings() -> list[list[str]]:
-    """The commands that train, each once."""
+def runs() -> list[list[str]]:
+    """The commands that take a recipe, each once."""
     found = [words for _, words in commands() if "train.py" in words or words[:2] == ["m2mkd", "run"]]
     return [words for index, words in enumerate(found) if words not in found[:index]]
+
+
+def trainings() -> list[list[str]]:
+    """Those of them that train as long as the recipe says."""
+    return [words for words in runs() if SWITCHES.isdisjoint(words)]
 
 
 def recipe_arguments(words: list[str]) -> list[str]:
@@ -127,6 +135,27 @@ def test_the_recipes_and_overrides_of_the_others_are_valid() -> None:
         has_recipe = bool(arguments) and not arguments[0].startswith("--")
         path, options = (ROOT / arguments[0], arguments[1:]) if has_recipe else (None, arguments)
         load_recipe(path, _overrides(options))
+
+
+def test_the_sections_of_recipes_are_valid() -> None:
+    sections = [yaml.safe_load(block) for block in blocks(ROOT / "README.md", "yaml")]
+    assert sections
+    for own in sections:
+        parse_recipe({**load_recipe().model_dump(mode="json"), **own}, "README")
+
+
+def test_the_commands_with_a_switch_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    quick = [words for words in runs() if not SWITCHES.isdisjoint(words)]
+    assert {word for words in quick for word in words} >= {"--plan", "--miniature"}
+    monkeypatch.chdir(ROOT)
+    for words in quick:
+        arguments = ["run", *recipe_arguments(words), "--output_dir", str(tmp_path / "run")]
+        done = CliRunner().invoke(app, arguments)
+        assert done.exit_code == 0, f"{words}: {done.output}"
+        if "--plan" in words:
+            assert "In all, at" in done.output and not list(tmp_path.iterdir())
+        else:
+            assert (tmp_path / "run-miniature" / "run" / "report.md").is_file()
 
 
 def test_what_is_to_be_installed_is_there() -> None:

@@ -18,6 +18,7 @@ class TestM2MKDConfig:
             ({"alpha": 1.1}, r"`alpha`.*\[0, 1\].*1.1"),
             ({"alpha": -0.1}, r"`alpha`.*\[0, 1\].*-0.1"),
             ({"alpha": float("nan")}, r"`alpha`.*nan"),
+            ({"base_learning_rate": -1e-3}, "`base_learning_rate` must be finite and not negative, but is -0.001"),
             ({"temperature": 0.0}, "`temperature` must be positive.*0.0"),
             ({"temperature": -1.0}, "`temperature` must be positive"),
             ({"temperature": float("nan")}, "`temperature` must be positive and finite.*nan"),
@@ -37,6 +38,11 @@ class TestM2MKDConfig:
     def test_a_value_out_of_range_is_refused_by_field_and_value(self, make, overrides: dict, message: str) -> None:
         with pytest.raises(ValueError, match=message):
             make(**overrides)
+
+    def test_the_base_learning_rate_is_for_512_images_a_step(self, make) -> None:
+        args = make(base_learning_rate=5e-4, per_device_train_batch_size=128, gradient_accumulation_steps=2)
+        assert args.learning_rate == 5e-4 * 256 / 512
+        assert make(learning_rate=3e-3).learning_rate == 3e-3
 
     def test_the_defaults_are_those_of_the_paper(self, make) -> None:
         args = make()

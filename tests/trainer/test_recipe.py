@@ -5,9 +5,13 @@ from typing import Any
 
 import pytest
 import yaml
+from accelerate.commands.config.config_args import load_config_from_file
 from tiny_run import recipe_content, tiny_recipe
 
 from m2mkd.trainer.recipe import RecipeError, load_recipe, parse_recipe, parse_value
+
+
+RECIPES = Path(__file__).parents[2] / "recipes"
 
 
 class TestLoadRecipe:
@@ -17,7 +21,7 @@ class TestLoadRecipe:
         assert recipe.data[recipe.evaluation.ood].source == "uci_digits"
 
     def test_every_recipe_of_the_repository_is_valid(self) -> None:
-        recipes = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+        recipes = sorted(RECIPES.glob("*.yaml"))
         assert recipes
         for path in recipes:
             load_recipe(path)
@@ -52,9 +56,75 @@ class TestLoadRecipe:
         with pytest.raises(RecipeError, match="There is no recipe .*nowhere.yaml"):
             load_recipe(tmp_path / "nowhere.yaml")
 
+    def test_a_recipe_that_extends_another_says_only_what_differs(self, tmp_path: Path) -> None:
+        content = recipe_content(tmp_path)
+        (tmp_path / "base.yaml").write_text(yaml.safe_dump(content))
+        own = (
+            "extends: ../base.yaml\nseed: 3\narms: [e2e]\nstudent: {model: {config: {num_experts: 4}}}\n"
+            "meta: {init: from_teacher, model: null}\nteacher: {incubation: null}\n"
+        )
+        path = tmp_path / "more" / "own.yaml"
+        path.parent.mkdir()
+        path.write_text(own)
+        recipe = load_recipe(path, {"distill.pairs": [1]})
+        assert (recipe.seed, recipe.arms, recipe.distill.pairs) == (3, ["e2e"], [1])
+        expected = {**content["student"]["model"]["config"], "num_experts": 4}
+        assert recipe.student.model.config == expected and recipe.name == "tiny"
+        assert recipe.meta.model is None and recipe.teacher.incubation == {}
+
+    @pytest.mark.parametrize(
+        "extends, message",
+        [
+            ("own.yaml", "own.yaml extends itself"),
+            ("nowhere.yaml", "There is no recipe .*nowhere.yaml"),
+            ("[1]", r"`extends` is \[1\]; give the path of one recipe"),
+        ],
+    )
+    def test_what_cannot_be_extended_is_refused(self, tmp_path: Path, extends: str, message: str) -> None:
+        (tmp_path / "own.yaml").write_text(f"extends: {extends}\nseed: 1\n")
+        with pytest.raises(RecipeError, match=message):
+            load_recipe(tmp_path / "own.yaml")
+
     def test_an_override_inside_a_value_is_refused(self) -> None:
         with pytest.raises(RecipeError, match="seed.x: `seed` is a value"):
             load_recipe(None, {"seed.x": 1})
+
+
+PAPER = sorted(RECIPES.glob("nac_*imagenet_*.yaml")) + [RECIPES / "vmoe_base_imagenet.yaml"]
+
+
+class TestRecipesOfThePaper:
+    def test_there_is_one_for_each_experiment(self) -> None:
+        assert len(PAPER) == 2 * 4 + 1
+        students = {(recipe.student.model.preset, recipe.name) for recipe in map(load_recipe, PAPER)}
+        assert len(students) == len(PAPER)
+
+    @pytest.mark.parametrize("path", PAPER, ids=lambda path: path.stem)
+    def test_learning_rates_on_8_gpus_are_those_of_the_official_code(self, path: Path) -> None:
+        recipe = load_recipe(path)
+        kind = (recipe.student.model.model_type, recipe.data[recipe.finetune.data].source)
+        end_to_end = {
+            ("vmoe", "imagenet-1k"): (1024, 1e-3, 100),
+            ("nac", "imagenet-1k"): (256, 6e-4, 110),
+            ("nac", "tiny-imagenet"): (1024, 2.4e-3, 400),
+        }
+        phases = {
+            "meta": (recipe.meta.training, (2048, 2e-3, 300)),
+            "incubation": (recipe.teacher.incubation, (2048, 2e-3, 100)),
+            "finetuning": (recipe.teacher.finetuning, (1024, 1e-3, 100)),
+            "distill": (recipe.distill.training, (2048, 2e-3, 100)),
+            "finetune": (recipe.finetune.training, end_to_end[kind]),
+        }
+        for name, (own, expected) in phases.items():
+            training = {**recipe.training, **own}
+            batch = 8 * training["per_device_train_batch_size"] * training.get("gradient_accumulation_steps", 1)
+            peak = training["base_learning_rate"] * batch / 512
+            assert (batch, pytest.approx(peak), training["num_train_epochs"]) == expected, name
+
+    @pytest.mark.parametrize("path", sorted((RECIPES / "accelerate").glob("*.yaml")), ids=lambda path: path.stem)
+    def test_accelerate_reads_its_configuration(self, path: Path) -> None:
+        config = load_config_from_file(str(path))
+        assert config.num_processes == 8
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {

@@ -99,10 +99,13 @@ class TestSideBySide:
     def test_workers_end_with_the_process_that_started_them(self, tmp_path: Path, how: signal.Signals) -> None:
         script = tmp_path / "script.py"
         script.write_text(
+            "import signal\n"
             "from pathlib import Path\n"
             "from schedule_work import sleep\n"
             "from m2mkd.trainer.schedule import Task, run_tasks\n"
             "if __name__ == '__main__':\n"
+            # a process that was started in the background of a shell ignores it
+            "    signal.signal(signal.SIGINT, signal.default_int_handler)\n"
             f"    folder = Path({str(tmp_path)!r})\n"
             "    run_tasks([Task(name, (folder, name)) for name in ('a', 'b')], sleep, processes=2)\n"
         )
@@ -113,7 +116,7 @@ class TestSideBySide:
         time.sleep(0.5)
         workers = [int((tmp_path / name).read_text()) for name in ("a", "b")]
         process.send_signal(how)
-        process.wait()
+        process.wait(timeout=60)
         for _ in range(300):
             if not any(map(is_alive, workers)):
                 return
