@@ -97,18 +97,21 @@ def push_command(
 def assemble_command(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to make.")],
     sources: Annotated[list[str], typer.Argument(metavar="FOLDER_OR_ID...", help="Where the modules are.")],
+    keep_stitches: Annotated[
+        bool, typer.Option("--keep-stitches", help="Leave the stitches of a V-MoE between its modules.")
+    ] = False,
 ) -> None:
     """
     Build a student from distilled modules: the folder of a run or of single pairs, or repositories on the Hub
     (user/name, or user/name/pairs/0).
 
-    Modules of different distillations are refused. The stitches are left out: train the student end to end next.
+    Modules of different distillations are refused. Train the student end to end next, with or without the stitches.
     """
 
     def work() -> None:
         from m2mkd.trainer.assemble import assemble
 
-        print("\n".join(assemble(out, sources)))
+        print("\n".join(assemble(out, sources, keep_stitches)))
 
     _explained(work)
 

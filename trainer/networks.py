@@ -8,6 +8,7 @@ import torch
 from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
 
 from m2mkd.data.config import DataConfig
+from m2mkd.modeling.pair_files import PairFileError, keep_stitches, read_contract
 from m2mkd.modeling.stages import StageError, initialize_stage, split_into_stages
 from m2mkd.trainer.recipe import NetworkSpec, RecipeError
 
@@ -83,3 +84,32 @@ def load_network(source: str | Path, **kwargs: Any) -> PreTrainedModel:
         return AutoModelForImageClassification.from_pretrained(source, **kwargs)
     except Exception as error:
         raise StageError(f"The model {source} cannot be loaded: {error}") from error
+
+
+def with_stitches(student: PreTrainedModel, folders: Sequence[Path]) -> PreTrainedModel:
+    """
+    A V-MoE once more, with the stitches of its pairs between its layers.
+
+    Args:
+        student (`PreTrainedModel`): Without stitches; the layers of its pairs are loaded.
+        folders (`Sequence[Path]`): The folders of all its pairs, in their order.
+
+    Raises:
+        `PairFileError`: a file is damaged, or a stitch has no place, as in any other model than a V-MoE.
+    """
+    contracts = [read_contract(folder) for folder in folders]
+    if student.config.model_type != "vmoe":
+        raise PairFileError(
+            f"A {student.config.model_type} has no place for stitches, only a vmoe keeps them. Leave them out."
+        )
+    stitches = {
+        "stitch_size": contracts[0]["stitch_size"],
+        "pre_stitch_layers": [contract["layers"][0] for contract in contracts[1:]],
+        "post_stitch_layers": [contract["layers"][-1] for contract in contracts[:-1]],
+    }
+    config = type(student.config).from_dict({**student.config.to_dict(), **stitches})
+    stitched = new_network(config, [len(contract["layers"]) for contract in contracts], seed=0)
+    stitched.load_state_dict({**stitched.state_dict(), **student.state_dict()}, strict=True)
+    for folder in folders:
+        keep_stitches(stitched, folder)
+    return stitched

@@ -2,7 +2,7 @@
 
 import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from m2mkd.data.loading import default_workers
 from m2mkd.data.processing import build_image_processor
-from m2mkd.modeling.pair_files import keep_stitches, load_stage, save_pair
+from m2mkd.modeling.pair_files import load_stage, save_pair
 from m2mkd.modeling.stages import check_same_normalization, split_into_stages
 from m2mkd.trainer.callbacks import DataEpoch, ShownProgress, Stopwatch
 from m2mkd.trainer.evaluation import evaluate_model, expert_load
@@ -33,7 +33,7 @@ from m2mkd.trainer.folders import (
 )
 from m2mkd.trainer.m2mkd_config import M2MKDConfig
 from m2mkd.trainer.m2mkd_trainer import M2MKDTrainer
-from m2mkd.trainer.networks import build_config, load_network, new_network
+from m2mkd.trainer.networks import build_config, load_network, new_network, with_stitches
 from m2mkd.trainer.recipe import Recipe, RecipeError, Training
 from m2mkd.trainer.run_data import RunData
 from m2mkd.trainer.schedule import Task
@@ -299,24 +299,8 @@ class Phases:
         for stage, folder in zip(split_into_stages(model, self.depths), folders, strict=True):
             misfits += load_stage(stage, folder, reinitialize=("classifier", "position_embeddings"))
         if spec.keep_stitches:
-            model = self._with_stitches(model, folders)
+            model = with_stitches(model, folders)
         return model, {"reinitialized": misfits, "keep_stitches": spec.keep_stitches}
-
-    def _with_stitches(self, model: PreTrainedModel, folders: Sequence[Path]) -> PreTrainedModel:
-        starts = [sum(self.depths[:index]) for index in range(len(self.depths))]
-        config = build_config(
-            self.recipe.student.model,
-            self.data.config(self.recipe.finetune.data),
-            self.data.class_names(self.recipe.finetune.data),
-            stitch_size=load_network(self.shared / "meta").config.hidden_size,
-            pre_stitch_layers=starts[1:],
-            post_stitch_layers=[start - 1 for start in starts[1:]],
-        )
-        stitched = new_network(config, self.depths, self.seed)
-        stitched.load_state_dict({**stitched.state_dict(), **model.state_dict()}, strict=True)
-        for folder in folders:
-            keep_stitches(stitched, folder)
-        return stitched
 
     # ---- What the phases share ----
 
