@@ -13,7 +13,7 @@ from m2mkd.modeling.stages import StageError, initialize_stage, split_into_stage
 from m2mkd.trainer.recipe import NetworkSpec, RecipeError
 
 
-def build_config(spec: NetworkSpec, data: DataConfig, class_names: Sequence[str], **fields: Any) -> PreTrainedConfig:
+def build_config(spec: NetworkSpec, data: DataConfig, class_names: Sequence[str]) -> PreTrainedConfig:
     """
     The configuration of a network of the recipe for one data set.
 
@@ -21,7 +21,6 @@ def build_config(spec: NetworkSpec, data: DataConfig, class_names: Sequence[str]
         spec (`NetworkSpec`)
         data (`DataConfig`): Gives `image_size`.
         class_names (`Sequence[str]`): Give the labels.
-        fields: Further fields, e.g. of kept stitches.
 
     Raises:
         `RecipeError`: a field that the model's configuration lacks, or a value that it refuses.
@@ -44,8 +43,8 @@ def build_config(spec: NetworkSpec, data: DataConfig, class_names: Sequence[str]
         raise RecipeError(f"`preset` is for nac and vmoe, not for {spec.model_type}; give the sizes in `config`.")
     try:
         if spec.preset is not None:
-            return config_class.from_preset(spec.preset, **{**spec.config, **own, **fields})
-        return config_class(**{**spec.config, **own, **fields})
+            return config_class.from_preset(spec.preset, **{**spec.config, **own})
+        return config_class(**{**spec.config, **own})
     except Exception as error:
         # the strict dataclasses of huggingface_hub wrap the reason in errors of their own
         raise RecipeError(f"The `config` of the {spec.model_type} is refused: {error.__cause__ or error}") from error
