@@ -196,40 +196,83 @@ def assemble_stages(stages: Sequence[Mapping[str, Any]], depths: Sequence[int]) 
     }
 
 
+def cut_in_stages(official: Mapping[str, Any], depths: Sequence[int]) -> list[dict[str, Any]]:
+    """`ckpt["model"]` without aliases as `ckpt["model_stages"]`: the inverse of [`assemble_stages`]."""
+    starts = [sum(depths[:index]) for index in range(len(depths))]
+    stages: list[dict[str, Any]] = [{} for _ in depths]
+    for name, tensor in official.items():
+        block = re.match(r"blocks\.(\d+)\.", name)
+        if block:
+            index = max(stage for stage, start in enumerate(starts) if start <= int(block[1]))
+        else:
+            index = len(depths) - 1 if name.startswith(("norm.", "head.")) else 0
+        stages[index][_move(name, "blocks", -starts[index])] = tensor
+    return stages
+
+
+def with_aliases(official: Mapping[str, Any], depths: Sequence[int]) -> dict[str, Any]:
+    """The inverse of [`without_aliases`], for a model of stages of these depths; the official code demands them."""
+    stages = enumerate(cut_in_stages(official, depths))
+    aliases = {f"stages.{index}.{name}": tensor for index, stage in stages for name, tensor in stage.items()}
+    return {**official, **aliases}
+
+
 def _move(name: str, container: str, offset: int) -> str:
     return re.sub(rf"^{container}\.(\d+)\.", lambda match: f"{container}.{int(match[1]) + offset}.", name)
 
 
-def official_shapes(ours: Mapping[str, torch.Tensor], prefix: str, layer_offset: int = 0) -> Shapes:
+def vit_to_official(ours: Mapping[str, torch.Tensor], layer_offset: int = 0) -> dict[str, torch.Tensor]:
     """
-    What an official checkpoint has to hold: the inverse of [`convert_vit`] and [`convert_vmoe`], shapes only.
+    The inverse of [`convert_vit`].
 
     Args:
-        ours (`Mapping[str, torch.Tensor]`): State dict of a `ViTForImageClassification` (`prefix` `"vit"`), a
-            `VMoEForImageClassification` (`"vmoe"`) or a stage of one, on the meta device if need be.
-        prefix (`str`): `"vit"` or `"vmoe"`.
+        ours (`Mapping[str, torch.Tensor]`): State dict of a `ViTForImageClassification` or of a stage of one, on the
+            meta device if only names and shapes matter.
         layer_offset (`int`): Layers before this stage.
 
     Returns:
-        `dict[str, tuple[int, ...]]`: Shapes by official names, without the aliases.
+        `dict[str, torch.Tensor]`: The same tensors by official names, without the aliases (see [`with_aliases`]).
+
+    Raises:
+        `ConversionError`: names that are no part of such a model.
     """
-    shapes: Shapes = {}
-    table = _TABLES[prefix]
+    return _to_official(ours, "vit", layer_offset)
+
+
+def vmoe_to_official(ours: Mapping[str, torch.Tensor], layer_offset: int = 0) -> dict[str, torch.Tensor]:
+    """
+    The inverse of [`convert_vmoe`], for a `VMoEForImageClassification` or a stage of one.
+
+    Args, returns and raises as [`vit_to_official`].
+    """
+    return _to_official(ours, "vmoe", layer_offset)
+
+
+def _to_official(ours: Mapping[str, torch.Tensor], prefix: str, layer_offset: int) -> dict[str, torch.Tensor]:
+    official: dict[str, torch.Tensor] = {}
     for name, tensor in ours.items():
-        shape = tuple(tensor.shape)
         stacked = _STACKED.fullmatch(name)
         if stacked:
-            each = {table.official(f"{stacked[1]}.{index}.{stacked[2]}"): (1, *shape[1:]) for index in range(shape[0])}
+            # FastMoE keeps a leading dimension of one expert
+            each = {f"{stacked[1]}.{index}.{stacked[2]}": expert[None] for index, expert in enumerate(tensor)}
         elif ".attention.q_proj." in name:
-            each = {table.official(name.replace("q_proj", "qkv_proj")): (3 * shape[0], *shape[1:])}
+            parts = [ours[name.replace("q_proj", part)] for part in ("q_proj", "k_proj", "v_proj")]
+            each = {name.replace("q_proj", "qkv_proj"): torch.cat(parts)}
         elif ".attention.k_proj." in name or ".attention.v_proj." in name:
             continue
         else:
-            each = {table.official(name): shape}
-        if None in each:
-            raise ConversionError(f"{name} of our {prefix} has no official counterpart.")
-        shapes.update({_move(official, "blocks", -layer_offset): value for official, value in each.items()})
-    return shapes
+            each = {name: tensor}
+        for own, value in each.items():
+            theirs = _TABLES[prefix].official(own)
+            if theirs is None:
+                raise ConversionError(f"{name} of our {prefix} has no official counterpart.")
+            official[_move(theirs, "blocks", -layer_offset)] = value
+    return official
+
+
+def shapes_of(tensors: Mapping[str, torch.Tensor]) -> Shapes:
+    """What [`check_tensors`] compares with."""
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
 def stitch_shapes(side: str, stitch_size: int, hidden_size: int, layer: int) -> Shapes:
@@ -397,10 +440,14 @@ __all__ = [
     "convert_vit",
     "convert_vmoe",
     "convert_vmoe_student",
-    "official_shapes",
+    "cut_in_stages",
+    "shapes_of",
     "stitch_shapes",
     "vit_config",
+    "vit_to_official",
     "vmoe_config",
     "vmoe_student_config",
+    "vmoe_to_official",
+    "with_aliases",
     "without_aliases",
 ]

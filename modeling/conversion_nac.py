@@ -140,32 +140,35 @@ def convert_nac_student(
     return stage, stitches
 
 
-def nac_shapes(ours: Mapping[str, torch.Tensor], config: NACConfig) -> Shapes:
+def nac_to_official(ours: Mapping[str, torch.Tensor], config: NACConfig) -> dict[str, torch.Tensor]:
     """
-    What an official checkpoint of a NAC has to hold: the inverse of [`convert_nac`], shapes only.
+    The inverse of [`convert_nac`]. The bias of the read-in's keys, which ours does not have, is zero.
 
     Args:
-        ours (`Mapping[str, torch.Tensor]`): State dict of the `NACForImageClassification`, on the meta device if need
-            be.
+        ours (`Mapping[str, torch.Tensor]`): State dict of the `NACForImageClassification`, on the meta device if only
+            names and shapes matter.
         config (`NACConfig`): Of that model.
 
     Returns:
-        `dict[str, tuple[int, ...]]`: Shapes by official names.
+        `dict[str, torch.Tensor]`: The same tensors by official names.
+
+    Raises:
+        `ConversionError`: names that are no part of a NAC.
     """
-    shapes: Shapes = {_KEY_BIAS: (config.hidden_size,)} if config.qkv_bias else {}
+    official = {}
     for name, tensor in ours.items():
-        shape = tuple(tensor.shape)
-        official = _TABLE.official(name)
-        if official is None:
+        theirs = _TABLE.official(name)
+        if theirs is None:
             raise ConversionError(f"{name} of our NAC has no official counterpart.")
-        shapes[official] = shape[1:] if name.endswith("position_embeddings") else shape
+        official[theirs] = tensor[0] if name.endswith("position_embeddings") else tensor
+    if config.qkv_bias:
+        official[_KEY_BIAS] = torch.zeros_like(ours["nac.read_in.attention.q_proj.bias"])
     if config.share_propagators:
-        first = {name: shape for name, shape in shapes.items() if ".propagators.0." in name}
+        first = {name: tensor for name, tensor in official.items() if ".propagators.0." in name}
         for layer in range(1, config.num_hidden_layers):
-            shapes.update(
-                {name.replace(".propagators.0.", f".propagators.{layer}."): shape for name, shape in first.items()}
-            )
-    return shapes
+            round_of = f".propagators.{layer}."
+            official.update({name.replace(".propagators.0.", round_of): tensor for name, tensor in first.items()})
+    return official
 
 
 def nac_student_shapes(
@@ -190,10 +193,10 @@ def nac_student_shapes(
         shapes.update({"pre_stitch.weight": (size, stitch_size), "pre_stitch.bias": (size,)})
     if index < num_stages - 1:
         shapes.update({"post_stitch.weight": (stitch_size, size), "post_stitch.bias": (stitch_size,)})
-    for full_name, shape in nac_shapes(ours, config).items():
+    for full_name, tensor in nac_to_official(ours, config).items():
         name = _student_name(full_name, index, num_stages)
         if name is not None and not full_name.endswith("kernel.bandwidth"):
-            shapes[name] = shape
+            shapes[name] = tuple(tensor.shape)
     return shapes
 
 
@@ -569,8 +572,8 @@ __all__ = [
     "convert_nac",
     "convert_nac_student",
     "nac_config",
-    "nac_shapes",
     "nac_student_config",
     "nac_student_shapes",
     "nac_students_config",
+    "nac_to_official",
 ]

@@ -1,5 +1,7 @@
 """Networks of a few hundred parameters and the small data that the tests share."""
 
+import re
+import shlex
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -204,3 +206,19 @@ def distillation_trainer(
     args = distillation_args(output_dir, **overrides)
     networks = {"teacher": teacher(), "meta": meta_model(), "train_dataset": NoiseImages()}
     return trainer_class(vmoe() if model is None else model, args, **{**networks, **own})
+
+
+def code_blocks(text: str, language: str) -> list[str]:
+    """The code blocks of one language in a Markdown text."""
+    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+
+
+def commands(text: str) -> list[list[str]]:
+    """Every command of every `bash` block in a Markdown text, words apart and comments gone."""
+    return [
+        shlex.split(command, comments=True)
+        for block in code_blocks(text, "bash")
+        for line in block.splitlines()
+        for command in line.split("&&")
+        if shlex.split(command, comments=True)
+    ]

@@ -11,25 +11,28 @@ from m2mkd.modeling.pair_files import CONTRACT_FILE, load_stage, match_pairs, re
 from m2mkd.modeling.stages import split_into_stages
 from m2mkd.trainer.folders import write_folder
 from m2mkd.trainer.hub import HubError, explained_hub_errors, patiently
-from m2mkd.trainer.networks import new_network
+from m2mkd.trainer.networks import new_network, with_stitches
 
 
 PROCESSOR_FILE = "preprocessor_config.json"
 
 
-def assemble(out: str | Path, sources: Sequence[str]) -> list[str]:
+def assemble(out: str | Path, sources: Sequence[str], keep_stitches: bool = False) -> list[str]:
     """
-    Build a student from the modules of its pairs, without their stitches.
+    Build a student from the modules of its pairs.
 
     Args:
         out (`str` or `Path`): Folder to make. It appears whole or not at all.
         sources (`Sequence[str]`): Where the pairs are, see [`pair_folders`]. Together they give each pair once.
+        keep_stitches (`bool`): Whether a V-MoE keeps the stitches between its modules, as it does in a run with
+            `finetune.keep_stitches`.
 
     Returns:
         `list[str]`: What was made, and what nobody knows of it, in sentences.
 
     Raises:
-        `PairFileError`: the pairs are not of one student, or one is missing, given twice, or damaged.
+        `PairFileError`: the pairs are not of one student, or one is missing, given twice, or damaged; or the student
+            has no place for stitches.
         `HubError`: a source has no pairs, or cannot be fetched; `out` is there already.
         `RunError`: the folder cannot be written.
     """
@@ -44,6 +47,8 @@ def assemble(out: str | Path, sources: Sequence[str]) -> list[str]:
         load_stage(stage, folder)
         for name in stage.distilled().state_dict():
             fresh.pop(name, None)
+    if keep_stitches:
+        model = with_stitches(model, folders)
     processors = [folder / PROCESSOR_FILE for folder in folders if (folder / PROCESSOR_FILE).is_file()]
 
     def write(temporary: Path) -> None:

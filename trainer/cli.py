@@ -119,18 +119,21 @@ def push_command(
 def assemble_command(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to make.")],
     sources: Annotated[list[str], typer.Argument(metavar="FOLDER_OR_ID...", help="Where the modules are.")],
+    keep_stitches: Annotated[
+        bool, typer.Option("--keep-stitches", help="Leave the stitches of a V-MoE between its modules.")
+    ] = False,
 ) -> None:
     """
     Build a student from distilled modules: the folder of a run or of single pairs, or repositories on the Hub
     (user/name, or user/name/pairs/0).
 
-    Modules of different distillations are refused. The stitches are left out: train the student end to end next.
+    Modules of different distillations are refused. Train the student end to end next, with or without the stitches.
     """
 
     def work() -> None:
         from m2mkd.trainer.assemble import assemble
 
-        print("\n".join(assemble(out, sources)))
+        print("\n".join(assemble(out, sources, keep_stitches)))
 
     _explained(work)
 
@@ -143,6 +146,9 @@ def convert_command(
     config: Annotated[Path, typer.Option(help="The official YAML file; for vit and vmoe JSON, see below.")],
     stage: Annotated[int | None, typer.Option(help="Stage of a student or of a teacher, from 0.")] = None,
     num_stages: Annotated[int | None, typer.Option(help="Stages of a student's model. NAC: 10, V-MoE: 4.")] = None,
+    back: Annotated[
+        bool, typer.Option("--to-official", help="The other way: CHECKPOINT is a folder, OUT a .pth or .safetensors.")
+    ] = False,
 ) -> None:
     """
     Convert an official checkpoint (of m2mKD, Deep Incubation or google-research/vmoe) to a Hugging Face folder.
@@ -156,12 +162,21 @@ def convert_command(
     says what they do not show, e.g. {"num_selected_experts": 2}
 
     The folder of a student or of one stage holds that stage's tensors and its stitches, as a run's pairs/ do.
+
+    --to-official makes of the folder of a nac, vmoe or vit a checkpoint that the official code loads. The --config is
+    the one that the official code will build its model from; it is refused if that is another model.
     """
 
     def work() -> None:
         from m2mkd.trainer.convert import convert
+        from m2mkd.trainer.to_official import to_official
 
-        print(convert(kind, config, checkpoint, out, stage, num_stages))
+        if not back:
+            print(convert(kind, config, checkpoint, out, stage, num_stages))
+        elif (stage, num_stages) != (None, None):
+            raise typer.BadParameter("--stage and --num-stages do not go with --to-official, which takes whole models")
+        else:
+            print(to_official(kind, config, checkpoint, out))
 
     _explained(work)
 

@@ -27,11 +27,13 @@ from m2mkd.modeling.conversion import (
     convert_vit,
     convert_vmoe,
     convert_vmoe_student,
-    official_shapes,
+    shapes_of,
     stitch_shapes,
     vit_config,
+    vit_to_official,
     vmoe_config,
     vmoe_student_config,
+    vmoe_to_official,
     without_aliases,
 )
 from m2mkd.modeling.conversion_jax import check_vmoe_jax, convert_vmoe_jax, plain_names, vmoe_jax_config
@@ -39,9 +41,9 @@ from m2mkd.modeling.conversion_nac import (
     convert_nac,
     convert_nac_student,
     nac_config,
-    nac_shapes,
     nac_student_shapes,
     nac_students_config,
+    nac_to_official,
 )
 from m2mkd.modeling.modeling_nac import NACForImageClassification
 from m2mkd.modeling.modeling_vmoe import VMoEForImageClassification
@@ -231,13 +233,40 @@ def _section(content: Mapping[str, Any], *path: str) -> dict[str, Any]:
 # ---- Whole models ----
 
 
+def described_model(kind: str, content: dict[str, Any], official: Mapping[str, Any]) -> PreTrainedModel:
+    """
+    The whole model that a configuration describes, on the meta device.
+
+    Args:
+        kind (`str`): `"nac"`, `"vmoe"` or `"vit"`.
+        content (`dict`): What [`read_config`] read.
+        official (`Mapping[str, Any]`): Its tensors, which say where a V-MoE keeps stitches if `content` does not.
+
+    Raises:
+        `ConversionError`: the configuration describes no such model.
+    """
+    if kind == "nac":
+        kwargs = _section(content, "model", "kwargs") if "model" in content else _section(content, "kwargs")
+        # of an official YAML file; in the fixtures the name stands for something else
+        losses = graph_loss_fields(content["criterion"]) if isinstance(content.get("criterion"), Mapping) else {}
+        return _on_meta(NACForImageClassification, lambda: nac_config(kwargs, **losses))
+    model_class = ViTForImageClassification if kind == "vit" else VMoEForImageClassification
+    kwargs = _section(content, "kwargs")
+    return _on_meta(model_class, lambda: _transformer_config(kind, content, kwargs, official))
+
+
+def official_tensors(model: PreTrainedModel) -> Tensors:
+    """The tensors of a whole model by their official names, without aliases."""
+    if isinstance(model, NACForImageClassification):
+        return nac_to_official(model.state_dict(), model.config)
+    to_official = vit_to_official if isinstance(model, ViTForImageClassification) else vmoe_to_official
+    return to_official(model.state_dict())
+
+
 def _nac(content: dict[str, Any], checkpoint: Checkpoint) -> tuple[Callable[[Path], None], str]:
-    kwargs = _section(content, "model", "kwargs") if "model" in content else _section(content, "kwargs")
-    # of an official YAML file; in the fixtures the name stands for something else
-    losses = graph_loss_fields(content["criterion"]) if isinstance(content.get("criterion"), Mapping) else {}
-    model = _on_meta(NACForImageClassification, lambda: nac_config(kwargs, **losses))
     official = _model_of(checkpoint)
-    check_tensors(official, nac_shapes(model.state_dict(), model.config), "the NAC")
+    model = described_model("nac", content, official)
+    check_tensors(official, shapes_of(official_tensors(model)), "the NAC")
     return _whole(model, convert_nac(official, model.config.share_propagators))
 
 
@@ -283,7 +312,7 @@ def _transformer(
     """A ViT or V-MoE, whole or one stage of it."""
     kwargs = _section(content, "kwargs")
     depths = checkpoint.depths or kwargs.get("divided_depths") or []
-    prefix, to_ours = ("vit", convert_vit) if kind == "vit" else ("vmoe", convert_vmoe)
+    to_ours, to_official = (convert_vit, vit_to_official) if kind == "vit" else (convert_vmoe, vmoe_to_official)
     if checkpoint.block is not None:
         if stage is not None and stage != checkpoint.block_index:
             raise ConversionError(f"--stage is {stage}, but the checkpoint holds stage {checkpoint.block_index}.")
@@ -292,16 +321,15 @@ def _transformer(
         official = _model_of(checkpoint, depths)
     else:
         official = without_aliases(_stage_of(checkpoint, stage, depths))
-    model_class = ViTForImageClassification if kind == "vit" else VMoEForImageClassification
-    model = _on_meta(model_class, lambda: _transformer_config(kind, content, kwargs, official))
+    model = described_model(kind, content, official)
     if stage is None:
-        check_tensors(official, official_shapes(model.state_dict(), prefix), f"the {prefix}")
+        check_tensors(official, shapes_of(official_tensors(model)), f"the {kind}")
         return _whole(model, to_ours(official))
     if sum(depths) != model.config.num_hidden_layers:
         raise ConversionError(f"the checkpoint's depths are {depths}, the configuration's {kwargs['divided_depths']}.")
     offset = sum(depths[:stage])
     part = split_into_stages(model, depths)[stage]
-    check_tensors(official, official_shapes(part.state_dict(), prefix, offset), f"stage {stage} of the {prefix}")
+    check_tensors(official, shapes_of(to_official(part.state_dict(), offset)), f"stage {stage} of the {kind}")
     position = Position(stage, len(depths), list(range(offset, offset + depths[stage])))
     return _part(model, position, to_ours(official, offset), {}, model.config.hidden_size)
 
@@ -423,7 +451,7 @@ def _vmoe_student(
     depth = sum(kwargs["divided_depths"])
     part = split_into_stages(model, [depth] * num_stages)[index]
     offset = index * depth
-    expected = official_shapes(part.state_dict(), "vmoe", offset)
+    expected = shapes_of(vmoe_to_official(part.state_dict(), offset))
     official = without_aliases(_model_of(checkpoint, [depth]))
     names = (f"blocks.{depth - 1}.post_stitch.fc.weight", "blocks.0.pre_stitch.fc.weight")
     stitch_size = kwargs.get("stitch_dim") or _stitch_size(official, *names)
@@ -496,7 +524,7 @@ def _on_meta(model_class: type[PreTrainedModel], config: Callable[[], PreTrained
 
 
 def _whole(model: PreTrainedModel, tensors: Tensors) -> tuple[Callable[[Path], None], str]:
-    model.load_state_dict(_own_memory(tensors), strict=True, assign=True)
+    model.load_state_dict(own_memory(tensors), strict=True, assign=True)
     return model.save_pretrained, f"{type(model).__name__} of {model.num_parameters() / 1e6:.1f} M parameters"
 
 
@@ -512,8 +540,8 @@ def _part(
 
     def write(folder: Path) -> None:
         config.save_pretrained(folder)
-        save_file(_own_memory(tensors), folder / STAGE_FILE, metadata={"format": "pt"})
-        save_file(_own_memory(stitches), folder / STITCHES_FILE, metadata={"format": "pt"})
+        save_file(own_memory(tensors), folder / STAGE_FILE, metadata={"format": "pt"})
+        save_file(own_memory(stitches), folder / STITCHES_FILE, metadata={"format": "pt"})
         (folder / CONTRACT_FILE).write_text(json.dumps(contract, indent=2) + "\n")
 
     size = sum(tensor.numel() for tensor in (*tensors.values(), *stitches.values())) / 1e6
@@ -521,7 +549,7 @@ def _part(
     return write, f"{what} ({size:.1f} M parameters with its stitches)"
 
 
-def _own_memory(tensors: Tensors) -> Tensors:
+def own_memory(tensors: Tensors) -> Tensors:
     """Contiguous, and no two on one storage, as safetensors wants it."""
     return {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
 
@@ -540,4 +568,14 @@ def _write(out: Path, write: Callable[[Path], None]) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-__all__ = ["KINDS", "Checkpoint", "convert", "graph_loss_fields", "read_checkpoint", "read_config"]
+__all__ = [
+    "KINDS",
+    "Checkpoint",
+    "convert",
+    "described_model",
+    "graph_loss_fields",
+    "official_tensors",
+    "own_memory",
+    "read_checkpoint",
+    "read_config",
+]

@@ -1,7 +1,6 @@
 """What has to do with the Hub: the code of a model beside its weights, and its errors in plain words."""
 
 import json
-import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from m2mkd.configuration import NACConfig, VMoEConfig
 from m2mkd.modeling import NACForImageClassification, NACModel, VMoEBackbone, VMoEForImageClassification, VMoEModel
+from m2mkd.trainer.flat_code import flatten, own_imports
 from m2mkd.trainer.folders import explained_write_errors, write_json
 
 
@@ -32,10 +32,6 @@ _CLASSES: dict[str, dict[str, type[PreTrainedConfig] | type[PreTrainedModel]]] =
         "AutoBackbone": VMoEBackbone,
     },
 }
-# Our sources import absolutely, also inside functions; a folder on the Hub has room for one level of relative imports.
-_OWN_IMPORT = re.compile(r"^( *)from (m2mkd\.(?:configuration|modeling)\.(\w+)) import", re.MULTILINE)
-
-
 # A transfer that fails for a passing reason is tried again after so many seconds.
 WAITS = (1.0, 5.0)
 _PASSING = (408, 429, 500, 502, 503, 504)
@@ -94,7 +90,7 @@ def hub_code(folder: Path) -> dict[str, str]:
 def flat_sources(modules: list[str]) -> dict[str, str]:
     """
     The sources of modules of ours and of all that they import of `configuration` and `modeling`, by file name, for one
-    flat folder: `from m2mkd.modeling.losses import` becomes `from .losses import`.
+    flat folder (see [`flatten`]).
 
     Args:
         modules (`list[str]`): Dotted names, e.g. `m2mkd.modeling.modeling_vmoe`.
@@ -106,8 +102,8 @@ def flat_sources(modules: list[str]) -> dict[str, str]:
         name = f"{module.rpartition('.')[2]}.py"
         if name not in sources:
             text = Path(find_spec(module).origin).read_text(encoding="utf-8")
-            sources[name] = _OWN_IMPORT.sub(r"\1from .\3 import", text)
-            waiting += [match[1] for match in _OWN_IMPORT.findall(text)]
+            sources[name] = flatten(text)
+            waiting += own_imports(text)
     return sources
 
 

@@ -8,11 +8,12 @@ import torch
 from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
 
 from m2mkd.data.config import DataConfig
+from m2mkd.modeling.pair_files import PairFileError, keep_stitches, read_contract
 from m2mkd.modeling.stages import StageError, initialize_stage, split_into_stages
 from m2mkd.trainer.recipe import NetworkSpec, RecipeError
 
 
-def build_config(spec: NetworkSpec, data: DataConfig, class_names: Sequence[str], **fields: Any) -> PreTrainedConfig:
+def build_config(spec: NetworkSpec, data: DataConfig, class_names: Sequence[str]) -> PreTrainedConfig:
     """
     The configuration of a network of the recipe for one data set.
 
@@ -20,7 +21,6 @@ def build_config(spec: NetworkSpec, data: DataConfig, class_names: Sequence[str]
         spec (`NetworkSpec`)
         data (`DataConfig`): Gives `image_size`.
         class_names (`Sequence[str]`): Give the labels.
-        fields: Further fields, e.g. of kept stitches.
 
     Raises:
         `RecipeError`: a field that the model's configuration lacks, or a value that it refuses.
@@ -43,8 +43,8 @@ def build_config(spec: NetworkSpec, data: DataConfig, class_names: Sequence[str]
         raise RecipeError(f"`preset` is for nac and vmoe, not for {spec.model_type}; give the sizes in `config`.")
     try:
         if spec.preset is not None:
-            return config_class.from_preset(spec.preset, **{**spec.config, **own, **fields})
-        return config_class(**{**spec.config, **own, **fields})
+            return config_class.from_preset(spec.preset, **{**spec.config, **own})
+        return config_class(**{**spec.config, **own})
     except Exception as error:
         # the strict dataclasses of huggingface_hub wrap the reason in errors of their own
         raise RecipeError(f"The `config` of the {spec.model_type} is refused: {error.__cause__ or error}") from error
@@ -97,3 +97,32 @@ def take_class_names(config: PreTrainedConfig, class_names: Sequence[str]) -> No
     if len(class_names) == config.num_labels and set(class_names).isdisjoint(config.id2label.values()):
         config.id2label = dict(enumerate(class_names))
         config.label2id = {name: index for index, name in enumerate(class_names)}
+
+
+def with_stitches(student: PreTrainedModel, folders: Sequence[Path]) -> PreTrainedModel:
+    """
+    A V-MoE once more, with the stitches of its pairs between its layers.
+
+    Args:
+        student (`PreTrainedModel`): Without stitches; the layers of its pairs are loaded.
+        folders (`Sequence[Path]`): The folders of all its pairs, in their order.
+
+    Raises:
+        `PairFileError`: a file is damaged, or a stitch has no place, as in any other model than a V-MoE.
+    """
+    contracts = [read_contract(folder) for folder in folders]
+    if student.config.model_type != "vmoe":
+        raise PairFileError(
+            f"A {student.config.model_type} has no place for stitches, only a vmoe keeps them. Leave them out."
+        )
+    stitches = {
+        "stitch_size": contracts[0]["stitch_size"],
+        "pre_stitch_layers": [contract["layers"][0] for contract in contracts[1:]],
+        "post_stitch_layers": [contract["layers"][-1] for contract in contracts[:-1]],
+    }
+    config = type(student.config).from_dict({**student.config.to_dict(), **stitches})
+    stitched = new_network(config, [len(contract["layers"]) for contract in contracts], seed=0)
+    stitched.load_state_dict({**stitched.state_dict(), **student.state_dict()}, strict=True)
+    for folder in folders:
+        keep_stitches(stitched, folder)
+    return stitched

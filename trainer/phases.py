@@ -16,7 +16,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from m2mkd.data.loading import default_workers
 from m2mkd.data.processing import build_image_processor
 from m2mkd.modeling.meta_from_teacher import fit_image_size, meta_from_teacher
-from m2mkd.modeling.pair_files import keep_stitches, load_stage, save_pair
+from m2mkd.modeling.pair_files import load_stage, save_pair
 from m2mkd.modeling.stages import check_same_normalization, check_stitchable, split_into_stages
 from m2mkd.trainer.alignment import AlignmentTrainer, hybrid_accuracies, hybrids_sentence, judge_hybrids
 from m2mkd.trainer.callbacks import DataEpoch, ShownProgress, Stopwatch
@@ -35,7 +35,7 @@ from m2mkd.trainer.folders import (
 )
 from m2mkd.trainer.m2mkd_config import M2MKDConfig
 from m2mkd.trainer.m2mkd_trainer import M2MKDTrainer
-from m2mkd.trainer.networks import build_config, load_network, new_network, take_class_names
+from m2mkd.trainer.networks import build_config, load_network, new_network, take_class_names, with_stitches
 from m2mkd.trainer.recipe import Recipe, RecipeError, Training
 from m2mkd.trainer.run_data import RunData
 from m2mkd.trainer.schedule import Task
@@ -377,24 +377,8 @@ class Phases:
         for stage, folder in zip(split_into_stages(model, self.depths), folders, strict=True):
             misfits += load_stage(stage, folder, reinitialize=("classifier", "position_embeddings"))
         if spec.keep_stitches:
-            model = self._with_stitches(model, folders)
+            model = with_stitches(model, folders)
         return model, {"reinitialized": misfits, "keep_stitches": spec.keep_stitches}
-
-    def _with_stitches(self, model: PreTrainedModel, folders: Sequence[Path]) -> PreTrainedModel:
-        starts = [sum(self.depths[:index]) for index in range(len(self.depths))]
-        config = build_config(
-            self.recipe.student.model,
-            self.data.config(self.recipe.finetune.data),
-            self.data.class_names(self.recipe.finetune.data),
-            stitch_size=load_network(self.shared / "meta").config.hidden_size,
-            pre_stitch_layers=starts[1:],
-            post_stitch_layers=[start - 1 for start in starts[1:]],
-        )
-        stitched = new_network(config, self.depths, self.seed)
-        stitched.load_state_dict({**stitched.state_dict(), **model.state_dict()}, strict=True)
-        for folder in folders:
-            keep_stitches(stitched, folder)
-        return stitched
 
     # ---- What the phases share ----
 

@@ -1,9 +1,21 @@
+from collections.abc import Callable
+
 import pytest
 import torch
 from official_cases import Case
 from testing_utils import assert_equal
 
-from m2mkd.modeling.conversion import ConversionError, convert_vit, convert_vmoe
+from m2mkd.modeling.conversion import (
+    ConversionError,
+    assemble_stages,
+    convert_vit,
+    convert_vmoe,
+    cut_in_stages,
+    vit_to_official,
+    vmoe_to_official,
+    with_aliases,
+    without_aliases,
+)
 
 
 def block(layer: int = 0) -> dict[str, torch.Tensor]:
@@ -125,3 +137,31 @@ class TestConvertVMoE:
         assert sum(v.numel() for v in converted.values()) == sum(v.numel() for v in official.values())
         total = sum(v.double().sum() for v in official.values())
         assert torch.allclose(sum(v.double().sum() for v in converted.values()), total)
+
+
+class TestToOfficial:
+    def test_a_stage_of_a_vit_goes_there_and_back(self) -> None:
+        official = {**block(0), **block(1)}
+        assert_equal(vit_to_official(convert_vit(official, layer_offset=6), layer_offset=6), official)
+
+    def test_experts_are_taken_apart_in_their_order(self) -> None:
+        official = {**experts(12), **block(1), "blocks.0.moe.gate.gate.bias": torch.rand(12)}
+        official |= {"blocks.1.pre_stitch.fc.weight": torch.rand(4, 6), "head.bias": torch.rand(3)}
+        assert_equal(vmoe_to_official(convert_vmoe(official, layer_offset=3), layer_offset=3), official)
+
+    @pytest.mark.parametrize("back, prefix", [(vit_to_official, "vit"), (vmoe_to_official, "vmoe")])
+    def test_a_tensor_that_the_official_code_does_not_have_is_named(self, back: Callable, prefix: str) -> None:
+        with pytest.raises(ConversionError, match=f"pooler.weight of our {prefix} has no official counterpart"):
+            back({f"{prefix}.pooler.weight": torch.rand(1)})
+
+    def test_stages_and_aliases_go_there_and_back(self) -> None:
+        official = {name: torch.rand(2) for name in ("cls_token", "patch_embed.proj.bias", "norm.bias", "head.weight")}
+        official |= {**block(0), **block(1), **block(2)}
+        stages = cut_in_stages(official, [2, 1])
+        assert {"cls_token", "patch_embed.proj.bias", "blocks.1.norm1.weight"} < stages[0].keys()
+        assert {"norm.bias", "head.weight", "blocks.0.norm1.weight"} < stages[1].keys()
+        assert_equal(assemble_stages(stages, [2, 1]), official)
+        both = with_aliases(official, [2, 1])
+        assert both["stages.1.blocks.0.norm1.weight"] is official["blocks.2.norm1.weight"]
+        assert len(both) == 2 * len(official)
+        assert_equal(without_aliases(both), official)

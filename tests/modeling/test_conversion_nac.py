@@ -14,19 +14,21 @@ from m2mkd.modeling.conversion import (
     check_tensors,
     convert_vit,
     convert_vmoe,
-    official_shapes,
+    shapes_of,
     vit_config,
+    vit_to_official,
     vmoe_config,
+    vmoe_to_official,
     without_aliases,
 )
 from m2mkd.modeling.conversion_nac import (
     convert_nac,
     convert_nac_student,
     nac_config,
-    nac_shapes,
     nac_student_config,
     nac_student_shapes,
     nac_students_config,
+    nac_to_official,
 )
 
 
@@ -271,12 +273,14 @@ class TestConvertNAC:
     @pytest.mark.parametrize("form", FORMS)
     def test_names_go_there_and_back(self, form: str) -> None:
         config = NACConfig.from_preset("tiny", **FORMS[form])
-        ours = on_meta(config).state_dict()
-        shapes = nac_shapes(ours, config)
-        if config.share_propagators:  # meta tensors cannot be compared
-            shapes = {name: shape for name, shape in shapes.items() if ".propagators.1." not in name}
-        converted = convert_nac(tensors(shapes))
-        assert {k: v.shape for k, v in converted.items()} == {k: v.shape for k, v in ours.items()}
+        ours = {name: torch.randn(tensor.shape) for name, tensor in on_meta(config).state_dict().items()}
+        official = nac_to_official(ours, config)
+        assert not official.keys() & ours.keys()
+        assert_equal(convert_nac(official, config.share_propagators), ours)
+
+    def test_a_tensor_that_the_official_code_does_not_have_is_named(self) -> None:
+        with pytest.raises(ConversionError, match="nac.registers of our NAC has no official counterpart"):
+            nac_to_official({"nac.registers": torch.rand(1)}, NACConfig.from_preset("tiny"))
 
     def test_every_number_of_an_official_checkpoint_is_there_once(self) -> None:
         given = nac_case("nac_small_train").state_dict
@@ -291,7 +295,7 @@ class TestConvertNAC:
         assert case.state_dict[name].abs().max() > 0
         assert "nac.read_in.attention.k_proj.bias" not in convert_nac(case.state_dict)
         model = nac(case)
-        check_tensors(case.state_dict, nac_shapes(model.state_dict(), model.config), "the NAC")
+        check_tensors(case.state_dict, shapes_of(nac_to_official(model.state_dict(), model.config)), "the NAC")
 
     @pytest.mark.parametrize(
         "name",
@@ -312,7 +316,7 @@ class TestConvertNAC:
     def test_shared_propagators_are_stored_once(self) -> None:
         config = NACConfig.from_preset("tiny", share_propagators=True, num_hidden_layers=3)
         ours = NACForImageClassification(config).state_dict()
-        shapes = nac_shapes(ours, config)
+        shapes = shapes_of(nac_to_official(ours, config))
         rounds = [{n for n in shapes if f".propagators.{layer}." in n} for layer in range(4)]
         assert len(rounds[0]) == len(rounds[1]) == len(rounds[2]) > 20 and not rounds[3]
         given = {name: torch.ones(shape) for name, shape in shapes.items()}
@@ -414,7 +418,7 @@ class TestSizesOfThePaper:
         given, count = self.listed(name)
         config = nac_config(changed_at(official(), changes))
         model = on_meta(config)
-        check_tensors(given, nac_shapes(model.state_dict(), config), name)
+        check_tensors(given, shapes_of(nac_to_official(model.state_dict(), config)), name)
         assert {k: v.shape for k, v in convert_nac(given).items()} == {
             k: v.shape for k, v in model.state_dict().items()
         }
@@ -453,8 +457,10 @@ class TestSizesOfThePaper:
         with torch.device("meta"):
             if prefix == "vit":
                 model, converted = ViTForImageClassification(vit_config(kwargs, norm_eps)), convert_vit(given)
+                back = vit_to_official(model.state_dict())
             else:
                 model, converted = VMoEForImageClassification(vmoe_config(kwargs, norm_eps)), convert_vmoe(given)
-        check_tensors(given, official_shapes(model.state_dict(), prefix), name)
+                back = vmoe_to_official(model.state_dict())
+        check_tensors(given, shapes_of(back), name)
         assert {k: v.shape for k, v in converted.items()} == {k: v.shape for k, v in model.state_dict().items()}
         assert sum(p.numel() for p in model.parameters()) == count

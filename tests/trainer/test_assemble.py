@@ -5,14 +5,15 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from local_hub import LocalHub
 from safetensors.torch import load_file
 from testing_utils import assert_equal, nac, vmoe
-from transformers import AutoModelForImageClassification, pipeline
+from transformers import AutoConfig, AutoModelForImageClassification, pipeline
 from typer.testing import CliRunner, Result
 
 from m2mkd import VMoEForImageClassification, split_into_stages
-from m2mkd.modeling.pair_files import PairFileError, save_pair
+from m2mkd.modeling.pair_files import PairFileError, load_stage, load_stitches, save_pair
 from m2mkd.modeling.stitched_stage import StitchedStage
 from m2mkd.trainer import hub as hub_module
 from m2mkd.trainer.assemble import assemble, pair_folders
@@ -36,6 +37,11 @@ def check_student(out: Path, run: Path) -> None:
     model = AutoModelForImageClassification.from_pretrained(out)
     assert type(model) is VMoEForImageClassification
     assert_equal(model.state_dict(), {**tensors[0], **tensors[1]})
+
+
+def vmoe_of(run: Path) -> VMoEForImageClassification:
+    """The run's student with other weights."""
+    return VMoEForImageClassification(AutoConfig.from_pretrained(run / "pairs" / "0")).eval()
 
 
 class TestSources:
@@ -62,6 +68,27 @@ class TestAssemble:
         check_student(tmp_path / "student", finished_run)
         classify = pipeline("image-classification", model=str(tmp_path / "student"))
         assert classify.model.config.id2label == {0: "blue", 1: "green", 2: "red"}
+
+    def test_stitches_can_be_kept_between_the_modules(self, finished_run: Path, tmp_path: Path):
+        assert cli(tmp_path / "student", finished_run, "--keep-stitches").exit_code == 0
+        model = AutoModelForImageClassification.from_pretrained(tmp_path / "student").eval()
+        stages = split_into_stages(vmoe_of(finished_run), [1, 1])
+        hidden_states = pixel_values = torch.randn(2, 3, 8, 8)
+        for stage in stages:
+            folder = finished_run / "pairs" / str(stage.index)
+            load_stage(stage, folder)
+            pair = StitchedStage(stage, model.config.stitch_size).eval()
+            load_stitches(pair, folder)
+            hidden_states, _ = pair(hidden_states)
+        assert torch.equal(model(pixel_values).logits, hidden_states)
+
+    def test_a_nac_has_no_place_for_stitches(self, tmp_path: Path):
+        student = nac()
+        for stage in split_into_stages(student, [1] * (student.config.num_hidden_layers + 2)):
+            save_pair(StitchedStage(stage.distilled(), 12, "linear"), tmp_path / "pairs" / str(stage.index), 12)
+        with pytest.raises(PairFileError, match="A nac has no place for stitches"):
+            assemble(tmp_path / "student", [str(tmp_path / "pairs")], keep_stitches=True)
+        assert not (tmp_path / "student").exists()
 
     def test_modules_of_several_places_in_any_order(self, finished_run: Path, tmp_path: Path):
         elsewhere = shutil.copytree(finished_run / "pairs" / "0", tmp_path / "first")

@@ -1,7 +1,6 @@
 import contextlib
 import io
 import json
-import re
 import runpy
 import shutil
 from pathlib import Path
@@ -11,15 +10,13 @@ import pytest
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from PIL import Image
+from testing_utils import code_blocks, commands
+from typer.testing import CliRunner
 
 from m2mkd.trainer.cards import public_recipe, render_card, write_cards
+from m2mkd.trainer.cli import app
 from m2mkd.trainer.hub import HubError
 from m2mkd.trainer.recipe import parse_recipe
-
-
-def blocks(card: ModelCard, language: str) -> list[str]:
-    """The code blocks of one language."""
-    return re.findall(rf"^```{language}\n(.*?)^```", card.content, flags=re.DOTALL | re.MULTILINE)
 
 
 def report_of(run: Path) -> dict[str, Any]:
@@ -57,7 +54,7 @@ def test_the_card_tells_what_was_measured_and_how_to_repeat_it(finished_run: Pat
         assert f"| {name} | {100 * report['arms'][name]['iid']['accuracy']:.1f} |" in text
     assert "seed 0" in " ".join(text.split()) and "TFLOPs" in text and "@misc{riquelme2021vmoe" in text
     assert "The arms were trained with one seed" in text
-    (recipe,) = blocks(card, "yaml")
+    (recipe,) = code_blocks(card.content, "yaml")
     parse_recipe(yaml.safe_load(recipe), "the card's recipe")
     assert "m2mkd assemble" not in text
     assert "{{" not in card.content and "None" not in text
@@ -111,20 +108,24 @@ def test_the_arms_of_further_seeds_have_cards_of_their_own(finished_run: Path, t
     assert card.data.eval_results[0].metric_value == 0.125 and "seed 7" in " ".join(card.text.split())
 
 
-def test_the_python_blocks_run_as_they_stand(finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_code_blocks_run_as_they_stand(finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (8, 8), "red").save("image.png")
-    scripts = blocks(ModelCard.load(finished_run / "arms" / "m2mkd" / "README.md"), "python")
+    card = ModelCard.load(finished_run / "arms" / "m2mkd" / "README.md")
+    scripts = code_blocks(card.content, "python")
     assert len(scripts) == 2
     Path("card.py").write_text("\n".join(scripts))
     with contextlib.redirect_stdout(io.StringIO()) as out:
         runpy.run_path("card.py")
     assert out.getvalue().splitlines()[-1] in ("blue", "green", "red")
+    install, assemble = commands(card.content)
+    assert install == ["pip", "install", "m2mkd"]
+    assert CliRunner().invoke(app, assemble[1:]).exit_code == 0 and Path("student", "model.safetensors").is_file()
 
 
 def test_with_its_code_a_model_needs_no_package_of_ours(finished_run: Path):
     card = render_card(finished_run, "m2mkd", "alice/tiny", with_code=True)
-    scripts = blocks(card, "python")
+    scripts = code_blocks(card.content, "python")
     assert "import m2mkd" not in "".join(scripts)
     assert all("trust_remote_code=True" in script for script in scripts)
 

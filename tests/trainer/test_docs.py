@@ -1,10 +1,12 @@
-"""README and the hand-written cards: every code block does what it says. (Cards of arms: test_cards, test_push.)"""
+"""
+README and the hand-written cards: every code block does what it says. (Generated cards: test_cards, test_push,
+test_trainer_push.)
+"""
 
 import json
 import os
 import re
 import runpy
-import shlex
 import shutil
 import subprocess
 import sys
@@ -20,7 +22,7 @@ import yaml
 from jax_vmoe import tree
 from official_nac_cases import nac_case
 from PIL import Image
-from testing_utils import vit
+from testing_utils import code_blocks, commands, vit
 from tiny_run import write_images
 from typer.testing import CliRunner
 
@@ -42,26 +44,13 @@ SWITCHES = {"--plan", "--miniature", "--gpus"}
 LAUNCHERS = {"accelerate": ("accelerate.commands.launch", 2), "torchrun": ("torch.distributed.run", 1)}
 
 
-def blocks(document: Path, language: str) -> list[str]:
-    text = document.read_text(encoding="utf-8")
-    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
-
-
-def commands() -> list[tuple[str, list[str]]]:
-    """Every command of every `bash` block, words apart and comments gone."""
-    return [
-        (document.stem, shlex.split(command, comments=True))
-        for document in DOCUMENTS
-        for block in blocks(document, "bash")
-        for line in block.splitlines()
-        for command in line.split("&&")
-        if shlex.split(command, comments=True)
-    ]
+def all_commands() -> list[list[str]]:
+    return [words for document in DOCUMENTS for words in commands(document.read_text(encoding="utf-8"))]
 
 
 def runs() -> list[list[str]]:
     """The commands that take a recipe, each once."""
-    found = [words for _, words in commands() if "train.py" in words or words[:2] == ["m2mkd", "run"]]
+    found = [words for words in all_commands() if "train.py" in words or words[:2] == ["m2mkd", "run"]]
     return [words for index, words in enumerate(found) if words not in found[:index]]
 
 
@@ -103,7 +92,7 @@ def test_the_python_blocks_run_one_after_the_other(document: Path, folder: Path)
         "train_dataset": images,
         "pixel_values": torch.randn(1, 3, 8, 8),
     }
-    scripts = blocks(document, "python")
+    scripts = code_blocks(document.read_text(encoding="utf-8"), "python")
     assert scripts
     for index, script in enumerate(scripts):
         path = folder / f"block_{index}.py"
@@ -119,7 +108,7 @@ def test_the_python_blocks_run_one_after_the_other(document: Path, folder: Path)
 
 def test_the_commands_that_train_nothing_run(folder: Path) -> None:
     ran = set()
-    for _, words in commands():
+    for words in all_commands():
         if words[0] == "m2mkd" and words[1] != "run":
             done = CliRunner().invoke(app, words[1:])
             assert done.exit_code == 0, f"{words}: {done.output}"
@@ -138,7 +127,8 @@ def test_the_recipes_and_overrides_of_the_others_are_valid() -> None:
 
 
 def test_the_sections_of_recipes_are_valid() -> None:
-    sections = [yaml.safe_load(block) for block in blocks(ROOT / "README.md", "yaml")]
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    sections = [yaml.safe_load(block) for block in code_blocks(text, "yaml")]
     assert sections
     recipe = load_recipe(ROOT / "recipes" / "vmoe_base_imagenet.yaml").model_dump(mode="json")
     for own in sections:
@@ -162,13 +152,13 @@ def test_the_commands_with_a_switch_run(tmp_path: Path, monkeypatch: pytest.Monk
 def test_what_is_to_be_installed_is_there() -> None:
     setup = ConfigParser()
     setup.read(ROOT / "setup.cfg")
-    for _, words in commands():
+    for words in all_commands():
         if words[0] == "pip":
             extras = [name for word in words for name in re.findall(r"\[(\w+)\]", word)]
             assert set(extras) <= set(setup["options.extras_require"]), words
             constraints = [word for option, word in pairwise(words) if option == "-c"]
             assert all((ROOT / name).is_file() for name in constraints), words
-    kinds = {words[0] for _, words in commands()}
+    kinds = {words[0] for words in all_commands()}
     assert kinds <= {"pip", "pytest", "m2mkd", *LAUNCHERS}, "a command of a kind that no test runs"
 
 

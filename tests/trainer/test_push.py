@@ -3,7 +3,6 @@
 import io
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from local_hub import LocalHub, Repo
 from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
+from testing_utils import code_blocks, commands
 from tiny_run import CLASS_NAMES
 from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
 from typer.testing import CliRunner, Result
@@ -246,7 +246,8 @@ class TestInOtherProcesses:
         card = hub.repos["alice/tiny"].files["README.md"].decode()
 
         Image.new("RGB", (8, 8), "red").save(tmp_path / "image.png")
-        scripts = re.findall(r"^```python\n(.*?)^```", card, flags=re.DOTALL | re.MULTILINE)
+        assert ["pip", "install", "torch", "transformers", "pillow"] in commands(card)
+        scripts = code_blocks(card, "python")
         check = "\nimport json, sys\nassert 'm2mkd' not in sys.modules\nprint(json.dumps(logits.tolist()))"
         path = f"import sys\nsys.path.append({str(torch_and_transformers_alone(tmp_path / 'site'))!r})\n"
         (tmp_path / "reader.py").write_text(path + "\n".join(scripts) + check)

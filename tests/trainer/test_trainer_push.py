@@ -1,16 +1,20 @@
 """`M2MKDTrainer(push_to_hub=True)` against a Hub on this machine."""
 
+import runpy
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from huggingface_hub import ModelCard, snapshot_download
 from local_hub import LocalHub
 from PIL import Image
-from testing_utils import assert_equal, distillation_trainer, images, vmoe
+from testing_utils import assert_equal, code_blocks, commands, distillation_trainer, images, vmoe
 from transformers import AutoModelForImageClassification, ViTImageProcessor, pipeline
+from typer.testing import CliRunner
 
-from m2mkd.trainer.assemble import assemble
+from m2mkd import M2MKDConfig
+from m2mkd.trainer.cli import app
 from m2mkd.trainer.m2mkd_trainer import M2MKDTrainer
 
 
@@ -77,18 +81,32 @@ def test_each_strategy_leaves_a_student_that_loads(
         assert again.state.global_step == 6
 
 
-def test_the_card_says_how_to_load_it(hub: LocalHub, tmp_path: Path) -> None:
+def test_the_card_says_how_to_load_it(hub: LocalHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = end_to_end(tmp_path, hub_strategy="end")
     trainer.train()
     trainer.push_to_hub(license="mit", tags="digits", dataset_tags="mnist")
     card = ModelCard.load("alice/student")
-    assert "pip install m2mkd" in card.text and "import m2mkd" in card.text and 'model="alice/student"' in card.text
+    assert commands(card.content) == [["pip", "install", "m2mkd"]]
     assert {"m2mkd", "vmoe", "digits"} <= set(card.data.tags)
     assert (card.data.license, card.data.datasets, card.data.library_name) == ("mit", ["mnist"], "transformers")
     assert "None" not in card.text and str(tmp_path) not in card.text
 
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (8, 8), "red").save("image.png")
+    Path("card.py").write_text("\n".join(code_blocks(card.content, "python")))
+    ran = runpy.run_path("card.py")
+    with torch.no_grad():
+        pixels = ran["processor"](Image.open("image.png"), return_tensors="pt")["pixel_values"]
+        ours = trainer.student.eval()(pixels).logits
+    torch.testing.assert_close(ran["logits"].detach(), ours, rtol=0, atol=1e-6)
+    (arguments,) = code_blocks(card.content, "yaml")
+    again = M2MKDConfig(output_dir="again", **yaml.safe_load(arguments))
+    assert (again.learning_rate, again.max_steps, again.alpha) == (0.05, 4, 0.0)
 
-def test_modules_can_be_pushed_one_by_one_and_assembled(hub: LocalHub, tmp_path: Path) -> None:
+
+def test_modules_can_be_pushed_one_by_one_and_assembled(
+    hub: LocalHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     trained = {}
     for index in (0, 1, 2):
         # of one student, as on three machines
@@ -98,8 +116,12 @@ def test_modules_can_be_pushed_one_by_one_and_assembled(hub: LocalHub, tmp_path:
         trained.update(trainer.trained_pairs()[index].stage.state_dict())
     files = hub.repos["alice/student"].files
     assert "model.safetensors" not in files and "pairs/2/pair.json" in files
-    assert "m2mkd assemble student alice/student" in files["README.md"].decode()
-    assert len(assemble(tmp_path / "student", ["alice/student"])) == 1
+    # as the card says it
+    install, assemble = commands(files["README.md"].decode())
+    assert install == ["pip", "install", "m2mkd"]
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(app, assemble[1:])
+    assert done.exit_code == 0 and len(done.stdout.splitlines()) == 1
     model = AutoModelForImageClassification.from_pretrained(tmp_path / "student")
     assert_equal(model.state_dict(), trained)
 
