@@ -62,9 +62,7 @@ def to_official(kind: str, config_path: Path, folder: Path, out: Path) -> str:
 
 
 def _model_in(folder: Path, kind: str) -> PreTrainedModel:
-    # with the official noise in evaluation no two logits are equal
-    fields = {"sample_in_eval": False} if kind == "nac" else {}
-    loaded = load_network(folder, output_loading_info=True, **fields)
+    loaded = load_network(folder, output_loading_info=True)
     model, info = cast(tuple[PreTrainedModel, dict[str, Any]], loaded)
     if type(model) is not _CLASSES[kind]:
         raise ConversionError(
@@ -72,6 +70,10 @@ def _model_in(folder: Path, kind: str) -> PreTrainedModel:
         )
     if info["missing_keys"]:
         raise ConversionError(f"{folder} lacks these tensors of its model: {sorted(info['missing_keys'])}.")
+    for module in model.modules():
+        # with the official noise in evaluation no two logits of a NAC are equal
+        if hasattr(module, "sample_in_eval"):
+            module.sample_in_eval = False
     return model.eval()
 
 

@@ -1,6 +1,5 @@
 """`m2mkd convert`: official checkpoints in, folders out that the Auto classes load; or one message and nothing."""
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -9,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import yaml
 from jax_vmoe import forward, tree
 from official_cases import Case, assert_close, stage_of, student_model, student_names, vit_stage
+from official_files import config_file, left, save, with_stitches
 from official_nac_cases import nac_case
 from safetensors.torch import load_file, save_file
 from testing_utils import assert_equal
@@ -37,25 +36,9 @@ TRAINING_STATE = {
 }
 
 
-def save(path: Path, content: Any) -> Path:
-    save_file(content, path) if path.suffix == ".safetensors" else torch.save(content, path)
-    return path
-
-
-def config_file(folder: Path, content: dict[str, Any], name: str = "config.json") -> Path:
-    path = folder / name
-    path.write_text(json.dumps(content) if name.endswith("json") else yaml.safe_dump(content))
-    return path
-
-
 @pytest.fixture
 def out(tmp_path: Path) -> Path:
     return tmp_path / "converted"
-
-
-def left(out: Path) -> list[str]:
-    """What lies where the folder should be, temporary files included."""
-    return sorted(path.name for path in out.parent.iterdir() if out.name in path.name)
 
 
 class TestNAC:
@@ -244,20 +227,6 @@ class TestNACStudents:
         case = nac_case("nac_student_mediator")
         with pytest.raises(ConversionError, match=r"stage 0 of 10 is a readin.*\['mediator'\] only"):
             convert("nac-student", case.folder / "config.json", case.folder / "state_dict.safetensors", out, stage=0)
-
-
-def with_stitches(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """An official V-MoE of width 32 that keeps the stitches between its blocks 1 and 2, 40 wide."""
-    shapes = {
-        "blocks.1.post_stitch.ln": ((32,), (32,)),
-        "blocks.1.post_stitch.fc": ((40, 32), (40,)),
-        "blocks.2.pre_stitch.ln": ((40,), (40,)),
-        "blocks.2.pre_stitch.fc": ((32, 40), (32,)),
-    }
-    stitches = {}
-    for name, (weight, bias) in shapes.items():
-        stitches.update({f"{name}.weight": torch.randn(weight), f"{name}.bias": torch.randn(bias)})
-    return {**without_aliases(state_dict), **stitches}
 
 
 class TestVMoE:

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 from official_cases import Case
+from official_files import config_file, left, save, with_stitches
 from official_nac_cases import nac_case
 from safetensors.torch import load_file
-from test_convert import config_file, left, save, with_stitches
 from testing_utils import assert_equal, nac, vit
 from typer.testing import CliRunner, Result
 
@@ -139,10 +139,12 @@ class TestStrictness:
 
     def test_a_model_of_another_kind(self, tmp_path: Path, out: Path, kind: str) -> None:
         config = Case("vmoe_full").folder / "config.json"
-        for model in (vit(), nac()):
-            model.save_pretrained(tmp_path / "other")
-            with pytest.raises(ConversionError, match=f"holds a {type(model).__name__}, but --kind vmoe is VMoE"):
+        for other in (vit(), nac()):
+            other.save_pretrained(tmp_path / "other")
+            with pytest.raises(ConversionError, match=f"holds a {type(other).__name__}, but --kind vmoe is VMoE"):
                 to_official(kind, config, tmp_path / "other", out)
+        with pytest.raises(ConversionError, match="holds a NACForImageClassification, but --kind vit is ViT"):
+            to_official("vit", config, tmp_path / "other", out)
 
     def test_a_folder_without_all_tensors_or_none(self, folder: Path, out: Path, kind: str) -> None:
         config = Case("vmoe_full").folder / "config.json"
