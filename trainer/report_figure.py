@@ -2,7 +2,7 @@
 
 import io
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -26,7 +26,7 @@ COVERS = {
 }
 COLUMNS = ("Model", "IID %", "OOD %", "End-to-end epochs", "Images", "Labels", "Train time", "Parameters", "TFLOPs")
 COST_COLUMNS = ("Model", "Images", "Labels", "Samples seen", "Train time", "TFLOPs", "Extra", "TFLOPs with the extra")
-HYBRID_COLUMNS = ("Teacher stage", "Before alignment %", "When distilled %")
+HYBRID_COLUMNS = {"before": "Before alignment %", "after": "When distilled %"}
 # Okabe and Ito's colours, told apart by colour-blind readers; an arm and its equal-compute twin are of one family.
 COLORS = {
     "e2e": "#0072B2",
@@ -172,25 +172,25 @@ def _compute_notes(report: Report) -> str:
     return "\n".join(notes)
 
 
-def _hybrid_rows(report: Report) -> list[list[str]]:
-    """Accuracy of the meta model with one teacher stage in it, a row a stage."""
+def _hybrid_rows(report: Report) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows: accuracy of the meta model with one teacher stage in it, as far as it was measured."""
     stages = report["hybrids"]["stages"]
-    return [
-        [
-            index,
-            *("–" if accuracies[when] is None else f"{100 * accuracies[when]:.1f}" for when in ("before", "after")),
-        ]
-        for index, accuracies in stages.items()
-    ]
+    measured = [when for when in HYBRID_COLUMNS if any(accuracies[when] is not None for accuracies in stages.values())]
+    rows = []
+    for index, accuracies in stages.items():
+        values = [accuracies[when] for when in measured]
+        rows.append([index, *("–" if value is None else f"{100 * value:.1f}" for value in values)])
+    return ["Teacher stage", *(HYBRID_COLUMNS[when] for when in measured)], rows
 
 
 def _hybrid_table(report: Report) -> Table:
     table = Table(
         title="Teacher stages inside the meta model", caption=_hybrid_caption(report), caption_justify="left"
     )
-    for column in HYBRID_COLUMNS:
+    columns, rows = _hybrid_rows(report)
+    for column in columns:
         table.add_column(column, justify="right")
-    for row in _hybrid_rows(report):
+    for row in rows:
         table.add_row(*row)
     return table
 
@@ -223,7 +223,7 @@ def _name(report: Report) -> str:
     return str(report["recipe"].get("name") or "a run without a name")
 
 
-def markdown_table(header: tuple[str, ...], rows: list[list[str]]) -> str:
+def markdown_table(header: Sequence[str], rows: list[list[str]]) -> str:
     """A GitHub table; all columns but the first are aligned to the right."""
     rule = ["---", *["---:"] * (len(header) - 1)]
     return "\n".join(f"| {' | '.join(row)} |" for row in [header, rule, *rows])
@@ -266,7 +266,7 @@ def _hybrid_section(report: Report) -> str:
     """What the pairs were distilled from; nothing where no pair was distilled from a teacher."""
     if not report.get("hybrids"):
         return ""
-    table = markdown_table(HYBRID_COLUMNS, _hybrid_rows(report))
+    table = markdown_table(*_hybrid_rows(report))
     return f"## Teacher stages inside the meta model\n\n{table}\n\n{_hybrid_caption(report)}"
 
 
@@ -349,7 +349,9 @@ def _draw_accuracy(axes: Axes, report: Report, summary: dict[str, Any]) -> str:
             error: dict[str, Any] = {} if std is None else {"yerr": 100 * std, "capsize": 4}
             axes.bar(place, mean, 0.85, color=COLORS[arm], label=arm if split == "iid" else None, **error)
             tops.append(mean + 100 * (std or 0))
-            axes.annotate(f"{mean:.1f}", (place, tops[-1]), (0, 3), ha="center", **text)
+            # legible where the teacher's line runs through it
+            behind = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}
+            axes.annotate(f"{mean:.1f}", (place, tops[-1]), (0, 3), ha="center", bbox=behind, **text)
         if report["teacher"] is not None and report["teacher"][split] is not None:
             tops.append(100 * report["teacher"][split]["accuracy"])
             right = left + len(arms) - 0.4

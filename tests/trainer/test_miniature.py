@@ -84,6 +84,8 @@ def test_every_recipe_runs_in_miniature(tmp_path: Path, extended: Path, path: Pa
     for result in report["arms"].values():
         assert result["iid"]["n"] > 0 and (result["ood"] is None) == (miniature.evaluation.ood is None)
     assert report["hybrids"]["stages"].keys() == {str(index) for index in range(len(miniature.student.depths))}
+    text = (Path(miniature.output_dir) / "report.md").read_text()
+    assert ("Before alignment" in text) == (miniature.meta.init == "from_teacher")
     assert_planned(miniature, report)
 
 
