@@ -1,7 +1,8 @@
-"""The command line, run as a user runs it: in a process of its own."""
+"""The command line, run as a user runs it, where it matters in a process of its own."""
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,9 @@ import yaml
 from safetensors.torch import load_file
 from testing_utils import assert_equal
 from tiny_run import recipe_content
+from typer.testing import CliRunner
+
+from m2mkd.trainer.cli import app
 
 
 ROOT = Path(__file__).parents[2]
@@ -47,8 +51,8 @@ class TestTrain:
     def test_a_plan_is_printed_and_nothing_is_run(self, tmp_path: Path) -> None:
         recipe = str(ROOT / "recipes" / "vmoe_base_imagenet.yaml")
         options = ("--plan", "--gpus", "8", "--throughput", "150", "--arms", "[e2e]", "--output_dir", str(tmp_path))
-        done = train(recipe, *options)
-        assert done.returncode == 0, done.stderr
+        done = CliRunner().invoke(app, ["run", recipe, *options])
+        assert done.exit_code == 0, done.stderr
         assert "on 8 GPUs" in done.stdout and "at 150 TFLOP/s a GPU (stated)" in done.stdout
         # V-MoE-Base, ImageNet-1k, 1,024 images a step
         assert all(number in done.stdout for number in ("483.3 M", "1,281,167", "1,024", "125,200"))
@@ -56,28 +60,32 @@ class TestTrain:
 
     def test_a_miniature_is_another_recipe_in_another_folder(self, tmp_path: Path) -> None:
         recipe = str(ROOT / "recipes" / "image_folder.yaml")
-        done = train(recipe, "--miniature", "--plan", "--arms", "[e2e]", "--output_dir", f"{tmp_path}/mine")
-        assert done.returncode == 0, done.stderr
+        options = ("--miniature", "--plan", "--arms", "[e2e]", "--output_dir", f"{tmp_path}/mine")
+        done = CliRunner().invoke(app, ["run", recipe, *options])
+        assert done.exit_code == 0, done.stderr
         assert "image folder (miniature)" in done.stdout
         assert [path.name for path in tmp_path.iterdir()] == ["mine-miniature"]
+
+    def test_what_a_user_can_mend_ends_in_one_message_without_a_traceback(self, tmp_path: Path) -> None:
+        done = train("--sede", "1", "--output_dir", str(tmp_path / "run"))
+        assert done.returncode == 1
+        assert done.stderr.strip().splitlines()[-1].startswith(("Error:", " ")), done.stderr
+        assert "sede: there is no such key" in done.stderr and "Traceback" not in done.stderr
 
     @pytest.mark.parametrize(
         "arguments, message",
         [
             (["--plan", "--throughput", "fast"], "--throughput is 'fast'; give a positive number of TFLOP/s"),
-            (["--sede", "1"], "sede: there is no such key"),
             (["--seed"], "--seed has no value"),
             (["nowhere.yaml"], "There is no recipe nowhere.yaml"),
             (["--data.iid.source", "imagefolder:/nowhere"], "/nowhere"),
         ],
     )
-    def test_what_a_user_can_mend_ends_in_one_message_without_a_traceback(
-        self, tmp_path: Path, arguments: list[str], message: str
-    ) -> None:
-        done = train(*arguments, *([] if arguments[0].endswith("yaml") else ["--output_dir", str(tmp_path / "run")]))
-        assert done.returncode == 1
-        assert done.stderr.strip().splitlines()[-1].startswith(("Error:", " ")), done.stderr
-        assert message in done.stderr and "Traceback" not in done.stderr
+    def test_the_message_says_what_is_wrong(self, tmp_path: Path, arguments: list[str], message: str) -> None:
+        folder = [] if arguments[0].endswith("yaml") else ["--output_dir", str(tmp_path / "run")]
+        done = CliRunner().invoke(app, ["run", *arguments, *folder])
+        assert done.exit_code == 1 and isinstance(done.exception, SystemExit)
+        assert message in done.stderr
 
     def test_two_processes_run_a_recipe_together(self, tmp_path: Path) -> None:
         path = recipe_file(tmp_path)
@@ -112,9 +120,8 @@ class TestTrain:
 
 
 class TestReport:
-    def test_the_report_is_written_again_from_the_folders(self, tmp_path: Path) -> None:
-        done = train(str(recipe_file(tmp_path)), "--arms", "[e2e]")
-        assert done.returncode == 0, done.stderr
+    def test_the_report_is_written_again_from_the_folders(self, tmp_path: Path, finished_run: Path) -> None:
+        shutil.copytree(finished_run, tmp_path / "run")
         (tmp_path / "run" / "report.md").unlink()
         command = [sys.executable, "-m", "m2mkd.trainer.cli", "report", str(tmp_path / "run")]
         again = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
