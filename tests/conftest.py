@@ -9,7 +9,7 @@ import torch
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 # the networks are tiny: threads that wait for each other cost more than they compute, in other processes too
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
 
 

@@ -141,10 +141,7 @@ def render_card(
         data,
         template_str=_template("template.md"),
         title=data.model_name,
-        architecture=ARCHITECTURES.get(config.model_type, f"A {config.model_type}"),
-        parameters=f"{result['parameters']:,}",
-        num_labels=config.num_labels,
-        image_size=config.image_size,
+        **_model_facts(config, result["parameters"]),
         arm=arm,
         arm_text=_arm_text(arm, report),
         recipe_name=recipe.get("name"),
@@ -162,6 +159,16 @@ def render_card(
         license=license,
         citation=_citation(config.model_type),
     )
+
+
+def _model_facts(config: PreTrainedConfig, parameters: int) -> dict[str, Any]:
+    """What both templates say of a model."""
+    return {
+        "architecture": ARCHITECTURES.get(config.model_type, f"A {config.model_type}"),
+        "parameters": f"{parameters:,}",
+        "num_labels": config.num_labels,
+        "image_size": config.image_size,
+    }
 
 
 def render_trainer_card(
@@ -203,10 +210,7 @@ def render_trainer_card(
         data,
         template_str=_template("trainer.md"),
         title=data.model_name,
-        architecture=ARCHITECTURES.get(config.model_type, f"A {config.model_type}"),
-        parameters=f"{parameters:,}",
-        num_labels=config.num_labels,
-        image_size=config.image_size,
+        **_model_facts(config, parameters),
         method=_method(args),
         is_whole=args.num_pairs == 1 or args.pairs == "all",
         usage=_usage(source, with_code=False),

@@ -222,9 +222,8 @@ class _Planner:
         for arm in self.recipe.arms:
             step, training = plain, spec.training
             if arm == "kd":
-                step = (
-                    plain + self._frozen(split_into_stages(self.teacher, [count_layers(self.teacher)]), spec.data)[-1]
-                )
+                whole = split_into_stages(self.teacher, [count_layers(self.teacher)])
+                step = plain + self._frozen(whole, spec.data)[-1]
                 training = {**training, **self.recipe.kd.training}
             arms.append(self._phase(f"arm {arm}", spec.data, training, step))
         return arms

@@ -1,7 +1,6 @@
 """The command line, run as a user runs it, where it matters in a process of its own."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -30,9 +29,8 @@ def recipe_file(folder: Path) -> Path:
 
 
 def train(*arguments: str, launcher: tuple[str, ...] = (sys.executable,)) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [*launcher, str(ROOT / "train.py"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
 
 
 class TestTrain:
@@ -106,7 +104,7 @@ class TestTrain:
         (tmp_path / "run").rename(whole)
         command = [sys.executable, str(ROOT / "train.py"), str(path), "--processes", processes]
         for delay in delays:
-            process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
+            process = subprocess.Popen(command)
             time.sleep(delay)
             process.send_signal(signal.SIGKILL)
             process.wait()

@@ -4,7 +4,6 @@ test_trainer_push.)
 """
 
 import json
-import os
 import re
 import runpy
 import shutil
@@ -179,7 +178,6 @@ def test_the_commands_that_train_run(words: list[str], tmp_path: Path) -> None:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
         timeout=900,
         check=False,
     )

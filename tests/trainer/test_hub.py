@@ -67,7 +67,7 @@ def reader(folders: dict[str, Path]) -> dict[str, Any]:
     """What a process without this package says of both folders."""
     root = folders["vmoe"].parent
     torch.save(images(), root / "pixels.pt")
-    environment = {**os.environ, "HF_HOME": str(root / "home"), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "HF_HOME": str(root / "home")}
     site = torch_and_transformers_alone(root / "site")
     # -I and -S: no PYTHONPATH, no current folder, no site-packages
     arguments = [str(site), str(root / "pixels.pt"), *map(str, folders.values())]

@@ -623,7 +623,6 @@ class TestDistributed:
         paths = [str(here.parent), *sys.path]
         environment = {
             **os.environ,
-            "OMP_NUM_THREADS": "1",
             "PYTHONPATH": os.pathsep.join(path for path in paths if path),
         }
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]

@@ -222,7 +222,7 @@ class TestInOtherProcesses:
     """Pushed by the console script, loaded where this package is not; both know the Hub by their environment alone."""
 
     def process(self, hub: LocalHub, tmp_path: Path, *command: str | Path) -> str:
-        environment = {**os.environ, **hub.environment(str(tmp_path / "hf"), "hf_alice"), "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, **hub.environment(str(tmp_path / "hf"), "hf_alice")}
         done = subprocess.run(
             [sys.executable, *map(str, command)],
             cwd=tmp_path,
