@@ -7,13 +7,13 @@ trained one, accuracy against latency over the number of mediator latents that a
     python benchmarks/nac.py --official ../m2mKD             the official code beside ours, in the same run
     python benchmarks/nac.py --prune runs/nac_digits --figure pruning.png     a finished run: see nac_pruning.py
 
-Each variant lives in a process of its own, and they take turns, so that a busy moment hits all of them. A turn is a
-step to warm up, since a process that waited has lost its caches, and some measured ones; seconds are medians.
+Variants take turns, so that a busy moment hits all of them, and each turn is a new process: two steps of each mode to
+warm up, then some measured ones; seconds are medians over all turns.
 `forward` is in evaluation without gradients, `training` is forward and backward in train mode with all its noise.
 Memory is the peak of the first step above the built model: later ones find memory that was freed and not given back.
 The floor is the time that the step's matrix products and convolutions alone would take at the speed that a large
-product reaches on this machine, timed right before the step. Signatures are random here: fitting a graph takes long
-and changes no shape.
+product reaches on this machine, timed right before the step; products of branches that an image drops count, though
+they may be left out. Signatures are random here: fitting a graph takes long and changes no shape.
 """
 
 import argparse
@@ -26,8 +26,9 @@ import statistics
 import sys
 import time
 import types
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,8 @@ PRESETS = {64: "tiny_imagenet", 224: "imagenet"}
 NUM_LABELS = {64: 200, 224: 1000}
 OFFICIAL_CONFIGS = {64: "configs/nac_scale_tinyimnet_config.yml", 224: "configs/nac_scale_imnet_config.yml"}
 MODES = ("forward", "training")
-STEPS_A_TURN = 2
+WARM_UP_STEPS = 2
+STEPS_A_TURN = 3
 PRUNING_BATCH = 64
 
 
@@ -151,9 +153,7 @@ def speed(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     results = {}
     for image_size in options.image_size:
         variants = variants_of(options, image_size)
-        # in a process that ends, so that the memory it takes is nobody's
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
-            flops = pool.apply(count_flops, (variants[-1],))
+        flops = in_a_process(count_flops, variants[-1])
         figures = take_turns(variants, flops, options.repeats)
         for variant in variants[1:] if options.official else []:
             for mode in MODES:
@@ -171,34 +171,30 @@ def ratios(official: dict[str, Any], ours: dict[str, Any]) -> dict[str, float | 
 
 def take_turns(variants: list[Variant], flops: dict[str, int], repeats: int) -> dict[str, dict[str, Any]]:
     """Medians of each variant; see the top of the file."""
-    context = multiprocessing.get_context("spawn")
-    children = []
-    for variant in variants:
-        connection, theirs = context.Pipe()
-        process = context.Process(target=serve, args=(theirs, variant, flops), daemon=True)
-        process.start()
-        theirs.close()
-        children.append((variant, connection, process))
-    runs: dict[str, list[dict[str, Any]]] = {variant.name: [] for variant in variants}
-    try:
-        # built one after the other, so that nothing is measured while another variant is made
-        models = {variant.name: connection.recv() for variant, connection, _ in children}
-        for _ in range(repeats):
-            for variant, connection, _ in children:
-                connection.send("turn")
-                runs[variant.name].append(connection.recv())
-    except EOFError as error:
-        raise SystemExit("A variant ended early; its error is above.") from error
-    finally:
-        for _, connection, process in children:
-            connection.close()
-            process.join(timeout=10)
-    return {name: {**models[name], **{mode: summary(runs[name], mode) for mode in MODES}} for name in runs}
+    turns: dict[str, list[dict[str, Any]]] = {variant.name: [] for variant in variants}
+    for _ in range(repeats):
+        for variant in variants:
+            turns[variant.name].append(in_a_process(take_turn, variant, flops))
+    return {
+        variant.name: {
+            "variant": asdict(variant),
+            "parameters": turns[variant.name][0]["parameters"],
+            "flops": None if variant.official else flops,
+            **{mode: summary(turns[variant.name], mode) for mode in MODES},
+        }
+        for variant in variants
+    }
+
+
+def in_a_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What a function returns in a new process, whose memory nobody has used before and nobody will after."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 def summary(turns: list[dict[str, Any]], mode: str) -> dict[str, Any]:
     """Medians over the measured steps of all turns, and the memory of the very first step."""
-    steps = [step for turn in turns for step in turn[mode][1:]]
+    steps = [step for turn in turns for step in turn[mode][WARM_UP_STEPS:]]
     floor_ratios = [step["floor_ratio"] for step in steps if step["floor_ratio"] is not None]
     return {
         "seconds": statistics.median(step["seconds"] for step in steps),
@@ -208,8 +204,8 @@ def summary(turns: list[dict[str, Any]], mode: str) -> dict[str, Any]:
     }
 
 
-def serve(connection: Connection, variant: Variant, flops: dict[str, int]) -> None:
-    """The process of a variant: builds the model, then makes a turn of steps of each mode whenever it is asked to."""
+def take_turn(variant: Variant, flops: dict[str, int]) -> dict[str, Any]:
+    """Builds the model and makes the steps of each mode; its number of parameters, too."""
     torch.set_num_threads(variant.threads)
     torch.manual_seed(0)
     model = official_model(variant) if variant.official else our_model(variant)
@@ -220,20 +216,11 @@ def serve(connection: Connection, variant: Variant, flops: dict[str, int]) -> No
     if variant.compile:
         model.compile()
     memory = Memory(variant.device)
-    connection.send(
-        {
-            "variant": asdict(variant),
-            "parameters": sum(parameter.numel() for parameter in model.parameters()),
-            "flops": None if variant.official else flops,
-        }
-    )
-    while True:
-        try:
-            connection.recv()
-        except EOFError:
-            return
-        turn = range(1 + STEPS_A_TURN)
-        connection.send({mode: [measure(model, images, mode, variant, flops, memory) for _ in turn] for mode in MODES})
+    steps = range(WARM_UP_STEPS + STEPS_A_TURN)
+    figures: dict[str, Any] = {
+        mode: [measure(model, images, mode, variant, flops, memory) for _ in steps] for mode in MODES
+    }
+    return {"parameters": sum(parameter.numel() for parameter in model.parameters()), **figures}
 
 
 def noise_images(variant: Variant) -> torch.Tensor:
@@ -320,8 +307,8 @@ def step(model: nn.Module, images: torch.Tensor, mode: str) -> None:
 
 def count_flops(variant: Variant) -> dict[str, int]:
     """
-    Those of matrix products and convolutions, by mode. The counter sees neither into fused attention nor what is
-    computed again on purpose, so that they are counted with eager attention and without checkpoints.
+    Those of matrix products and convolutions, by mode. The counter does not see into fused attention, and what is
+    computed again or left out on purpose is no matter: they are counted with eager attention and no checkpoints.
     """
     model = our_model(replace(variant, attention="eager")).to(variant.device)
     images = noise_images(variant)

@@ -124,7 +124,7 @@ class NACConfig(PreTrainedConfig):
         `"direct"` passes no gradient through the edges it cuts; `"masked"` passes it straight through to the block
         model loss, and cuts at the truncation itself, too.
     kernel_bandwidth (`float`, *optional*, defaults to 1.0):
-        Start of the bandwidth of the affinity `exp(-distance / bandwidth)`.
+        Start of the bandwidth of the affinity `exp(-distance / bandwidth)`. A learned one counts as at least 0.01.
     learnable_bandwidth (`bool`, *optional*, defaults to `True`):
         Whether each propagator learns its bandwidth.
     stochastic_kernel (`bool`, *optional*, defaults to `True`):

@@ -461,7 +461,9 @@ class NACForImageClassification(NACPreTrainedModel):
             num_kernels = config.num_hidden_layers if config.learnable_bandwidth else 1
             kernels = [self.nac.propagator(layer_idx).kernel for layer_idx in range(num_kernels)]
             probabilities = [
-                link_probability(mediators, mediators, kernel.bandwidth, kernel.truncation, kernel.truncation_type)
+                link_probability(
+                    mediators, mediators, kernel.positive_bandwidth(), kernel.truncation, kernel.truncation_type
+                )
                 for kernel in kernels
             ]
             losses["block_model_loss"] = torch.stack([block_model_loss(p, graphon) for p in probabilities]).sum()

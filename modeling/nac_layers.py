@@ -18,12 +18,21 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers.activations import ACT2FN
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
 from m2mkd.configuration.configuration_nac import NACConfig
+
+
+# Scores of this size stay in the cache of a processor's core.
+PART_BYTES = 2**21
+
+# A learned bandwidth of the graph kernel counts as no less, whatever the optimizer makes of it: below zero the most
+# distant latents would be the closest. In units of the cosine distance.
+MIN_BANDWIDTH = 0.01
 
 
 def modulate(hidden_states: torch.Tensor, scale: torch.Tensor, activation_fn: Callable | None) -> torch.Tensor:
@@ -142,6 +151,27 @@ class NACModulatedLinear(NACModulatedWeight):
         return ModulatedLinear.apply(hidden_states, scale, weight, bias, activation_fn)
 
 
+class LowerBound(torch.autograd.Function):
+    """`tensor.clamp(min=bound)`, through which a gradient that leads back above the bound passes, too."""
+
+    @staticmethod
+    def forward(tensor: torch.Tensor, bound: float) -> torch.Tensor:
+        """See the class."""
+        return tensor.clamp(min=bound)
+
+    @staticmethod
+    def setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: torch.Tensor) -> None:
+        """Keep the inputs."""
+        tensor, ctx.bound = inputs
+        ctx.save_for_backward(tensor)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """A step of descent goes against the gradient."""
+        (tensor,) = ctx.saved_tensors
+        return torch.where((tensor >= ctx.bound) | (grad < 0), grad, 0.0), None
+
+
 class NACKernel(nn.Module):
     """
     Affinity of two latents, `exp(-distance / bandwidth)` of their signatures, 0 beyond the truncation. Attention adds
@@ -171,12 +201,17 @@ class NACKernel(nn.Module):
         Returns:
             `torch.Tensor` of the same shape, minus infinity where two latents are not connected.
         """
-        log_affinity = -distance / self.bandwidth.float()
+        log_affinity = -distance / self.positive_bandwidth()
         if self.truncation is None:
             return log_affinity
         is_masked = self.truncation_type == "masked"
         too_far = distance >= self.truncation if is_masked else distance > self.truncation
         return log_affinity.masked_fill(too_far, -torch.inf)
+
+    def positive_bandwidth(self) -> torch.Tensor:
+        """The bandwidth, in float32; a learned one is at least `MIN_BANDWIDTH`."""
+        bandwidth = self.bandwidth.float()
+        return LowerBound.apply(bandwidth, MIN_BANDWIDTH) if isinstance(self.bandwidth, nn.Parameter) else bandwidth
 
     def sample(self, log_affinity: torch.Tensor, batch_size: int) -> torch.Tensor:
         """
@@ -217,6 +252,33 @@ def eager_attention_forward(
         scores += attention_mask
     weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
     return torch.matmul(weights, value).transpose(1, 2), weights
+
+
+def attention_in_parts(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor,
+    scaling: float,
+    **kwargs: Unpack[TransformersKwargs],
+) -> tuple[torch.Tensor, None]:
+    """
+    [`eager_attention_forward`], a few images at a time and once more in the backward pass, for a bias that wants a
+    gradient: no fused kernel of torch gives it one. The scores of a batch are the largest tensors of a circuit by far.
+    Those of a part stay in the processor's cache, and none are kept.
+    """
+    images_a_part = 1 + PART_BYTES // (query.shape[1] * attention_mask[0].nbytes)
+    if images_a_part >= len(query):
+        return eager_attention_forward(module, query, key, value, attention_mask, scaling)[0], None
+
+    def attend(*part: torch.Tensor) -> torch.Tensor:
+        return eager_attention_forward(module, *part, scaling=scaling)[0]
+
+    tensors = (query, key, value, attention_mask.expand(len(query), -1, -1, -1))
+    parts = zip(*(tensor.split(images_a_part) for tensor in tensors), strict=True)
+    messages = [checkpoint(attend, *part, use_reentrant=False, preserve_rng_state=False) for part in parts]
+    return torch.cat(messages), None
 
 
 class NACReadInKeys(NACModulatedWeight):
@@ -306,7 +368,7 @@ class NACLatentAttention(nn.Module):
         self.layer_scale = nn.Parameter(torch.empty(size))
         self.layer_scale_init_value = config.layer_scale_init_value
         drop_prob = config.read_out_drop_path_rate if is_read_out else config.drop_path_rate
-        self.drop_path = NACDropPath(drop_prob if self.has_residual else 0.0)
+        self.drop_path = NACDropPath(config, drop_prob)
 
     def forward(
         self,
@@ -329,11 +391,30 @@ class NACLatentAttention(nn.Module):
             States of the receivers of shape `(batch_size, num_receivers, hidden_size)`, and the attention weights if
             the attention backend gives them.
         """
-        batch_size, num_receivers, _ = receivers.shape
-        heads = (batch_size, -1, self.num_heads, self.head_dim)
+
+        def branch(
+            receivers: torch.Tensor, senders: torch.Tensor, attention_bias: torch.Tensor | None
+        ) -> tuple[torch.Tensor, torch.Tensor | None]:
+            return self.attend(receivers, senders, receiver_codes, sender_codes, attention_bias, **kwargs)
+
+        if self.has_residual:
+            return self.drop_path(branch, receivers, senders, attention_bias)
+        return branch(receivers, senders, attention_bias)
+
+    def attend(
+        self,
+        receivers: torch.Tensor,
+        senders: torch.Tensor,
+        receiver_codes: torch.Tensor,
+        sender_codes: torch.Tensor,
+        attention_bias: torch.Tensor | None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What `forward` adds to the receivers, and the attention weights."""
+        heads = (receivers.shape[0], -1, self.num_heads, self.head_dim)
         if self.sender_layernorm is None:
             sender_inputs = self.receiver_layernorm(senders)
-            receiver_inputs = sender_inputs[:, -num_receivers:]
+            receiver_inputs = sender_inputs[:, -receivers.shape[1] :]
         else:
             sender_inputs, receiver_inputs = self.sender_layernorm(senders), self.receiver_layernorm(receivers)
         queries = self.q_proj(receiver_inputs, receiver_codes).view(heads).transpose(1, 2)
@@ -344,27 +425,63 @@ class NACLatentAttention(nn.Module):
         )
         if attention_bias is not None:
             attention_bias = attention_bias.to(queries.dtype)
+        if (
+            self.config._attn_implementation == "sdpa"
+            and attention_bias is not None
+            and attention_bias.requires_grad
+            and queries.device.type == "cpu"
+            and not torch.compiler.is_compiling()
+        ):
+            attention_interface = attention_in_parts
         messages, weights = attention_interface(
             self, queries, keys, values, attention_bias, scaling=self.scaling, **kwargs
         )
-        output = self.o_proj(messages.reshape(batch_size, num_receivers, -1), receiver_codes, self.layer_scale)
-        return self.drop_path(receivers, output) if self.has_residual else output, weights
+        return self.o_proj(messages.flatten(2), receiver_codes, self.layer_scale), weights
 
 
 class NACDropPath(nn.Module):
-    """Residual sum with stochastic depth: in training whole images drop the branch."""
+    """
+    Residual sum with stochastic depth: in training whole images drop the branch. On a CPU the branch is computed for
+    the images that keep it alone, except with eager attention, the reference.
+    """
 
-    def __init__(self, drop_prob: float):
+    def __init__(self, config: NACConfig, drop_prob: float):
         super().__init__()
+        self.config = config
         self.drop_prob = drop_prob
 
-    def forward(self, hidden_states: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:
-        """`hidden_states + branch`, both of shape `(batch_size, num_latents, hidden_size)`."""
+    def forward(
+        self,
+        branch: Callable[..., tuple[torch.Tensor, torch.Tensor | None]],
+        hidden_states: torch.Tensor,
+        *others: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """
+        Args:
+            branch (`Callable`): Of `hidden_states` and the others, for all images or some of them: what the states
+                gain, and attention weights, if it has any.
+            hidden_states (`torch.Tensor` of shape `(batch_size, num_latents, hidden_size)`)
+            others (`torch.Tensor` of shape `(1 or batch_size, ...)`, *optional*)
+
+        Returns:
+            The sum, and the attention weights, if the branch has any and was computed for all images.
+        """
         if self.drop_prob == 0 or not self.training:
-            return hidden_states + branch
-        keep_prob = 1 - self.drop_prob
-        uniform = torch.rand(branch.shape[0], 1, 1, dtype=branch.dtype, device=branch.device)
-        return hidden_states + branch * (torch.floor(uniform + keep_prob) / keep_prob)
+            gain, weights = branch(hidden_states, *others)
+            return hidden_states + gain, weights
+        batch_size, keep_prob = hidden_states.shape[0], 1 - self.drop_prob
+        uniform = torch.rand(batch_size, 1, 1, dtype=hidden_states.dtype, device=hidden_states.device)
+        is_kept = torch.floor(uniform + keep_prob)
+        # a GPU would have to wait for the number of images, a compiler compile once for each
+        may_skip = hidden_states.device.type == "cpu" and not torch.compiler.is_compiling()
+        if may_skip and self.config._attn_implementation != "eager":
+            kept = is_kept.flatten().nonzero().flatten()
+            if 0 < len(kept) < batch_size:
+                some = [other if other is None or len(other) == 1 else other.index_select(0, kept) for other in others]
+                gain, _ = branch(hidden_states.index_select(0, kept), *some)
+                return hidden_states.index_add(0, kept, gain.to(hidden_states.dtype), alpha=1 / keep_prob), None
+        gain, weights = branch(hidden_states, *others)
+        return torch.addcmul(hidden_states, gain, is_kept / keep_prob), weights
 
 
 class NACFeedForward(nn.Module):
@@ -380,14 +497,18 @@ class NACFeedForward(nn.Module):
         self.activation_fn = ACT2FN[config.hidden_act]
         self.layer_scale = nn.Parameter(torch.empty(config.hidden_size))
         self.layer_scale_init_value = config.layer_scale_init_value
-        self.drop_path = NACDropPath(drop_path_rate)
+        self.drop_path = NACDropPath(config, drop_path_rate)
 
     def forward(self, states: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
         """`(batch_size, num_latents, hidden_size)` to the same; codes as in [`NACLatentAttention`]."""
-        hidden = self.fc1(self.layernorm(states), codes)
-        if self.is_gated:
-            return self.drop_path(states, self.fc2(hidden, codes, self.layer_scale, self.activation_fn))
-        return self.drop_path(states, self.fc2(self.activation_fn(hidden), codes, self.layer_scale))
+
+        def branch(states: torch.Tensor) -> tuple[torch.Tensor, None]:
+            hidden = self.fc1(self.layernorm(states), codes)
+            if self.is_gated:
+                return self.fc2(hidden, codes, self.layer_scale, self.activation_fn), None
+            return self.fc2(self.activation_fn(hidden), codes, self.layer_scale), None
+
+        return self.drop_path(branch, states)[0]
 
 
 # ---- From output latents to logits ----

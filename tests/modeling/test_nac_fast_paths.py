@@ -3,6 +3,7 @@
 import copy
 import weakref
 from collections.abc import Callable
+from types import ModuleType
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from testing_utils import assert_close, gradients, images, nac, randomized
 
 from m2mkd import NACForImageClassification
+from m2mkd.modeling import nac_layers
 from m2mkd.modeling.nac_layers import ModulatedLinear, NACReadInAttention, modulate
 
 
@@ -150,6 +152,13 @@ def plain_modulated_linear(
     return F.linear(modulate(hidden_states, scale, activation_fn), weight, bias)
 
 
+def count_calls(monkeypatch: pytest.MonkeyPatch, module: ModuleType, name: str) -> list[tuple]:
+    """The arguments of all calls of a function from now on."""
+    calls, function = [], getattr(module, name)
+    monkeypatch.setattr(module, name, lambda *args, **kwargs: calls.append(args) or function(*args, **kwargs))
+    return calls
+
+
 class TestBackends:
     @pytest.mark.parametrize("options", [{}, {"stochastic_kernel": False}, {"input_to_mediator": "none"}])
     def test_sdpa_equals_eager(self, options: dict[str, bool | str]):
@@ -165,9 +174,40 @@ class TestBackends:
             model.set_attn_implementation("eager")
             torch.testing.assert_close(sdpa, model(images()).logits)
 
+    @pytest.mark.parametrize("options", [{}, {"stochastic_kernel": False}, {"kernel_truncation_type": "masked"}])
+    def test_attention_in_parts(self, monkeypatch: pytest.MonkeyPatch, options: dict[str, bool | str]):
+        model = randomized(nac(drop_path_rate=0.0, **options), seed=1)
+        whole = training_step(model)
+        parts = count_calls(monkeypatch, nac_layers, "checkpoint")
+        monkeypatch.setattr(nac_layers, "PART_BYTES", 0)
+        assert_same_step(training_step(model), whole)
+        # each of three images, in two rounds of messages and the read-out
+        assert len(parts) == 9
+        model.set_attn_implementation("eager")
+        assert_same_step(training_step(model), whole)
+
+    def test_dropped_images_are_not_computed(self, monkeypatch: pytest.MonkeyPatch):
+        model = randomized(nac(drop_path_rate=0.5), seed=1)
+        rows: list[int] = []
+        for layer in model.nac.layers:
+            layer.ffn.fc1.register_forward_hook(lambda module, args, output: rows.append(len(args[0])))
+            layer.attention.q_proj.register_forward_hook(lambda module, args, output: rows.append(len(args[0])))
+        seen = set()
+        for seed in range(8):
+            model.set_attn_implementation("eager")
+            plain = training_step(model, seed)
+            assert rows == [3] * 4
+            rows.clear()
+            model.set_attn_implementation("sdpa")
+            assert_same_step(training_step(model, seed), plain)
+            seen.update(rows)
+            rows.clear()
+        # where all are dropped, all are computed
+        assert seen == {1, 2, 3}
+
     @pytest.mark.parametrize("use_reentrant", [True, False])
     def test_gradient_checkpointing(self, use_reentrant: bool):
-        model = randomized(nac(), seed=1)
+        model = randomized(nac(drop_path_rate=0.5), seed=1)
         expected = training_step(model)
         model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
         assert_same_step(training_step(model), expected)
