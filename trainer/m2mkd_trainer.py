@@ -286,7 +286,8 @@ class M2MKDTrainer(Trainer):
         if not bad.any():
             return
         pairs = [i for i, is_bad in zip(self.args.pair_indices, bad.tolist(), strict=False) if is_bad]
-        where = f"of pair {', '.join(map(str, pairs))} " if len(values) == len(self.args.pair_indices) else ""
+        named = self.args.num_pairs > 1 and len(values) == len(self.args.pair_indices)
+        where = f"of pair {', '.join(map(str, pairs))} " if named else ""
         saved = self._save_last_good_state()
         raise NonFiniteError(
             f"The {what} {where}is not finite at step {self.state.global_step}, learning rate "

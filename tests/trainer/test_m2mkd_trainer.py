@@ -478,6 +478,14 @@ class TestNonFiniteError:
         with pytest.raises(NonFiniteError, match="The loss of pair 1 is not finite at step 0"):
             trainer.train()
 
+    def test_a_student_in_one_piece_is_no_pair(self, tmp_path) -> None:
+        trainer = distillation_trainer(
+            tmp_path, student_depths=None, teacher_depths=None, alpha=0.0, teacher=None, meta=None
+        )
+        next(trainer.model.parameters()).register_hook(lambda gradient: gradient * math.nan)
+        with pytest.raises(NonFiniteError, match="The gradient norm is not finite at step 0"):
+            trainer.train()
+
     @pytest.mark.parametrize("max_grad_norm", [1.0, 0.0], ids=["clipped", "not_clipped"])
     @pytest.mark.parametrize("value", [math.nan, math.inf])
     def test_a_gradient_that_is_not_finite_stops_before_the_update(self, tmp_path, value, max_grad_norm) -> None:
