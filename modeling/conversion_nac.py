@@ -21,6 +21,7 @@ import torch
 
 from m2mkd.configuration.configuration_nac import STEM_STRIDE, NACConfig
 from m2mkd.modeling.conversion import ConversionError, NameTable, OfficialArguments, Shapes
+from m2mkd.modeling.nac_layers import MIN_BANDWIDTH
 
 
 _MODULATED = {
@@ -142,7 +143,8 @@ def convert_nac_student(
 
 def nac_to_official(ours: Mapping[str, torch.Tensor], config: NACConfig) -> dict[str, torch.Tensor]:
     """
-    The inverse of [`convert_nac`]. The bias of the read-in's keys, which ours does not have, is zero.
+    The inverse of [`convert_nac`]. The bias of the read-in's keys, which ours does not have, is zero, and a learned
+    bandwidth is what it counts as.
 
     Args:
         ours (`Mapping[str, torch.Tensor]`): State dict of the `NACForImageClassification`, on the meta device if only
@@ -160,7 +162,11 @@ def nac_to_official(ours: Mapping[str, torch.Tensor], config: NACConfig) -> dict
         theirs = _TABLE.official(name)
         if theirs is None:
             raise ConversionError(f"{name} of our NAC has no official counterpart.")
-        official[theirs] = tensor[0] if name.endswith("position_embeddings") else tensor
+        if name.endswith("position_embeddings"):
+            tensor = tensor[0]
+        elif name.endswith("bandwidth") and (config.learnable_bandwidth or "read_out" in name):
+            tensor = tensor.clamp(min=MIN_BANDWIDTH)
+        official[theirs] = tensor
     if config.qkv_bias:
         official[_KEY_BIAS] = torch.zeros_like(ours["nac.read_in.attention.q_proj.bias"])
     if config.share_propagators:

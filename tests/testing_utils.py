@@ -92,7 +92,8 @@ def randomized(model: nn.Module, seed: int, std: float = 0.3) -> nn.Module:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            mean = 1.0 if "norm" in name and name.endswith("weight") else 0.0
+            is_scale = ("norm" in name and name.endswith("weight")) or name.endswith("bandwidth")
+            mean = 1.0 if is_scale else 0.0
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * std + mean)
     return model.eval()
 

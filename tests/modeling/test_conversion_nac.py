@@ -273,10 +273,20 @@ class TestConvertNAC:
     @pytest.mark.parametrize("form", FORMS)
     def test_names_go_there_and_back(self, form: str) -> None:
         config = NACConfig.from_preset("tiny", **FORMS[form])
-        ours = {name: torch.randn(tensor.shape) for name, tensor in on_meta(config).state_dict().items()}
+        # bandwidths are positive
+        ours = {name: 0.1 + torch.rand(tensor.shape) for name, tensor in on_meta(config).state_dict().items()}
         official = nac_to_official(ours, config)
         assert not official.keys() & ours.keys()
         assert_equal(convert_nac(official, config.share_propagators), ours)
+
+    @pytest.mark.parametrize("is_learned", [True, False])
+    def test_a_learned_bandwidth_goes_as_what_it_counts_as(self, is_learned: bool) -> None:
+        config = NACConfig.from_preset("tiny", learnable_bandwidth=is_learned)
+        ours = NACForImageClassification(config).state_dict()
+        rounds = [name for name in ours if name.endswith("kernel.bandwidth") and "read_out" not in name]
+        ours.update({name: torch.tensor(0.001 if not is_learned else -0.2) for name in rounds})
+        official = convert_nac(nac_to_official(ours, config))
+        assert rounds and all(official[name] == torch.tensor(0.01 if is_learned else 0.001) for name in rounds)
 
     def test_a_tensor_that_the_official_code_does_not_have_is_named(self) -> None:
         with pytest.raises(ConversionError, match="nac.registers of our NAC has no official counterpart"):
