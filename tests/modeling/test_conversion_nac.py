@@ -284,7 +284,7 @@ class TestConvertNAC:
         config = NACConfig.from_preset("tiny", learnable_bandwidth=is_learned)
         ours = NACForImageClassification(config).state_dict()
         rounds = [name for name in ours if name.endswith("kernel.bandwidth") and "read_out" not in name]
-        ours.update({name: torch.tensor(0.001 if not is_learned else -0.2) for name in rounds})
+        ours.update({name: torch.tensor(-0.2 if is_learned else 0.001) for name in rounds})
         official = convert_nac(nac_to_official(ours, config))
         assert rounds and all(official[name] == torch.tensor(0.01 if is_learned else 0.001) for name in rounds)
 
