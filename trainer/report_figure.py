@@ -45,7 +45,10 @@ Points = tuple[list[float], list[float]]
 
 
 def comparison_sentence(comparison: dict[str, Any]) -> str:
-    """One comparison in plain words. A difference within one standard deviation of 0 is called no clear difference."""
+    """
+    One comparison in plain words. A difference is called clear if it is more than one standard deviation away from 0
+    and every seed has it.
+    """
     arm, baseline = comparison["arm"], comparison["baseline"]
     splits = [(name, comparison[name.lower()]) for name in ("IID", "OOD") if comparison[name.lower()] is not None]
     parts = [f"{name} {_difference(split)}, {_verdict(split, arm)}" for name, split in splits]
@@ -65,9 +68,10 @@ def _difference(split: dict[str, Any]) -> str:
 def _verdict(split: dict[str, Any], arm: str) -> str:
     if split["std"] is None:
         return "too few seeds to tell a difference"
-    if abs(split["mean_difference"]) <= split["std"]:
+    mean = split["mean_difference"]
+    if abs(mean) <= split["std"] or any(value * mean <= 0 for value in split["values"]):
         return "no clear difference"
-    return f"{arm} is {'better' if split['mean_difference'] > 0 else 'worse'}"
+    return f"{arm} is {'better' if mean > 0 else 'worse'}"
 
 
 def _accuracy(report: Report, name: str, result: Result, split: str) -> str:
@@ -251,7 +255,7 @@ def to_markdown(report: Report) -> str:
         "## Results",
         results_section(report),
         _hybrid_section(report),
-        "![Accuracy, training curves, distillation and expert load](report.png)",
+        "![Accuracy and the course of training](report.png)",
         _graph_section(report),
         "## Training data and compute",
         compute_section(report),

@@ -2,7 +2,7 @@ import io
 import json
 import math
 from pathlib import Path
-from statistics import stdev
+from statistics import mean, stdev
 
 import pytest
 import yaml
@@ -177,8 +177,8 @@ class TestStatistics:
 
 class TestSentences:
     @staticmethod
-    def sentence(mean, std, wins=3, n=3, ratio=1.0):
-        split = {"mean_difference": mean, "std": std, "wins": wins, "n": n, "values": []}
+    def sentence(difference, std, wins=3, n=3, ratio=1.0, values=()):
+        split = {"mean_difference": difference, "std": std, "wins": wins, "n": n, "values": list(values)}
         comparison = {"arm": "m2mkd", "baseline": "e2e", "budget": "equal end-to-end epochs", "budget_ratio": ratio}
         return comparison_sentence({**comparison, "iid": split, "ood": None})
 
@@ -192,6 +192,15 @@ class TestSentences:
         sentence = self.sentence(mean, std, wins=2)
         assert "no clear difference" in sentence
         assert "better" not in sentence and "worse" not in sentence
+
+    @pytest.mark.parametrize("values", [(0.0, 0.005, 0.005), (-0.005, -0.005, 0.0001)])
+    def test_no_claim_that_a_seed_contradicts(self, values):
+        assert abs(mean(values)) > stdev(values)
+        assert "no clear difference" in self.sentence(mean(values), stdev(values), 2, values=values)
+
+    def test_claim_that_all_seeds_share(self):
+        assert "is worse" in self.sentence(-0.01, 0.005, 0, values=(-0.015, -0.01, -0.005))
+        assert "is better" in self.sentence(0.01, 0.005, 3, values=(0.015, 0.01, 0.005))
 
     def test_no_claim_from_one_seed(self):
         sentence = self.sentence(0.3, None, 1, 1)
