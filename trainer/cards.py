@@ -13,20 +13,16 @@ from jinja2 import Template
 from transformers import AutoConfig, PreTrainedConfig
 
 from m2mkd.data.config import IMAGEFOLDER_PREFIX, PackagedSource
+from m2mkd.experiment.arms import arm_of_folder
+from m2mkd.model_cards.tables import compute_section, markdown_table, results_section
 from m2mkd.trainer.folders import explained_write_errors
 from m2mkd.trainer.hub import HubError
 from m2mkd.trainer.m2mkd_config import M2MKDConfig
-from m2mkd.trainer.report_figure import compute_section, markdown_table, results_section
 
 
 REPORT_FILE = "report.json"
 CARD_FILE = "README.md"
 ARCHITECTURES = {"nac": "A Neural Attentive Circuit", "vmoe": "A vision mixture of experts (V-MoE)"}
-ARM_TEXTS = {
-    "e2e": "It is a baseline: trained end to end, without a teacher.",
-    "kd": "It is a baseline: trained end to end towards the outputs of a teacher (ordinary distillation).",
-    "m2mkd": "Its modules were distilled one by one from those of a teacher (m2mKD), then it was trained end to end.",
-}
 CITATIONS = {
     "m2mkd": """@misc{lo2024m2mkd,
     title={m2mKD: Module-to-Module Knowledge Distillation for Modular Transformers},
@@ -88,10 +84,10 @@ def write_cards(run_folder: str | Path) -> list[Path]:
     run_folder = Path(run_folder)
     report, cards = read_report(run_folder), []
     for seed, own in report["seeds"].items():
-        for arm in own["arms"]:
+        for arm, result in own["arms"].items():
             seed_folder = folder_of_seed(run_folder, report, int(seed))
             folder = seed_folder / "arms" / arm
-            pairs = str(seed_folder) if arm == "m2mkd" else None
+            pairs = str(seed_folder) if result["arm"]["init"] == "modules" else None
             with explained_write_errors(folder):
                 render_card(run_folder, arm, str(folder), seed=int(seed), pairs=pairs).save(folder / CARD_FILE)
             cards.append(folder / CARD_FILE)
@@ -143,7 +139,7 @@ def render_card(
         title=data.model_name,
         **_model_facts(config, result["parameters"]),
         arm=arm,
-        arm_text=_arm_text(arm, report),
+        arm_text=_arm_text(result["arm"], report),
         recipe_name=recipe.get("name"),
         seed=seed,
         usage=_usage(source, with_code),
@@ -252,7 +248,7 @@ def read_report(run_folder: Path) -> dict[str, Any]:
     """`report.json` of a run. Raises `HubError` if it is missing or damaged."""
     path = run_folder / REPORT_FILE
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        report = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise HubError(
             f"{path} is missing: a card tells what was measured. Finish the run, or write the report again with "
@@ -260,6 +256,12 @@ def read_report(run_folder: Path) -> dict[str, Any]:
         ) from error
     except ValueError as error:
         raise HubError(f"{path} is damaged ({error}). Write it again with `m2mkd report {run_folder}`.") from error
+    for own in (report, *report["seeds"].values()):
+        for name, result in own["arms"].items():
+            # reports of earlier versions name presets only
+            arm = arm_of_folder(name, result.get("arm"))
+            result["arm"] = None if arm is None else arm.described()
+    return report
 
 
 def result_of(report: dict[str, Any], run_folder: Path, arm: str, seed: int) -> dict[str, Any]:
@@ -344,12 +346,9 @@ def _eval_result(name: str, section: dict[str, Any], accuracy: float) -> EvalRes
     )
 
 
-def _arm_text(arm: str, report: dict[str, Any]) -> str:
-    text = ARM_TEXTS[arm.removesuffix("_equal_compute")]
-    if arm.endswith("_equal_compute"):
-        text += " It had as many epochs as the compute of m2mkd allows."
-    teacher = report["teacher"] or {}
-    if arm.startswith(("kd", "m2mkd")) and teacher.get("pretrained"):
+def _arm_text(arm: dict[str, Any], report: dict[str, Any]) -> str:
+    text, teacher = arm["text"], report["teacher"] or {}
+    if "teacher" in arm["extra"] and teacher.get("pretrained"):
         text += f" The teacher is {_published(teacher['pretrained'])}."
     return text
 

@@ -57,7 +57,7 @@ def run_command(
         if plan:
             _print_plan(recipe, throughput, gpus)
             return
-        from m2mkd.trainer.runner import run
+        from m2mkd.experiment.runner import run
 
         report = run(recipe)
         if report is not None:
@@ -71,9 +71,9 @@ def report_command(context: typer.Context, run_folder: Annotated[Path, typer.Arg
     """Write the report of a finished run again, from its folders."""
 
     def work() -> None:
+        from m2mkd.experiment.report import make_report
         from m2mkd.trainer.folders import read_json
         from m2mkd.trainer.recipe import parse_recipe
-        from m2mkd.trainer.runner import make_report
 
         source = run_folder / "recipe.json"
         content = {**read_json(source), "output_dir": str(run_folder), **_overrides(context.args)}
@@ -286,10 +286,10 @@ def train() -> None:
 def _print_plan(recipe: Any, throughput: str, gpus: int | None) -> None:
     from rich.console import Console
 
-    from m2mkd.trainer.plan import make_plan
-    from m2mkd.trainer.plan_table import print_plan
+    from m2mkd.experiment.plan.plan import make_plan
+    from m2mkd.experiment.plan.table import print_plan
+    from m2mkd.experiment.plan.throughput import THROUGHPUT, measure_throughput
     from m2mkd.trainer.recipe import RecipeError
-    from m2mkd.trainer.throughput import THROUGHPUT, measure_throughput
 
     if int(os.environ.get("RANK", "0")) != 0:
         return
@@ -330,6 +330,7 @@ def _overrides(arguments: list[str]) -> dict[str, Any]:
 def _explained(work: Callable[[], None]) -> None:
     """Run `work`; what a user can mend ends in its message alone, everything else in a traceback."""
     from m2mkd.data.errors import DataError
+    from m2mkd.experiment.report.collect import ReportError
     from m2mkd.modeling.conversion import ConversionError
     from m2mkd.modeling.pair_files import PairFileError
     from m2mkd.modeling.stages import StageError
@@ -337,7 +338,6 @@ def _explained(work: Callable[[], None]) -> None:
     from m2mkd.trainer.hub import HubError
     from m2mkd.trainer.m2mkd_trainer import NonFiniteError
     from m2mkd.trainer.recipe import RecipeError
-    from m2mkd.trainer.report import ReportError
 
     # transformers says for each of its image processors that torchvision, which we do not need, is not there
     logging.getLogger("transformers").setLevel(logging.ERROR)

@@ -47,12 +47,12 @@ def files_to_push(
     run_folder = Path(run_folder)
     report = read_report(run_folder)
     seed = report["seed"] if seed is None else seed
-    result_of(report, run_folder, arm, seed)
+    words = result_of(report, run_folder, arm, seed)["arm"]
     own = folder_of_seed(run_folder, report, seed)
     folder = own / "arms" / arm
     if not is_finished(folder):
         raise HubError(f"{folder} is not finished. Run the recipe again: finished phases are kept.")
-    pairs = _pairs(own, len(report["recipe"]["student"]["depths"])) if arm == "m2mkd" else []
+    pairs = _pairs(own, len(report["recipe"]["student"]["depths"])) if words["init"] == "modules" else []
     card = render_card(run_folder, arm, repo_id, seed, with_code, pairs=repo_id if pairs else None, license=license)
     files: Files = {CARD_FILE: str(card).encode(), **_model_files(folder)}
     if with_code:

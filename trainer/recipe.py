@@ -1,83 +1,30 @@
 """Recipes: what a run trains, on which data, for how long. YAML in, checked objects out."""
 
 import re
-from dataclasses import fields
 from importlib import resources
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_type_hints
+from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    Field,
+    ValidationError,
+    field_serializer,
+    field_validator,
+    model_validator,
+)
 
 from m2mkd.data.config import DataConfig
-from m2mkd.trainer.m2mkd_config import M2MKDConfig
+from m2mkd.experiment.arms import DEFAULT_ARMS, PRESETS, Arm, ArmSpec, named_specs, resolve
+from m2mkd.experiment.section import Section, Training
 
 
 class RecipeError(ValueError):
     """A recipe, or a value given on the command line, is wrong; the message names the key."""
 
 
-# What the runner sets itself, from other keys of the recipe.
-_SET_BY_THE_RUNNER = {
-    "output_dir",
-    "seed",
-    "data_seed",
-    "student_depths",
-    "teacher_depths",
-    "meta_depths",
-    "pairs",
-    "remove_unused_columns",
-    "resume_from_checkpoint",
-}
-_TRAINING_TYPES = {
-    field.name: get_type_hints(M2MKDConfig)[field.name]
-    for field in fields(M2MKDConfig)
-    if field.init and field.name not in _SET_BY_THE_RUNNER
-}
-# They weigh a teacher; elsewhere there is none, and they would be ignored.
-_LOSS_ARGUMENTS = {
-    "alpha",
-    "temperature",
-    "distillation_type",
-    "kl_reduction",
-    "stitch",
-    "nac_codes",
-    "read_in_latents",
-}
-Training = dict[str, Any]
-Arm = Literal["e2e", "kd", "m2mkd"]
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-    _has_teacher: ClassVar[bool] = False
-
-    @field_validator("training", "incubation", "finetuning", mode="before", check_fields=False)
-    @classmethod
-    def _none_given(cls, training: Training | None) -> Training:
-        # how a recipe drops the arguments of the one that it extends
-        return {} if training is None else training
-
-    @field_validator("training", "incubation", "finetuning", check_fields=False)
-    @classmethod
-    def _check_training(cls, training: Training) -> Training:
-        for name, value in training.items():
-            if name in _SET_BY_THE_RUNNER:
-                raise ValueError(f"`{name}` is set by the runner from other keys of the recipe; leave it out here")
-            if name == "push_to_hub" and value:
-                raise ValueError("`push_to_hub` would push single phases; push an arm of the run with `m2mkd push`")
-            if name in _LOSS_ARGUMENTS and not cls._has_teacher:
-                raise ValueError(f"`{name}` belongs to distill.training or kd.training; this phase has no teacher")
-            if name not in _TRAINING_TYPES:
-                raise ValueError(f"`{name}` is no argument of transformers.TrainingArguments or m2mkd.M2MKDConfig")
-            try:
-                TypeAdapter(_TRAINING_TYPES[name]).validate_python(value, strict=True)
-            except ValidationError as error:
-                raise ValueError(f"`{name}` is {value!r}: {error.errors()[0]['msg']}") from error
-        return training
-
-
-class NetworkSpec(_Section):
+class NetworkSpec(Section):
     """
     A network to build.
 
@@ -92,7 +39,7 @@ class NetworkSpec(_Section):
     config: dict[str, Any] = Field(default_factory=dict)
 
 
-class MetaSpec(_Section):
+class MetaSpec(Section):
     """
     The meta model [PT].
 
@@ -120,7 +67,7 @@ class MetaSpec(_Section):
         return self
 
 
-class TeacherSpec(_Section):
+class TeacherSpec(Section):
     """
     The teacher: incubated inside the meta model and fine-tuned [MT + FT], or a published one. With
     `meta.init: from_teacher` there is no meta model to incubate in yet: a `model` is trained by `finetuning` alone.
@@ -149,14 +96,14 @@ class TeacherSpec(_Section):
         return self
 
 
-class StudentSpec(_Section):
+class StudentSpec(Section):
     """The student and the layers of each of its stages."""
 
     model: NetworkSpec
     depths: list[int]
 
 
-class DistillSpec(_Section):
+class DistillSpec(Section):
     """The distillation of the pairs [m2mKD]; `pairs` are those that this process trains, counted from 0."""
 
     _has_teacher = True
@@ -165,7 +112,7 @@ class DistillSpec(_Section):
     training: Training = Field(default_factory=dict)
 
 
-class FinetuneSpec(_Section):
+class FinetuneSpec(Section):
     """The end-to-end phase [FT / E2E], the same for every arm; `keep_stitches` concerns the distilled student."""
 
     data: str
@@ -173,21 +120,21 @@ class FinetuneSpec(_Section):
     training: Training = Field(default_factory=dict)
 
 
-class KDSpec(_Section):
+class KDSpec(Section):
     """Ordinary distillation from the whole teacher: what differs from the end-to-end phase, e.g. `alpha`."""
 
     _has_teacher = True
     training: Training = Field(default_factory=dict)
 
 
-class EvaluationSpec(_Section):
+class EvaluationSpec(Section):
     """Names of the test sets; `ood` is another distribution of the same classes."""
 
     iid: str
     ood: str | None = None
 
 
-class Recipe(_Section):
+class Recipe(Section):
     """
     A whole experiment.
 
@@ -196,9 +143,11 @@ class Recipe(_Section):
         output_dir (`str`): The run's folder.
         seed (`int`): Of weights, data order and augmentation.
         repeat_seeds (`list[int]`): Repeat distillation and arms with these seeds, sharing meta model and teacher.
-        arms (`list[str]`): Which of `e2e`, `kd` and `m2mkd` to run.
-        equal_compute (`bool`): Also run the baselines with the FLOPs of the m2mkd arm: its distillation becomes
-            extra epochs of theirs. A baseline that takes more anyway is not run again; its result counts for both.
+        arms (`list` or `dict`): The arms to run, see `ArmSpec`: names of presets, or `{name: {init: …, supervision: …,
+            data: …, training: …, budget: …}}`.
+        equal_compute (`bool`): Also run each other arm with the FLOPs of the first arm that starts from modules: its
+            distillation becomes extra epochs of theirs (`budget: {flops_of: …}`). An arm that takes more anyway is
+            not run again; its result counts for both.
         processes (`int`, *optional*): How many phases to run at once on this machine, each in a process of its own
             with its share of the threads. `None`: on a CPU as many as there are arms and seeds, as far as there are
             threads; 1 with a GPU, or where several processes share each phase (torchrun).
@@ -210,7 +159,9 @@ class Recipe(_Section):
     output_dir: str
     seed: int = Field(default=0, ge=0, lt=2**31)
     repeat_seeds: list[int] = Field(default_factory=list)
-    arms: list[Arm] = Field(default_factory=lambda: ["e2e", "kd", "m2mkd"], min_length=1)
+    arms: dict[str, ArmSpec] = Field(
+        default_factory=lambda: {name: PRESETS[name] for name in DEFAULT_ARMS}, min_length=1
+    )
     equal_compute: bool = False
     processes: int | None = Field(default=None, ge=1)
     data: dict[str, DataConfig]
@@ -223,9 +174,31 @@ class Recipe(_Section):
     kd: KDSpec = Field(default_factory=KDSpec)
     evaluation: EvaluationSpec
 
+    @field_validator("arms", mode="before")
+    @classmethod
+    def _named_arms(cls, arms: Any) -> Any:
+        return named_specs(arms)
+
+    @field_serializer("arms")
+    def _short_arms(self, arms: dict[str, ArmSpec]) -> list[Any]:
+        return [
+            name if PRESETS.get(name) == spec else {name: spec.model_dump(mode="json", exclude_defaults=True)}
+            for name, spec in arms.items()
+        ]
+
+    @property
+    def all_arms(self) -> dict[str, Arm]:
+        """The arms by name, those that `equal_compute` adds included."""
+        return resolve(self.arms, self.equal_compute)
+
+    def data_of(self, arm: Arm) -> str:
+        """Name of the training set of an arm."""
+        return arm.spec.data or self.finetune.data
+
     @model_validator(mode="after")
     def _check(self) -> "Recipe":
         uses = {
+            **{f"arms.{name}.data": spec.data for name, spec in self.arms.items()},
             "meta.data": self.meta.data,
             "teacher.data": self.teacher.data,
             "distill.data": self.distill.data,
@@ -252,6 +225,7 @@ class Recipe(_Section):
             raise ValueError(
                 f"`finetune.keep_stitches` is for a vmoe; a {self.student.model.model_type} has no place for stitches"
             )
+        resolve(self.arms, self.equal_compute)
         seeds = [self.seed, *self.repeat_seeds]
         if len(set(seeds)) != len(seeds):
             raise ValueError(f"`seed` {self.seed} and `repeat_seeds` {self.repeat_seeds} must all differ")

@@ -10,7 +10,7 @@ from huggingface_hub import constants
 from local_hub import LocalHub
 from tiny_run import tiny_recipe
 
-from m2mkd.trainer.runner import run
+from m2mkd.experiment.runner import run
 
 
 @pytest.fixture(scope="session")

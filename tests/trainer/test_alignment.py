@@ -13,9 +13,9 @@ from tiny_run import recipe_content, write_images
 from transformers import AutoModelForImageClassification
 
 from m2mkd import split_into_stages
+from m2mkd.experiment import runner
 from m2mkd.modeling.losses import boundary_loss
 from m2mkd.modeling.meta_from_teacher import meta_from_teacher
-from m2mkd.trainer import runner
 from m2mkd.trainer.alignment import AlignmentTrainer, hybrid_accuracies, judge_hybrids
 from m2mkd.trainer.folders import RunError
 from m2mkd.trainer.recipe import RecipeError, parse_recipe

@@ -9,7 +9,7 @@ from tiny_run import CLASS_NAMES, recipe_content, tiny_recipe
 
 from m2mkd.data.errors import DataError
 from m2mkd.data.imagenet_classes import imagenet_classes
-from m2mkd.trainer import runner
+from m2mkd.experiment import runner
 from m2mkd.trainer.folders import read_json
 from m2mkd.trainer.run_data import RunData
 

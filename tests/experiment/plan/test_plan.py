@@ -9,8 +9,8 @@ from torch import nn
 from transformers import Trainer, ViTConfig, ViTForImageClassification
 
 from m2mkd.data.errors import DataError
+from m2mkd.experiment.plan.plan import Plan, make_plan
 from m2mkd.modeling.stages import StageError
-from m2mkd.trainer.plan import Plan, make_plan
 from m2mkd.trainer.recipe import Recipe, parse_recipe
 
 

@@ -1,16 +1,17 @@
 import pytest
 from rich.console import Console
 
-from m2mkd.trainer.plan import PhasePlan, Plan
-from m2mkd.trainer.plan_table import print_plan
+from m2mkd.experiment.plan.costs import PhaseCost
+from m2mkd.experiment.plan.plan import Plan
+from m2mkd.experiment.plan.table import print_plan
 
 
 def test_phases_and_hours_against_e2e(capsys: pytest.CaptureFixture[str]) -> None:
     phases = [
-        PhasePlan(
+        PhaseCost(
             "pair 0", 5_000_000, 20_000_000, images=1000, epochs=2, batch=64, flops_per_image=3e12, memory=2**30
         ),
-        PhasePlan("arm e2e", 5_000_000, 0, images=1000, epochs=4, batch=64, flops_per_image=1.35e13, memory=2**31),
+        PhaseCost("arm e2e", 5_000_000, 0, images=1000, epochs=4, batch=64, flops_per_image=1.35e13, memory=2**31),
     ]
     # 150 TFLOP/s are 5.4e17 FLOPs an hour
     totals = {"e2e": 5.4e16, "m2mkd": 5.4e16 * 2.5}

@@ -3,7 +3,8 @@
 from rich.console import Console
 from rich.table import Table
 
-from m2mkd.trainer.plan import PhasePlan, Plan
+from m2mkd.experiment.plan.costs import PhaseCost
+from m2mkd.experiment.plan.plan import Plan
 
 
 COLUMNS = ("Phase", "Trained", "Frozen", "Images", "Epochs", "Batch", "Steps", "GFLOPs/image", "EFLOPs", "GiB/GPU")
@@ -46,7 +47,7 @@ _CAPTION = (
 _TOTALS_CAPTION = "FLOPs of forward and backward passes in training; evaluation, data and communication come on top."
 
 
-def _row(phase: PhasePlan) -> list[str]:
+def _row(phase: PhaseCost) -> list[str]:
     millions = [f"{number / 1e6:,.1f} M" for number in (phase.parameters, phase.frozen)]
     counts = [f"{phase.images:,}", f"{phase.epochs:,.4g}", f"{phase.batch:,}", f"{phase.steps:,}"]
     work = [f"{phase.flops_per_image / 1e9:,.4g}", _number(phase.flops / 1e18), _number(phase.memory / 2**30)]

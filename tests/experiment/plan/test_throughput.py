@@ -1,4 +1,4 @@
-from m2mkd.trainer.throughput import measure_throughput
+from m2mkd.experiment.plan.throughput import measure_throughput
 
 
 def test_throughput_is_measured_on_this_machine() -> None:

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from m2mkd.trainer import runner
+from m2mkd.experiment import runner
+from m2mkd.experiment.plan.plan import make_plan
 from m2mkd.trainer.miniature import make_miniature
-from m2mkd.trainer.plan import make_plan
 from m2mkd.trainer.recipe import Recipe, load_recipe
 
 

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 from tiny_run import recipe_content
 
+from m2mkd.experiment.claim import claim_folder
 from m2mkd.trainer.folders import TRAIN_RESULTS, RunError, read_json, write_json
 from m2mkd.trainer.recipe import Recipe, parse_recipe
-from m2mkd.trainer.run_folder import claim_folder
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def content(tmp_path: Path) -> dict[str, Any]:
 
 def claim(content: dict[str, Any]) -> Recipe:
     recipe = parse_recipe(content, "a recipe")
-    claim_folder(Path(content["output_dir"]), recipe)
+    claim_folder(recipe)
     return recipe
 
 

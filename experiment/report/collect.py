@@ -1,33 +1,20 @@
-"""What a run found: report.json, report.md and report.png from the results that each finished phase left behind."""
+"""What a run found, from the results that each finished phase left behind."""
 
 import importlib
 import importlib.metadata
 import json
 import math
-import os
 import platform
 import statistics
+from collections.abc import Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from m2mkd.experiment.arms import Arm, ArmSpec, arm_of_folder, named_specs, reference, resolve
+from m2mkd.experiment.run_folder import RunFolder
 
 
-# In the order of the tables, with the networks that are trained beforehand and not counted in the arm's own compute.
-ARMS: dict[str, tuple[str, ...]] = {
-    "e2e": (),
-    "e2e_equal_compute": (),
-    "kd": ("teacher",),
-    "kd_equal_compute": ("teacher",),
-    "m2mkd": ("meta", "teacher"),
-}
-BUDGETS = {
-    "e2e": "equal end-to-end epochs",
-    "kd": "equal end-to-end epochs",
-    "e2e_equal_compute": "equal training compute",
-    "kd_equal_compute": "equal training compute",
-}
 PACKAGES = ("torch", "transformers", "accelerate", "m2mkd")
 COSTS = ("train_seconds", "train_samples_seen", "train_flops", "parameters", "images", "labels", "epochs")
 RUN_AGAIN = "Run the recipe again: finished phases are kept, and what is missing is made."
@@ -58,7 +45,7 @@ def collect(output_dir: Path, recipe: dict[str, Any], seed: int, repeat_seeds: l
         device (`str`): What the run was made on, in words.
 
     Returns:
-        The report as DESIGN.md §5 has it: accuracies in [0, 1], times in seconds, `train_flops` in floating-point
+        The report: accuracies in [0, 1], times in seconds, `train_flops` in floating-point
         operations. `meta` and `teacher` are `None` if they have no folder and no arm needs one, their `iid` is `None`
         if they know other classes. Beside it `date`, `seeds` (the arms of every seed, the first included), `summary`
         (over the seeds), `comparisons` (seed by seed) and `hybrids`: the accuracy of the meta model with one teacher
@@ -68,15 +55,15 @@ def collect(output_dir: Path, recipe: dict[str, Any], seed: int, repeat_seeds: l
     Raises:
         `ReportError`: no arm has run, or a results file is missing or damaged.
     """
-    output_dir = Path(output_dir)
-    folders = _seed_folders(output_dir, seed, repeat_seeds)
-    seeds = {name: {"arms": _read_arms(folder, recipe)} for name, folder in folders.items()}
+    folder = RunFolder(output_dir, seed)
+    seeds = {str(own): {"arms": _read_arms(folder, own, recipe)} for own in _seeds(seed, repeat_seeds)}
     arms = seeds[str(seed)]["arms"]
-    needed = {network for arm in arms for network in ARMS[arm]}
+    needed = {network for result in arms.values() for network in result["arm"]["extra"]}
     networks = {
-        name: _read_result(output_dir / name) if name in needed or (output_dir / name).is_dir() else None
-        for name in ("meta", "teacher")
+        name: _read_result(path) if name in needed or path.is_dir() else None
+        for name, path in (("meta", folder.meta), ("teacher", folder.teacher))
     }
+    ours = reference(list(arms_of(arms).values()))
     report = {
         "recipe": recipe,
         "seed": seed,
@@ -84,15 +71,15 @@ def collect(output_dir: Path, recipe: dict[str, Any], seed: int, repeat_seeds: l
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
         **networks,
-        "hybrids": _read_hybrids(output_dir),
+        "hybrids": _read_hybrids(folder),
         "arms": arms,
         "seeds": seeds,
         "summary": {
             arm: _summarise([own["arms"][arm] for own in seeds.values() if arm in own["arms"]]) for arm in arms
         },
-        "comparisons": [_compare(seeds, arms, arm) for arm in arms if arm in BUDGETS and "m2mkd" in arms],
+        "comparisons": [] if ours is None else [_compare(seeds, ours.name, arm) for arm in arms if arm != ours.name],
     }
-    return _plain(report)
+    return plain(report)
 
 
 def read_histories(output_dir: Path, seed: int, repeat_seeds: list[int]) -> Histories:
@@ -106,53 +93,68 @@ def read_histories(output_dir: Path, seed: int, repeat_seeds: list[int]) -> Hist
     Raises:
         `ReportError`: a results file is missing or damaged.
     """
-    output_dir = Path(output_dir)
+    folder = RunFolder(output_dir, seed)
     arms: dict[str, dict[str, Any]] = {}
-    for name, folder in _seed_folders(output_dir, seed, repeat_seeds).items():
-        for arm in ARMS:
-            if (folder / "arms" / arm).is_dir():
-                arms.setdefault(arm, {})[name] = _read_log(folder / "arms" / arm)
-    return {"arms": arms, "pairs": {str(index): _read_log(pair) for index, pair in _pair_folders(output_dir, 0)}}
+    for own in _seeds(seed, repeat_seeds):
+        for arm in folder.arm_names(own):
+            arms.setdefault(arm, {})[str(own)] = _read_log(folder.arm(arm, own))
+    pairs = {str(index): _read_log(path) for index, path in enumerate(_pair_folders(folder, seed, 0))}
+    return {"arms": arms, "pairs": pairs}
 
 
-def _seed_folders(output_dir: Path, seed: int, repeat_seeds: list[int]) -> dict[str, Path]:
-    further = {str(other): output_dir / "seeds" / str(other) for other in repeat_seeds if other != seed}
-    return {str(seed): output_dir, **further}
+def arms_of(results: Mapping[str, Result]) -> dict[str, Arm]:
+    """The arms whose results a report has, by name."""
+    arms = {name: arm_of_folder(name, result["arm"]) for name, result in results.items()}
+    return {name: arm.with_sibling(arms.values()) for name, arm in arms.items()}
 
 
-def _pair_folders(folder: Path, num_pairs: int) -> list[tuple[int, Path]]:
-    """The folders of all pairs from 0 on, at least `num_pairs`: one that is missing is not passed over."""
-    found = [int(path.name) for path in (folder / "pairs").glob("*") if path.name.isdigit()]
-    return [(index, folder / "pairs" / str(index)) for index in range(max([num_pairs - 1, *found]) + 1)]
+def _seeds(seed: int, repeat_seeds: list[int]) -> list[int]:
+    return [seed, *(other for other in repeat_seeds if other != seed)]
 
 
-def _read_arms(folder: Path, recipe: dict[str, Any]) -> dict[str, Result]:
-    """The arms of one seed, in the order of `ARMS`: those that the recipe asks for and those that are there."""
-    asked = list(recipe.get("arms") or [])
-    if recipe.get("equal_compute") and "m2mkd" in asked:
-        asked += [f"{arm}_equal_compute" for arm in asked if arm != "m2mkd"]
-    arms = [arm for arm in ARMS if arm in asked or (folder / "arms" / arm).is_dir()]
+def _pair_folders(folder: RunFolder, seed: int, num_pairs: int) -> list[Path]:
+    """The folders of all pairs, at least `num_pairs`: one that is missing is not passed over."""
+    return [folder.pair(index, seed) for index in range(max(num_pairs, folder.num_pairs(seed)))]
+
+
+def _read_arms(folder: RunFolder, seed: int, recipe: dict[str, Any]) -> dict[str, Result]:
+    """The arms of one seed: those that the recipe asks for, in its order, and further ones that are there."""
+    arms = _asked_arms(recipe)
+    for name in folder.arm_names(seed):
+        path = folder.arm(name, seed) / "train_results.json"
+        words = _read_json(path).get("arm") if path.is_file() else None
+        if name not in arms and (arm := arm_of_folder(name, words)) is not None:
+            arms[name] = arm
     if not arms:
-        raise ReportError(f"No arm has run: there is none of {', '.join(ARMS)} in {folder / 'arms'}. {RUN_AGAIN}")
-    results = {arm: _read_result(folder / "arms" / arm) for arm in arms}
-    for arm, result in results.items():
+        raise ReportError(f"No arm has run: there is none in {folder.of_seed(seed) / 'arms'}. {RUN_AGAIN}")
+    results = {name: _read_result(folder.arm(name, seed)) for name in arms}
+    for name, result in results.items():
         if result["iid"] is None:
-            raise _damaged(folder / "arms" / arm / "eval_results.json", "an arm needs an `iid` result")
-    if "m2mkd" in results:
-        num_pairs = len((recipe.get("student") or {}).get("depths") or [])
-        pairs = [_read_costs(pair / "train_results.json") for _, pair in _pair_folders(folder, num_pairs)]
-        if not pairs:
-            raise ReportError(f"There are no distilled pairs in {folder / 'pairs'}. {RUN_AGAIN}")
-        _add_distillation(results["m2mkd"], pairs)
+            raise _damaged(folder.arm(name, seed) / "eval_results.json", "an arm needs an `iid` result")
+        result["arm"] = arms[name].described()
+        if arms[name].is_modular:
+            num_pairs = len((recipe.get("student") or {}).get("depths") or [])
+            pairs = [_read_costs(pair / "train_results.json") for pair in _pair_folders(folder, seed, num_pairs)]
+            if not pairs:
+                raise ReportError(f"There are no distilled pairs in {folder.pairs(seed)}. {RUN_AGAIN}")
+            _add_distillation(result, pairs)
     return results
 
 
-def _read_hybrids(folder: Path) -> Result | None:
+def _asked_arms(recipe: dict[str, Any]) -> dict[str, Arm]:
+    specs = {
+        name: spec if isinstance(spec, ArmSpec) else ArmSpec.model_validate(spec)
+        for name, spec in named_specs(recipe.get("arms") or []).items()
+    }
+    return resolve(specs, bool(recipe.get("equal_compute")))
+
+
+def _read_hybrids(folder: RunFolder) -> Result | None:
     """`stages` (`before` alignment and `after` it, by index), `teacher`, `chance`, `n`, `set`: `hybrid_accuracies`."""
     before: dict[str, float] = {}
-    if (folder / "meta" / "train_results.json").is_file():
-        before = _read_json(folder / "meta" / "train_results.json").get("before", {}).get("hybrids", {})
-    pairs = [_read_json(pair / "train_results.json").get("hybrids") for _, pair in _pair_folders(folder, 0)]
+    if (folder.meta / "train_results.json").is_file():
+        before = _read_json(folder.meta / "train_results.json").get("before", {}).get("hybrids", {})
+    pairs = [_read_json(pair / "train_results.json").get("hybrids") for pair in _pair_folders(folder, folder.seed, 0)]
     measured = [own for own in pairs if own]
     if not measured:
         return None
@@ -163,7 +165,7 @@ def _read_hybrids(folder: Path) -> Result | None:
 
 
 def _add_distillation(result: Result, pairs: list[Result]) -> None:
-    """Add what the pairs cost to the m2mkd arm, whose own results are those of its end-to-end phase."""
+    """Add what the pairs cost to an arm that starts from them; its own results are those of its end-to-end phase."""
     finetune = {name: result[name] for name in COSTS}
     total = ("train_seconds", "train_flops", "parameters")
     distill = {name: (sum if name in total else max)(pair[name] for pair in pairs) for name in COSTS}
@@ -175,7 +177,7 @@ def _add_distillation(result: Result, pairs: list[Result]) -> None:
 
 
 def _read_result(folder: Path) -> Result:
-    """The R of DESIGN.md §5 of a finished phase; `iid` and `ood` are `None` where it was not tested."""
+    """Results and costs of a finished phase; `iid` and `ood` are `None` where it was not tested."""
     path = folder / "eval_results.json"
     evaluation = _read_json(path)
     costs = _read_costs(folder / "train_results.json")
@@ -254,12 +256,12 @@ def _version(name: str) -> str:
         return str(getattr(importlib.import_module(name), "__version__", "unknown"))
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """The value as JSON can hold it: `None` for numbers that are not finite, text for unknown objects, no tokens."""
     if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items() if not str(key).endswith("hub_token")}
+        return {str(key): plain(item) for key, item in value.items() if not str(key).endswith("hub_token")}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else None
     return value if value is None or isinstance(value, str | int) else str(value)
@@ -282,19 +284,20 @@ def _summarise(results: list[Result]) -> dict[str, Any]:
     return summary
 
 
-def _compare(seeds: dict[str, Any], first: dict[str, Result], baseline: str) -> dict[str, Any]:
-    """The m2mkd arm minus `baseline`, seed by seed; differences of accuracies in [-1, 1]."""
-    unit = "epochs" if BUDGETS[baseline] == "equal end-to-end epochs" else "train_flops"
-    own = first["m2mkd"][unit]
+def _compare(seeds: dict[str, Any], name: str, baseline: str) -> dict[str, Any]:
+    """An arm minus `baseline`, seed by seed; differences of accuracies in [-1, 1]."""
+    first = next(iter(seeds.values()))["arms"]
+    budget, unit = _common_budget(first[name], first[baseline])
+    own = first[name][unit]
     comparison: dict[str, Any] = {
-        "arm": "m2mkd",
+        "arm": name,
         "baseline": baseline,
-        "budget": BUDGETS[baseline],
+        "budget": budget,
         "budget_ratio": first[baseline][unit] / own if own else None,
     }
     for split in ("iid", "ood"):
-        both = [own["arms"] for own in seeds.values() if {"m2mkd", baseline} <= set(own["arms"])]
-        pairs = [(arms["m2mkd"][split], arms[baseline][split]) for arms in both]
+        both = [own["arms"] for own in seeds.values() if {name, baseline} <= set(own["arms"])]
+        pairs = [(arms[name][split], arms[baseline][split]) for arms in both]
         if not all(ours and theirs for ours, theirs in pairs):
             comparison[split] = None
             continue
@@ -310,52 +313,10 @@ def _compare(seeds: dict[str, Any], first: dict[str, Result], baseline: str) -> 
     return comparison
 
 
-# ---- Showing it ----
-
-
-def write_report(output_dir: Path, report: Report, histories: Histories, graph: bytes | None = None) -> Path:
-    """
-    Write report.json, report.md and report.png into `output_dir`, and graph.png for a NAC, each whole or not at all.
-
-    Args:
-        output_dir (`Path`): The run's folder; made if it does not exist.
-        report (`dict[str, Any]`): From `collect`, or a report.json read back.
-        histories (`dict`): From `read_histories`; `{}` leaves the training curves out.
-        graph (`bytes`, *optional*): Picture of a NAC's graph.
-
-    Returns:
-        The path of report.md.
-    """
-    # here, so that reading results needs no matplotlib
-    from m2mkd.trainer.report_figure import render_figure, to_markdown
-
-    report = _plain(report)
-    contents = {
-        "report.json": (json.dumps(report, indent=2, allow_nan=False, ensure_ascii=False) + "\n").encode(),
-        "report.png": render_figure(report, histories),
-        "report.md": to_markdown(report).encode(),
-        **({} if graph is None else {"graph.png": graph}),
-    }
-    folder = Path(output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, content in contents.items():
-        _replace(folder / name, content)
-    return folder / "report.md"
-
-
-def print_report(report: Report, console: Console | None = None) -> None:
-    """Print the table of results and one sentence a comparison; `console` defaults to the terminal."""
-    from m2mkd.trainer.report_figure import print_tables
-
-    # a log file has no width of its own, and the usual 80 columns would break every cell
-    console = console or Console(width=None if Console().is_terminal else 140)
-    print_tables(report, console)
-
-
-def _replace(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def _common_budget(ours: Result, theirs: Result) -> tuple[str, str]:
+    """What two arms have in common, in words and as the name of a cost."""
+    if theirs["arm"]["budget"] is not None:
+        return "equal training compute", "train_flops"
+    if theirs["arm"]["data"] == ours["arm"]["data"]:
+        return "equal end-to-end epochs", "epochs"
+    return "budgets of their own", "train_flops"

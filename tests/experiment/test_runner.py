@@ -16,9 +16,9 @@ from tiny_run import recipe_content, tiny_recipe, write_images
 from transformers import AutoImageProcessor, AutoModelForImageClassification, TrainerCallback, pipeline
 
 from m2mkd.data.errors import DataError
+from m2mkd.experiment import machine, runner
 from m2mkd.modeling.pair_files import PairFileError
 from m2mkd.modeling.stages import StageError
-from m2mkd.trainer import runner
 from m2mkd.trainer.folders import RunError
 from m2mkd.trainer.m2mkd_trainer import M2MKDTrainer
 from m2mkd.trainer.recipe import RecipeError, parse_recipe
@@ -150,13 +150,13 @@ class TestRun:
     ) -> None:
         monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
         monkeypatch.setattr(torch.accelerator, "is_available", lambda: gpu)
-        assert runner._num_processes(tiny_recipe(tmp_path, repeat_seeds=[1], processes=asked)) == processes
+        assert machine.num_processes(tiny_recipe(tmp_path, repeat_seeds=[1], processes=asked)) == processes
 
     def test_processes_that_share_each_phase_run_one_phase_at_a_time(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(runner, "PartialState", lambda: SimpleNamespace(num_processes=2))
-        assert runner._num_processes(tiny_recipe(tmp_path)) == 1
+        monkeypatch.setattr(machine, "PartialState", lambda: SimpleNamespace(num_processes=2))
+        assert machine.num_processes(tiny_recipe(tmp_path)) == 1
         with pytest.raises(RunError, match="`processes` is 3, but 2 processes already share each phase"):
             runner.run(tiny_recipe(tmp_path, processes=3))
 
@@ -204,7 +204,7 @@ class TestRun:
         assert model.config.pre_stitch_layers == [1] and model.config.post_stitch_layers == [0]
         assert model.vmoe.layers[1].pre_stitch.linear.weight.shape == (8, 12)
 
-    def test_a_head_and_grid_that_do_not_fit_the_finetuning_data_start_anew_and_are_named(
+    def test_a_head_and_grid_that_do_not_fit_the_finetuning_data_are_reinitialized_and_named(
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         content = recipe_content(tmp_path, arms=["m2mkd"])
@@ -220,7 +220,7 @@ class TestRun:
             "classifier.weight",
             "classifier.bias",
         ]
-        assert "start anew" in capsys.readouterr().out
+        assert "are re-initialized" in capsys.readouterr().out
 
     def test_a_published_teacher_is_used_from_its_folder(self, finished: Path, tmp_path: Path) -> None:
         teacher = {"pretrained": str(finished / "run" / "teacher"), "depths": [2, 1]}

@@ -9,8 +9,12 @@ import yaml
 from PIL import Image
 from rich.console import Console
 
-from m2mkd.trainer.report import COSTS, ReportError, collect, print_report, read_histories, write_report
-from m2mkd.trainer.report_figure import _pair_curves, comparison_sentence, to_markdown
+from m2mkd.experiment.report import write_report
+from m2mkd.experiment.report.collect import COSTS, ReportError, collect, read_histories
+from m2mkd.experiment.report.figure import _pair_curves
+from m2mkd.experiment.report.markdown import to_markdown
+from m2mkd.experiment.report.terminal import print_report
+from m2mkd.model_cards.tables import comparison_sentence
 
 
 RECIPE = {"name": "tiny", "student": {"depths": [1, 1]}, "training": {"learning_rate": 1e-5, "hub_token": "hf_secret"}}
