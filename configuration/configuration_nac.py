@@ -159,8 +159,8 @@ class NACConfig(PreTrainedConfig):
     head_layernorm (`bool`, *optional*, defaults to `True`):
         Whether the modulated head of `pooling="first"` begins with a layer norm.
     sample_in_eval (`bool`, *optional*, defaults to `False`):
-        Whether evaluation draws seeder and Gumbel noise, as the official code does (defects of section 2 of its
-        analysis: two evaluations of one model differ).
+        Whether evaluation draws seeder and Gumbel noise, as the official code does (two evaluations of one
+        model then differ).
     graph_prior (`str`, *optional*):
         Graph that the signatures of the mediators are fitted to when a new model is made: `"barabasi_albert"`
         (scale-free), `"planted_partition"`, `"ring_of_cliques"`, `"erdos_renyi"`, `"watts_strogatz"`, `"grid"`,
@@ -171,7 +171,7 @@ class NACConfig(PreTrainedConfig):
         Seed of the graph.
     graph_prior_truncation (`float`, *optional*):
         Distance at which the fitted signatures reproduce the graph; `kernel_truncation` if not given. The official
-        code fits at 0.8 and cuts at 0.9, which turns a graph of 1.6 % density into one of 21 % (defect 17): 0.8 only
+        code fits at 0.8 and cuts at 0.9, which turns a graph of 1.6 % density into one of 21 %: 0.8 only
         to reproduce that.
     signature_repulsion_coef (`float`, *optional*, defaults to 0.0):
         Weight of the hinge repulsion of all signatures in `aux_loss`.

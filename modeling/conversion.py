@@ -353,7 +353,7 @@ def vit_config(kwargs: Mapping[str, Any], norm_eps: float, **overrides: Any) -> 
 
     Args:
         kwargs (`Mapping[str, Any]`): Its constructor's arguments.
-        norm_eps (`float`): Epsilon of its layer norms: 1e-6 in ViT-Large, 1e-5 in ViT-Huge (item 28 of the analysis).
+        norm_eps (`float`): Epsilon of its layer norms: 1e-6 in ViT-Large, 1e-5 in ViT-Huge.
         overrides: Fields of `ViTConfig` that differ.
 
     Raises:

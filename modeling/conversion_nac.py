@@ -516,7 +516,7 @@ def _prior_fields(latents: OfficialArguments, num_latents: int) -> dict[str, Any
         raise ConversionError(f"`graph_preset` is {preset!r}; known are {sorted(_GRAPH_PRIORS)}.")
     if generator.pop("n", num_latents) != num_latents:
         raise ConversionError(f"The graph's `n` is not the number of mediators, {num_latents}.")
-    # the official fit has its truncation in the code (defect 17)
+    # the official fit has its truncation in the code
     truncation = {} if preset is None else {"graph_prior_truncation": 0.8}
     prior = _GRAPH_PRIORS[preset] if preset is not None else None
     return {"graph_prior": prior, "graph_prior_kwargs": generator, **truncation}
@@ -543,7 +543,7 @@ def _propagator_fields(propagator: OfficialArguments) -> dict[str, Any]:
     attention.require("kernel_type", "DotProductKernel")
     attention.require("mask_attn_scores_with_affinities", True)
     attention.require("scale_attention_by_affinities_after_softmax", False)
-    # the softmax does not see it (defect 19)
+    # the softmax does not see it
     attention.take("normalize_kernel_along_keys", True)
     fields: dict[str, Any] = {"share_layernorm": attention.take("share_layernorm", False)}
     kernel = attention.section("kernel_kwargs")
@@ -555,7 +555,7 @@ def _propagator_fields(propagator: OfficialArguments) -> dict[str, Any]:
     fields["kernel_temperature"] = kernel.take("stochastic_sampling_temperature", 1.0)
     if fields["kernel_truncation_type"] == "masked":
         kernel.require("straight_through", True)
-    # without an effect on the other type: what is cut has no gradient either way (defect 19)
+    # without an effect on the other type: what is cut has no gradient either way
     kernel.take("straight_through", True)
     kernel.require("use_gumbel_along_functions", False)
     kernel.require("stochastic_eval_behaviour", "no_sample")

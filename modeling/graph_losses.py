@@ -40,7 +40,7 @@ def link_probability(
         bandwidth (`float` or `torch.Tensor` of shape `()`): Positive, in units of the distance.
         truncation (`float`, *optional*): The largest distance of a link; `None` for no limit.
         truncation_type (`str`): `"direct"` keeps `d <= truncation` and passes no gradient through the pairs that are
-            cut (the official straight-through estimator ends up there too: defect 19 of the official code). `"masked"`
+            cut (the official straight-through estimator ends up there too). `"masked"`
             keeps `d < truncation` and passes the gradient as if nothing had been cut.
 
     Returns:
@@ -119,7 +119,7 @@ def block_model_loss(link_probability: torch.Tensor, graphon: torch.Tensor, clip
     with the permutation `pi` of the rows of `P` that brings them closest to those of `W` (no gradient goes through
     the choice).
 
-    As in the paper's code only rows are permuted (defect 20 of the official code): the loss is 0 only where every
+    As in the paper's code only rows are permuted: the loss is 0 only where every
     cluster is a run of consecutive latents, as in a planted partition, and a graph with the right clusters in another
     order costs as much as a wrong one. Permuting rows and columns alike would be a quadratic assignment, which no fast
     solver solves exactly.

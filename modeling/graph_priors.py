@@ -188,7 +188,7 @@ def signatures_for(
         name (`str`), num_latents (`int`), kwargs (`Mapping`): The graph, see [`make_graph`].
         signature_size (`int`): Width of a signature.
         truncation (`float`): The distance from which on there is no link. The official code fits at 0.8, whatever
-            the kernel truncates at; the shipped NACs truncate at 0.9 (defect 17 of the official code).
+            the kernel truncates at; the shipped NACs truncate at 0.9.
         seed (`int`): Of the graph and of the start of the fit.
         progress (`bool`): Whether to show a progress bar.
 

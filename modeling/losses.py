@@ -72,7 +72,7 @@ def soft_distillation_loss(
         temperature (`float`): tau of the paper.
         reduction (`str`): `"batchmean"` averages over the images. `"mean"` averages over images times classes as the
             official code does, `num_labels` times weaker: with 1,000 classes it all but switches distillation off.
-            Choose it only to reproduce a published number (defect 11 of the official code).
+            Choose it only to reproduce a published number.
     """
     loss = per_sample_kl(student_logits, teacher_logits, temperature).mean()
     return loss / student_logits.shape[-1] if reduction == "mean" else loss

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""A model seen as a chain of stages: views on its own layers, never copies (DESIGN of m2mKD: T = T_N ... T_1)."""
+"""A model seen as a chain of stages: views on its own layers, never copies, T = T_N ∘ … ∘ T_1."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -31,7 +31,7 @@ class StitchedNACStage(StitchedStage):
     A distilled part of a NAC between its stitches, with the codes and first states that it computes by. They are
     buffers: drawn from the seed of the pair or taken from the student, equal on every process, the same for any batch
     size, fixed, and saved with the stitches. (The official code draws them anew on every process, keeps one state a
-    batch slot, and saves neither: defect 7.)
+    batch slot, and saves neither.)
 
     Args:
         stage (`NACStage`): View on the student.
