@@ -10,15 +10,20 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
-from transformers import AutoImageProcessor, PreTrainedModel, ProgressCallback, TrainerState
-from transformers.image_processing_utils import BaseImageProcessor
+from transformers import PreTrainedModel, ProgressCallback, TrainerState
 
 from m2mkd.data.loading import default_workers
 from m2mkd.data.processing import build_image_processor
-from m2mkd.modeling.meta_from_teacher import fit_image_size, meta_from_teacher
+from m2mkd.modeling.meta_from_teacher import meta_from_teacher
 from m2mkd.modeling.pair_files import load_stage, save_pair
-from m2mkd.modeling.stages import check_same_normalization, check_stitchable, split_into_stages
-from m2mkd.trainer.alignment import AlignmentTrainer, hybrid_accuracies, hybrids_sentence, judge_hybrids
+from m2mkd.modeling.stages import split_into_stages
+from m2mkd.trainer.alignment import (
+    AlignmentTrainer,
+    check_teacher,
+    hybrid_accuracies,
+    hybrids_sentence,
+    judge_hybrids,
+)
 from m2mkd.trainer.callbacks import DataEpoch, ShownProgress, Stopwatch
 from m2mkd.trainer.evaluation import evaluate_model, expert_load
 from m2mkd.trainer.flops import count_parameters, training_flops_per_image
@@ -35,8 +40,16 @@ from m2mkd.trainer.folders import (
 )
 from m2mkd.trainer.m2mkd_config import M2MKDConfig
 from m2mkd.trainer.m2mkd_trainer import M2MKDTrainer
-from m2mkd.trainer.networks import build_config, load_network, new_network, take_class_names, with_stitches
+from m2mkd.trainer.networks import (
+    build_config,
+    fit_to_data,
+    load_network,
+    load_processor,
+    new_network,
+    with_stitches,
+)
 from m2mkd.trainer.recipe import Recipe, RecipeError, Training
+from m2mkd.trainer.recipe_networks import RecipeNetworks, check_pixels
 from m2mkd.trainer.run_data import RunData
 from m2mkd.trainer.schedule import Task
 from m2mkd.trainer.screen import Screen
@@ -80,16 +93,11 @@ class Phases:
         self.meta_depths = recipe.meta.depths or [1] * len(self.depths)
 
     def check(self) -> None:
-        """Build every configuration before anything is trained. Raises `RecipeError` or `StageError`."""
+        """
+        Check networks and arguments before anything is trained. Raises `RecipeError`, `StageError` or `DataError`.
+        """
         recipe = self.recipe
-        for model, data in (
-            (recipe.meta.model, recipe.meta.data),
-            (recipe.teacher.model, recipe.teacher.data),
-            (recipe.student.model, recipe.distill.data),
-            (recipe.student.model, recipe.finetune.data),
-        ):
-            if model is not None:
-                build_config(model, self.data.config(data), self.data.class_names(data))
+        RecipeNetworks(recipe, self.data.class_names)
         for key, training in (
             ("meta.training", recipe.meta.training),
             ("teacher.incubation", recipe.teacher.incubation),
@@ -188,11 +196,9 @@ class Phases:
         spec, depths = self.recipe.meta, self.recipe.teacher.depths
         teacher = self._load_teacher()
         self._check_processors(self._teacher_source(), spec.data)
-        distill = self.recipe.distill.data
-        student = build_config(self.recipe.student.model, self.data.config(distill), self.data.class_names(distill))
-        check_stitchable(student, teacher.config, teacher.config)
         meta = meta_from_teacher(teacher, depths, self.meta_depths)
         before = self._hybrids(teacher, meta)
+        self._check_teacher(before)
         cut = {"student_depths": self.meta_depths, "meta_depths": depths, "stitch": "none", "eval_strategy": "no"}
         results = self._train(
             folder,
@@ -234,6 +240,7 @@ class Phases:
         Measure the hybrids that the pairs are distilled from. Says which are weak. Raises `RunError` for noise.
         """
         measured = self._hybrids(teacher, meta, indices)
+        self._check_teacher(measured)
         noise, weak = judge_hybrids(measured)
         if noise or weak:
             warning = (
@@ -248,6 +255,11 @@ class Phases:
                 "`distill.training.alpha: 0` to train the pairs by the labels alone."
             )
         return measured
+
+    def _check_teacher(self, measured: Results) -> None:
+        warning = check_teacher(measured)
+        if warning is not None:
+            self._say(warning)
 
     def teacher(self) -> None:
         """[MT + FT] Incubate the teacher's stages inside the meta model, then fine-tune the whole."""
@@ -502,22 +514,14 @@ class Phases:
 
     def _load_teacher(self) -> PreTrainedModel:
         teacher, data = load_network(self._teacher_source()), self.recipe.distill.data
-        fit_image_size(teacher, self.data.config(data).image_size)
-        take_class_names(teacher.config, self.data.class_names(data))
+        fit_to_data(teacher, self.data.config(data), self.data.class_names(data))
         return teacher
 
     def _teacher_source(self) -> str | Path:
         return self.recipe.teacher.pretrained or self.shared / "teacher"
 
     def _check_processors(self, source: str | Path, data: str) -> None:
-        try:
-            theirs: BaseImageProcessor = AutoImageProcessor.from_pretrained(source)
-        except OSError as error:
-            raise RunError(
-                f"{source} has no image processor ({error}), so nobody knows which pixels it takes."
-            ) from error
-        ours = build_image_processor(self.data.config(data))
-        check_same_normalization(ours, theirs, (f"data set {data!r}", f"network {source}"))
+        check_pixels(data, self.data.config(data), f"network {source}", load_processor(source))
 
     def _flops_of_m2mkd(self) -> float:
         """What the m2mkd arm of this seed takes: the distillation of its pairs and its end-to-end phase."""

@@ -3,20 +3,19 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from m2mkd.data.errors import DataError
-from m2mkd.data.imagenet_classes import imagenet_classes
 from m2mkd.data.known_sets import KNOWN_SETS
-from m2mkd.modeling.meta_from_teacher import meta_from_teacher
-from m2mkd.modeling.stages import Stage, StageError, check_stitchable, count_layers, split_into_stages
+from m2mkd.modeling.stages import Stage, count_layers, num_special_tokens, split_into_stages
 from m2mkd.trainer.flops import count_parameters
-from m2mkd.trainer.networks import build_config, take_class_names
-from m2mkd.trainer.recipe import NetworkSpec, Recipe, Training
+from m2mkd.trainer.recipe import Recipe, Training
+from m2mkd.trainer.recipe_networks import RecipeNetworks, class_names_without_images
 from m2mkd.trainer.run_data import RunData
-from m2mkd.trainer.step_cost import COUNTED_IMAGES, StageCounter, StepCost, build_on_meta, stitched_pairs, trained_cost
+from m2mkd.trainer.step_cost import COUNTED_IMAGES, StageCounter, StepCost, stitched_pairs, trained_cost
 
 
 # float32 weights, gradients and the two moments of AdamW
@@ -30,8 +29,6 @@ _DEFAULTS = {
     "bf16": False,
     "fp16": False,
 }
-# Of published sets that are not drawn from ImageNet.
-CLASSES = {"cifar10": range(10), "cifar100": range(100), "cub-200": range(200)}
 
 
 @dataclass(frozen=True)
@@ -99,7 +96,8 @@ def make_plan(recipe: Recipe, gpus: int = 1) -> Plan:
         gpus (`int`, *optional*, defaults to 1): Devices that share each phase.
 
     Raises:
-        `RecipeError` or `StageError`: the networks do not fit the recipe's depths or each other.
+        `RecipeError`, `StageError` or `DataError`: the networks do not fit the recipe's depths, each other or the
+            images, or the teacher cannot be used; see [`RecipeNetworks`].
         `DataError`: the images of a set can be counted only where they are, and they are not there.
     """
     return _Planner(recipe, gpus).plan()
@@ -109,19 +107,15 @@ class _Planner:
     def __init__(self, recipe: Recipe, gpus: int):
         self.recipe, self.gpus, self.data, self.counter = recipe, gpus, RunData(recipe), StageCounter()
         self.depths = recipe.student.depths
-        self.meta_depths = recipe.meta.depths or [1] * len(self.depths)
-        self.teacher = self._teacher()
-        aligned = recipe.meta.init == "from_teacher"
-        self.meta = (
-            meta_from_teacher(self.teacher, recipe.teacher.depths, self.meta_depths)
-            if aligned
-            else self._network(recipe.meta.model, recipe.meta.data)
+        self.networks = RecipeNetworks(recipe, partial(class_names_without_images, self.data))
+        self.meta_depths, self.teacher, self.meta = (
+            self.networks.meta_depths,
+            self.networks.teacher,
+            self.networks.meta,
         )
 
     def plan(self) -> Plan:
         recipe = self.recipe
-        student = self._network(recipe.student.model, recipe.distill.data)
-        check_stitchable(student.config, self.teacher.config, self.meta.config)
         beforehand = [*self._meta(), *self._trained_teacher()]
         if recipe.meta.init == "from_teacher":
             beforehand.reverse()
@@ -143,59 +137,41 @@ class _Planner:
 
     # ---- Networks and data ----
 
-    def _size(self, name: str) -> tuple[int, list[str]]:
-        """Images of an epoch of a training set, and the names of its classes."""
+    def _size(self, name: str) -> int:
+        """Images of an epoch of a training set."""
         config = self.data.config(name)
         source = config.source.partition(":")[0]
         known = KNOWN_SETS.get(source)
         if known is None or config.partial:
-            return len(self.data.training_set(name, seed=0)), self.data.class_names(name)
+            return len(self.data.training_set(name, seed=0))
         _, images = known.splits.get(config.split, (None, None))
         if images is None:
             raise DataError(
                 f"data.{name}: {source} has no training split {config.split!r}: set split to "
                 f"{' or '.join(map(repr, known.splits))}"
             )
-        classes = imagenet_classes(*known.marks) if known.marks is not None else CLASSES[source]
         if config.samples_per_class is not None:
-            images = config.samples_per_class * len(classes)
-        return images, [str(name) for name in classes]
-
-    def _network(self, spec: NetworkSpec, data: str) -> PreTrainedModel:
-        return build_on_meta(build_config(spec, self.data.config(data), self._size(data)[1]))
-
-    def _teacher(self) -> PreTrainedModel:
-        spec = self.recipe.teacher
-        if spec.model is not None:
-            return self._network(spec.model, spec.data)
-        try:
-            config = AutoConfig.from_pretrained(spec.pretrained)
-        except Exception as error:
-            raise StageError(f"The configuration of {spec.pretrained} cannot be loaded: {error}") from error
-        config.image_size = self.data.config(self.recipe.distill.data).image_size
-        take_class_names(config, self._size(self.recipe.distill.data)[1])
-        return build_on_meta(config)
+            images = config.samples_per_class * len(class_names_without_images(self.data, name))
+        return images
 
     # ---- Phases ----
 
     def _meta(self) -> list[PhasePlan]:
         spec = self.recipe.meta
-        if not {"m2mkd", "kd"} & set(self.recipe.arms):
+        if self.meta is None:
             return []
-        if spec.init == "random":
-            return [self._phase("meta", spec.data, spec.training, self._whole(self.meta, spec.data))]
-        if "m2mkd" not in self.recipe.arms:
-            return []
-        return [self._phase("meta", spec.data, spec.training, self._aligned(spec.data))]
+        step = self._whole(self.meta, spec.data) if spec.init == "random" else self._aligned(spec.data)
+        return [self._phase("meta", spec.data, spec.training, step)]
 
     def _trained_teacher(self) -> list[PhasePlan]:
         spec = self.recipe.teacher
-        if spec.model is None or not {"m2mkd", "kd"} & set(self.recipe.arms):
+        if spec.model is None or self.teacher is None:
             return []
-        whole = self._whole(self.teacher, spec.data)
-        if self.recipe.meta.init == "from_teacher":
+        teacher = self.networks.build(spec.model, spec.data)
+        whole = self._whole(teacher, spec.data)
+        if not self.networks.is_incubated:
             return [self._phase("teacher", spec.data, spec.finetuning, whole)]
-        pairs = self._pair_steps(self.teacher, spec.depths, spec.data, teacher=None, stitch="none")
+        pairs = self._pair_steps(teacher, spec.depths, spec.data, teacher=None, stitch="none")
         incubation = self._together(pairs, range(len(pairs)), spec.data)
         return [
             self._phase("teacher: incubation", spec.data, spec.incubation, incubation),
@@ -204,7 +180,7 @@ class _Planner:
 
     def _pairs(self) -> list[PhasePlan]:
         spec, indices = self.recipe.distill, range(len(self.depths))
-        student = self._network(self.recipe.student.model, spec.data)
+        student = self.networks.build(self.recipe.student.model, spec.data)
         names = ("stitch", "nac_codes", "read_in_latents")
         options = {name: spec.training[name] for name in names if name in spec.training}
         teacher = self.teacher if spec.training.get("alpha", 1) > 0 else None
@@ -217,7 +193,7 @@ class _Planner:
 
     def _arms(self) -> list[PhasePlan]:
         spec = self.recipe.finetune
-        student = self._network(self.recipe.student.model, spec.data)
+        student = self.networks.build(self.recipe.student.model, spec.data)
         plain, arms = self._whole(student, spec.data), []
         for arm in self.recipe.arms:
             step, training = plain, spec.training
@@ -232,7 +208,7 @@ class _Planner:
         training = {**_DEFAULTS, **self.recipe.training, **training}
         half = training["bf16"] or training["fp16"]
         device_batch = training["per_device_train_batch_size"]
-        images, _ = self._size(data)
+        images = self._size(data)
         batch = device_batch * training["gradient_accumulation_steps"] * self.gpus
         epochs = training["num_train_epochs"]
         if training["max_steps"] > 0:
@@ -287,6 +263,7 @@ class _Planner:
         meta = split_into_stages(self.meta, self.meta_depths)
         theirs = split_into_stages(teacher, self.recipe.teacher.depths) if teacher is not None else []
         stages, shape, steps = split_into_stages(student, depths), self._images(data), []
+        options["special_tokens"] = num_special_tokens(self.meta.config)
         pairs = stitched_pairs(
             student, stages, self.meta.config.hidden_size, stitch if len(stages) > 1 else "none", **options
         )
