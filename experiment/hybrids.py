@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 from m2mkd.experiment.session import Results, Session
 from m2mkd.modeling.stages import split_into_stages
-from m2mkd.trainer.alignment import hybrid_accuracies, hybrids_sentence, judge_hybrids
+from m2mkd.trainer.alignment import check_teacher, hybrid_accuracies, hybrids_sentence, judge_hybrids
 from m2mkd.trainer.folders import RunError
 
 
@@ -53,6 +53,7 @@ def check_hybrids(
         `RunError`: one of them is noise.
     """
     measured = measure_hybrids(session, teacher, meta, indices)
+    say_if_teacher_is_weak(session, measured)
     noise, weak = judge_hybrids(measured)
     if noise or weak:
         warning = (
@@ -67,3 +68,10 @@ def check_hybrids(
             "`distill.training.alpha: 0` to train the pairs by the labels alone."
         )
     return measured
+
+
+def say_if_teacher_is_weak(session: Session, measured: Results) -> None:
+    """Say so if the teacher may be no better than chance. Raises `RunError` if it surely is not."""
+    warning = check_teacher(measured)
+    if warning is not None:
+        session.say(warning)

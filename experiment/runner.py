@@ -5,13 +5,14 @@ from pathlib import Path
 
 import transformers
 
-from m2mkd.experiment.check import check
+from m2mkd.experiment.check import check_arguments
 from m2mkd.experiment.claim import claim_folder
 from m2mkd.experiment.machine import num_processes, use_all_cores
 from m2mkd.experiment.phases import Phase, phases_of
 from m2mkd.experiment.report import make_report
 from m2mkd.experiment.session import Session
 from m2mkd.trainer.recipe import Recipe
+from m2mkd.trainer.recipe_networks import RecipeNetworks
 from m2mkd.trainer.run_data import RunData
 from m2mkd.trainer.schedule import Task, run_tasks
 from m2mkd.trainer.screen import Screen
@@ -36,7 +37,8 @@ def run(recipe: Recipe) -> Path | None:
     data, screen = RunData(recipe), Screen()
     data.check()
     phases = _all_phases(recipe, data, screen)
-    check(phases)
+    RecipeNetworks(recipe, data.class_names)
+    check_arguments(phases)
     claim_folder(recipe)
     for phase in phases:
         if phase.is_finished():

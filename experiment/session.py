@@ -9,22 +9,18 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
-from transformers import AutoImageProcessor, PreTrainedModel, ProgressCallback, TrainerState
-from transformers.image_processing_utils import BaseImageProcessor
+from transformers import PreTrainedModel, ProgressCallback, TrainerState
 
 from m2mkd.data.loading import default_workers
 from m2mkd.data.processing import build_image_processor
 from m2mkd.experiment.run_folder import RunFolder, work_folder
 from m2mkd.experiment.section import Training
-from m2mkd.modeling.meta_from_teacher import fit_image_size
-from m2mkd.modeling.stages import check_same_normalization
 from m2mkd.trainer.callbacks import DataEpoch, ShownProgress, Stopwatch
 from m2mkd.trainer.evaluation import evaluate_model, expert_load
 from m2mkd.trainer.flops import count_parameters, training_flops_per_image
 from m2mkd.trainer.folders import (
     EVAL_RESULTS,
     TRAIN_RESULTS,
-    RunError,
     explained_write_errors,
     last_complete_checkpoint,
     write_folder,
@@ -32,8 +28,9 @@ from m2mkd.trainer.folders import (
 )
 from m2mkd.trainer.m2mkd_config import M2MKDConfig
 from m2mkd.trainer.m2mkd_trainer import M2MKDTrainer
-from m2mkd.trainer.networks import build_config, load_network, new_network, take_class_names
+from m2mkd.trainer.networks import build_config, fit_to_data, load_network, load_processor, new_network
 from m2mkd.trainer.recipe import NetworkSpec, Recipe
+from m2mkd.trainer.recipe_networks import check_pixels
 from m2mkd.trainer.run_data import RunData
 from m2mkd.trainer.screen import Screen
 
@@ -87,8 +84,7 @@ class Session:
     def load_teacher(self) -> PreTrainedModel:
         """The trained or published teacher, for the images and classes of the distillation."""
         teacher, data = load_network(self.teacher_source()), self.recipe.distill.data
-        fit_image_size(teacher, self.data.config(data).image_size)
-        take_class_names(teacher.config, self.data.class_names(data))
+        fit_to_data(teacher, self.data.config(data), self.data.class_names(data))
         return teacher
 
     def teacher_source(self) -> str | Path:
@@ -96,15 +92,8 @@ class Session:
         return self.recipe.teacher.pretrained or self.folder.teacher
 
     def check_processors(self, source: str | Path, data: str) -> None:
-        """Check that a network takes the pixels of a data set. Raises `RunError` or `StageError`."""
-        try:
-            theirs: BaseImageProcessor = AutoImageProcessor.from_pretrained(source)
-        except OSError as error:
-            raise RunError(
-                f"{source} has no image processor ({error}), so its input size and normalization are unknown."
-            ) from error
-        ours = build_image_processor(self.data.config(data))
-        check_same_normalization(ours, theirs, (f"data set {data!r}", f"network {source}"))
+        """Check that a network takes the pixels of a data set. Raises `DataError` or `StageError`."""
+        check_pixels(data, self.data.config(data), f"network {source}", load_processor(source))
 
     # ---- Training ----
 

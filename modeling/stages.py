@@ -46,6 +46,11 @@ def _class_and_distillation_token(hidden_states: torch.Tensor) -> tuple[torch.Te
 
 
 def _class_token_and_patch_mean(hidden_states: torch.Tensor) -> tuple[torch.Tensor]:
+    if hidden_states.shape[1] == 1:
+        raise StageError(
+            "The head of a DINOv2 reads the class token and the mean of the patches, but it is given one token. If "
+            "this is the read-in of a NAC, set `read_in_latents` to 'all' (in a recipe, in `distill.training`)."
+        )
     return (torch.cat([hidden_states[:, 0], hidden_states[:, 1:].mean(dim=1)], dim=1),)
 
 
@@ -272,14 +277,22 @@ def initialize_stage(model: PreTrainedModel, stage: Stage, seed: int) -> None:
             model._init_weights(module)
 
 
+def num_special_tokens(config: PreTrainedConfig) -> int:
+    """Tokens before those of the patches: the class token, and the distillation token of a DeiT."""
+    return 2 if config.model_type == "deit" else 1
+
+
 def num_tokens(config: PreTrainedConfig) -> int:
-    """Tokens of a hidden state of a model with this configuration: its patches and its special tokens."""
+    """Tokens of a hidden state of a model with this configuration: its special tokens and its patches."""
+    return num_special_tokens(config) + _num_patches(config)
+
+
+def _num_patches(config: PreTrainedConfig) -> int:
     sizes = [
         size if isinstance(size, list | tuple) else (size, size) for size in (config.image_size, config.patch_size)
     ]
     (height, width), (patch_height, patch_width) = sizes
-    num_special_tokens = 2 if config.model_type == "deit" else 1
-    return (height // patch_height) * (width // patch_width) + num_special_tokens
+    return (height // patch_height) * (width // patch_width)
 
 
 def check_stitchable(
@@ -292,22 +305,31 @@ def check_stitchable(
         student, teacher, meta (`PreTrainedConfig`): `None` where a network takes no part.
 
     Raises:
-        `StageError`: teacher and meta model differ in width, two networks differ in token count or label space.
+        `StageError`: teacher and meta model differ in width or special tokens, two networks differ in patches or label
+            space.
     """
     if teacher is not None and meta is not None and teacher.hidden_size != meta.hidden_size:
         raise StageError(
             f"The teacher is {teacher.hidden_size} wide and the meta model {meta.hidden_size}; their modules exchange "
             "hidden states without a stitch, so `hidden_size` must be equal (stitches are for the student)."
         )
+    if teacher is not None and meta is not None and num_special_tokens(teacher) != num_special_tokens(meta):
+        raise StageError(
+            f"Before the tokens of the patches the teacher (a {teacher.model_type}) has {num_special_tokens(teacher)} "
+            f"and the meta model (a {meta.model_type}) {num_special_tokens(meta)}; their modules exchange hidden "
+            "states without a stitch. Use a meta model of the teacher's architecture, e.g. one made with "
+            "`meta_from_teacher` (in a recipe, `meta.init: from_teacher`)."
+        )
     for name, other in (("teacher", teacher), ("meta model", meta)):
         if other is None:
             continue
         # a NAC takes whatever tokens the meta model has
-        if meta is not None and student.model_type != "nac" and num_tokens(student) != num_tokens(other):
+        if meta is not None and student.model_type != "nac" and _num_patches(student) != _num_patches(other):
             raise StageError(
-                f"The student has {num_tokens(student)} tokens (image_size {student.image_size}, patch_size "
-                f"{student.patch_size}) and the {name} {num_tokens(other)} (image_size {other.image_size}, patch_size "
-                f"{other.patch_size}); stitches change the width, not the number of tokens. Give them the same grid."
+                f"The student has {_num_patches(student)} patches (image_size {student.image_size}, patch_size "
+                f"{student.patch_size}) and the {name} {_num_patches(other)} (image_size {other.image_size}, "
+                f"patch_size {other.patch_size}); stitches change the width, not the number of patches. Give them the "
+                "same grid."
             )
         _check_label_space(student, other, name)
 
@@ -364,6 +386,7 @@ __all__ = [
     "check_stitchable",
     "count_layers",
     "initialize_stage",
+    "num_special_tokens",
     "num_tokens",
     "split_into_stages",
 ]

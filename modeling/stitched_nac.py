@@ -42,6 +42,7 @@ class StitchedNACStage(StitchedStage):
             takes the code of one mediator, drawn anew in every training step.
         read_in_latents (`str`): `"one"`, the paper's: the read-in hands one token on. `"all"`: one for each of the
             student's input latents; the first stands for the meta model's class token.
+        special_tokens (`int`, *optional*): Of the meta model, see [`StitchedStage`]; the read-in alone has to know.
     """
 
     def __init__(
@@ -51,8 +52,9 @@ class StitchedNACStage(StitchedStage):
         stitch: StitchType = "linear",
         codes: NACCodes = "random",
         read_in_latents: ReadInLatents = "one",
+        special_tokens: int | None = None,
     ):
-        super().__init__(stage.distilled(), stitch_size, stitch)
+        super().__init__(stage.distilled(), stitch_size, stitch, special_tokens if stage.is_first else None)
         circuit = stage._model[0].nac
         latents = circuit.input_latents if stage.is_first else circuit.output_latents
         num_latents = 1

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from m2mkd.modeling.modeling_vmoe import VMoEDropPath, VMoERouter, balance_losses, has_balance_loss
-from m2mkd.modeling.stages import Stage
+from m2mkd.modeling.stages import Stage, num_special_tokens
 from m2mkd.modeling.stitches import StitchLayer
 
 
@@ -38,15 +38,26 @@ class StitchedStage(nn.Module):
         stitch_size (`int`): Width of the meta model.
         stitch (`str`): `"layernorm_linear"` (the paper's for V-MoE), `"linear"` (its for NAC), or `"none"` where
             student and meta model have one width (the incubation of a teacher).
+        special_tokens (`int`, *optional*): Tokens of the meta model before those of the patches. `None`: as many as
+            the student's. A DeiT has two, its class and its distillation token; where the other network has one, the
+            DeiT is given a copy of the class token as the second, and the other network is not given the second.
     """
 
-    def __init__(self, stage: Stage, stitch_size: int, stitch: StitchType = "layernorm_linear"):
+    def __init__(
+        self,
+        stage: Stage,
+        stitch_size: int,
+        stitch: StitchType = "layernorm_linear",
+        special_tokens: int | None = None,
+    ):
         super().__init__()
         self.stage = stage
         width, normalize = stage.config.hidden_size, stitch == "layernorm_linear"
         has_pre, has_post = stitch != "none" and not stage.is_first, stitch != "none" and not stage.is_last
         self.pre = StitchLayer(stitch_size, width, normalize) if has_pre else nn.Identity()
         self.post = StitchLayer(width, stitch_size, normalize) if has_post else nn.Identity()
+        own = num_special_tokens(stage.config)
+        self._special_tokens = own, own if special_tokens is None else special_tokens
 
     @property
     def is_stochastic(self) -> bool:
@@ -75,14 +86,32 @@ class StitchedStage(nn.Module):
         """
         balanced = has_balance_loss(self.stage.config) and self.training
         with _record_routers(self.stage) if balanced else nullcontext() as recorded:
-            hidden_states = self.post(self._run(self.pre(hidden_states)))
+            hidden_states = self._stitched(hidden_states)
         if not balanced or not recorded:
             return hidden_states, self.stage.auxiliary_losses() if self.training else {}
         clean, noisy, _, _ = zip(*recorded, strict=True)
         return hidden_states, balance_losses(clean, noisy, self.stage.config)
 
+    def _stitched(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        own, theirs = self._special_tokens
+        if not self.stage.is_first:
+            hidden_states = _with_special_tokens(hidden_states, theirs, own)
+        hidden_states = self.post(self._run(self.pre(hidden_states)))
+        return hidden_states if self.stage.is_last else _with_special_tokens(hidden_states, own, theirs)
+
     def _run(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.stage(hidden_states)
+
+
+def _with_special_tokens(hidden_states: torch.Tensor, given: int, wanted: int) -> torch.Tensor:
+    """
+    Hidden states whose first `given` tokens are not patches, with `wanted` such tokens: the last ones are left out, or
+    copies of the class token, which is the first, are added.
+    """
+    if given == wanted:
+        return hidden_states
+    copies = hidden_states[:, :1].expand(-1, max(wanted - given, 0), -1)
+    return torch.cat([hidden_states[:, : min(given, wanted)], copies, hidden_states[:, given:]], dim=1)
 
 
 @contextmanager

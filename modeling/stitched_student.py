@@ -40,6 +40,7 @@ class StitchedStudent(nn.Module):
             `"layernorm_linear"` for the others.
         seed (`int`): Seed of the stitches' weights, and of what stands in for a NAC's latents.
         nac_codes (`str`), read_in_latents (`str`): See [`StitchedNACStage`]; other students do not read them.
+        special_tokens (`int`, *optional*): Of the meta model, see [`StitchedStage`].
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class StitchedStudent(nn.Module):
         seed: int = 0,
         nac_codes: NACCodes = "random",
         read_in_latents: ReadInLatents = "one",
+        special_tokens: int | None = None,
     ):
         super().__init__()
         self.config = student.config
@@ -60,9 +62,10 @@ class StitchedStudent(nn.Module):
                 # a stream of its own: a pair's stitches start the same whether it is trained alone or with others
                 torch.manual_seed(seed * 1000 + 500 + stage.index)
                 if isinstance(stage, NACStage) and stage.num_stages > 1:
-                    pair = StitchedNACStage(stage, stitch_size, stitch or "linear", nac_codes, read_in_latents)
+                    own = (nac_codes, read_in_latents)
+                    pair = StitchedNACStage(stage, stitch_size, stitch or "linear", *own, special_tokens)
                 else:
-                    pair = StitchedStage(stage, stitch_size, stitch or "layernorm_linear")
+                    pair = StitchedStage(stage, stitch_size, stitch or "layernorm_linear", special_tokens)
                 self.pairs[str(stage.index)] = pair
         # a tuple keeps the student out of this module's parameters: other stages are not trained here
         self._student = (student,)

@@ -16,12 +16,15 @@ from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArgu
 
 from m2mkd.modeling.frozen_networks import FrozenNetworks
 from m2mkd.modeling.losses import boundary_loss
-from m2mkd.modeling.stages import Stage, split_into_stages
-from m2mkd.trainer.m2mkd_trainer import M2MKDTrainer
+from m2mkd.modeling.stages import Stage, StageError, TransformerStage, count_layers, split_into_stages
+from m2mkd.trainer.folders import RunError
+from m2mkd.trainer.m2mkd_trainer import M2MKDTrainer, check_arguments, check_batch
 
 
 # Of the way from chance to the teacher's own accuracy: a hybrid below the first share is noise, below the second weak.
 NOISE, WEAK = 0.1, 0.5
+# On fewer images a teacher may be no better than chance by bad luck.
+ENOUGH_IMAGES = 100
 Hybrids = dict[str, Any]
 
 
@@ -36,11 +39,26 @@ class AlignmentTrainer(M2MKDTrainer):
         args (`M2MKDConfig`): `student_depths` cuts the meta model, `meta_depths` the teacher; `alpha` must be 0 and
             `stitch` `"none"`.
         teacher (`PreTrainedModel`): Frozen.
-        arguments: The others of [`M2MKDTrainer`].
+        arguments: The others of [`M2MKDTrainer`]. `compute_metrics` is given the logits of the whole meta model.
+
+    Raises:
+        `StageError`: a network has no stages of transformer layers, `alpha` or `stitch` is another, or the networks
+            differ in width, token count or label space.
+        `DataError`, `TypeError`: As of [`M2MKDTrainer`].
     """
 
+    _statistic_names = ("loss",)
+
     def __init__(self, model: PreTrainedModel, args: Any, teacher: PreTrainedModel, **arguments: Any):
-        for stage in split_into_stages(model, args.student_depths):
+        check_arguments(args, model, teacher)
+        if args.alpha != 0 or args.stitch != "none":
+            raise StageError(
+                f"`alpha` is {args.alpha} and `stitch` {args.stitch!r}, but alignment has neither labels nor "
+                "stitches. Set `alpha=0` and `stitch='none'`."
+            )
+        for stage in split_into_stages(model, args.student_depths or [count_layers(model)]):
+            if not isinstance(stage, TransformerStage):
+                raise StageError(f"A {type(model).__name__} cannot be aligned; use a ViT, DeiT, DINOv2 or V-MoE.")
             stage.requires_grad_(False)
             for layer in stage.layers:
                 layer.requires_grad_(True)
@@ -53,8 +71,16 @@ class AlignmentTrainer(M2MKDTrainer):
         inputs: dict[str, Any],
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
-    ) -> torch.Tensor:
-        """Sum of the stages' relative errors, see `boundary_loss`; of shape `()`."""
+    ) -> torch.Tensor | tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor | None]]:
+        """
+        Sum of the stages' relative errors, see `boundary_loss`.
+
+        Returns:
+            The loss of shape `()`; with `return_outputs` also the errors of the stages, of shape
+            `(batch_size, num_pairs)`, the same for each image, and the logits of the whole meta model if
+            `compute_metrics` was given.
+        """
+        check_batch(inputs, ["pixel_values"])
         boundaries = self.frozen.prefix(inputs["pixel_values"], self.args.pair_indices)
         last = self.args.num_pairs - 1
         with torch.no_grad():
@@ -66,7 +92,11 @@ class AlignmentTrainer(M2MKDTrainer):
             for index, loss in zip(outputs, losses.detach(), strict=True):
                 self._add_statistic(index, "loss", loss)
             self._num_batches += 1
-        return losses.sum()
+        if not return_outputs:
+            return losses.sum()
+        with torch.no_grad():
+            logits = None if self._given_metrics is None else self.student(inputs["pixel_values"]).logits
+        return losses.sum(), (losses.detach().expand(len(inputs["pixel_values"]), -1), logits)
 
 
 def hybrid_accuracies(
@@ -156,16 +186,53 @@ def judge_hybrids(measured: Hybrids) -> tuple[list[str], list[str]]:
     Returns:
         `list[str]`, `list[str]`: Indices of the hybrids that are noise (less than a tenth of the way from chance to
         the teacher's own accuracy, measured on enough images to tell that from half the way) and of the others that
-        are weak (less than half the way). None of either if the teacher itself is no better than chance.
+        are weak (less than half the way). None of either if the teacher itself is no better than chance, see
+        [`check_teacher`].
     """
     chance, own = measured["chance"], measured["teacher"]
-    error = 2 * math.sqrt(chance * (1 - chance) / measured["n"])
-    if own <= chance + error:
+    if _is_at_chance(measured):
         return [], []
+    error = _error_of_chance(measured)
     way = {index: (accuracy - chance) / (own - chance) for index, accuracy in measured["hybrids"].items()}
     weak = [index for index, share in way.items() if share < WEAK]
     noise = [index for index in weak if way[index] < NOISE and way[index] + error / (own - chance) < WEAK]
     return noise, [index for index in weak if index not in noise]
+
+
+def check_teacher(measured: Hybrids) -> str | None:
+    """
+    Whether the teacher itself is better than chance, to two standard errors.
+
+    Args:
+        measured (`dict`): From [`hybrid_accuracies`], with the name of the images as `set`.
+
+    Returns:
+        `str`, *optional*: A warning if it is not, but there are too few images to be sure.
+
+    Raises:
+        `RunError`: it is not.
+    """
+    if not _is_at_chance(measured):
+        return None
+    found = (
+        f"the teacher is right on {100 * measured['teacher']:.1f} % of {measured['n']:,} images ({measured['set']}), "
+        f"which is no better than chance ({100 * measured['chance']:.1f} %)"
+    )
+    if measured["n"] < ENOUGH_IMAGES:
+        return f"Warning: {found}; these are too few images to be sure."
+    raise RunError(
+        f"Nothing can be learned from this teacher: {found}. Train it longer, or use another teacher. If it is a "
+        "published one, check that its classes are those of the data, in the same order."
+    )
+
+
+def _is_at_chance(measured: Hybrids) -> bool:
+    return measured["teacher"] <= measured["chance"] + _error_of_chance(measured)
+
+
+def _error_of_chance(measured: Hybrids) -> float:
+    """Two standard errors."""
+    return 2 * math.sqrt(measured["chance"] * (1 - measured["chance"]) / measured["n"])
 
 
 def hybrids_sentence(measured: Hybrids) -> str:

@@ -61,7 +61,7 @@ def assemble(out: str | Path, sources: Sequence[str], keep_stitches: bool = Fals
     if fresh:
         said.append(f"No module holds these tensors, so they start anew: {', '.join(sorted(fresh))}.")
     if not processors:
-        said.append(f"No module has a {PROCESSOR_FILE}: nobody knows which pixels the student takes.")
+        said.append(f"No module has a {PROCESSOR_FILE}, so the student's input size and normalization are unknown.")
     return said + unknown_networks(folders)
 
 

@@ -285,6 +285,7 @@ def train() -> None:
 
 def _print_plan(recipe: Any, throughput: str, gpus: int | None) -> None:
     from rich.console import Console
+    from transformers.utils.logging import disable_progress_bar
 
     from m2mkd.experiment.plan.plan import make_plan
     from m2mkd.experiment.plan.table import print_plan
@@ -304,6 +305,7 @@ def _print_plan(recipe: Any, throughput: str, gpus: int | None) -> None:
         ) from error
     how = "measured on this machine" if measured else "stated" if throughput else "assumed; see --throughput"
     processes = int(os.environ.get("WORLD_SIZE", "1"))
+    disable_progress_bar()
     with Console(stderr=True).status("Counting a step of each phase"):
         plan = make_plan(recipe, gpus or processes)
     print_plan(plan, value, how)

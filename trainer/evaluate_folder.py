@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Column, Table
-from transformers import AutoImageProcessor, PreTrainedModel
+from transformers import PreTrainedModel
 
 from m2mkd.data.config import DataConfig
 from m2mkd.data.dataset import ImageDataset
@@ -21,7 +21,7 @@ from m2mkd.data.metrics import PerClassAccuracy, effective_robustness
 from m2mkd.data.processing import pixels_of_processor
 from m2mkd.data.sources import load_images
 from m2mkd.trainer.evaluation import predict
-from m2mkd.trainer.networks import load_network
+from m2mkd.trainer.networks import load_network, load_processor
 
 
 # The split that is tested where none is named.
@@ -35,15 +35,10 @@ def load_for_evaluation(folder: str | Path) -> tuple[PreTrainedModel, dict[str, 
     A saved classifier and the pixels that it takes (fields of `DataConfig`).
 
     Raises:
-        `StageError`: there is no such model.
+        `StageError`: there is no such model, or it lacks weights, such as those of a head.
         `DataError`: no image processor lies beside it, or one that cannot be reproduced.
     """
-    model = load_network(folder)
-    try:
-        processor = AutoImageProcessor.from_pretrained(folder)
-    except OSError as error:
-        raise DataError(f"{folder} has no image processor ({error}), so nobody knows which pixels it takes") from error
-    return model, pixels_of_processor(processor, str(folder))
+    return load_network(folder), pixels_of_processor(load_processor(folder), str(folder))
 
 
 def data_config(source: str, pixels: dict[str, Any], split: str | None = None, partial: bool = False) -> DataConfig:

@@ -2,21 +2,23 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from huggingface_hub import HfApi
 from torch import nn
 from torch.utils.data import Dataset, Sampler
-from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers import EvalPrediction, PreTrainedModel, Trainer, TrainerCallback
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import PushInProgress, logging
 
 from m2mkd.data.dataset import ImageDataset
+from m2mkd.data.errors import DataError
 from m2mkd.data.sampling import RepeatedSampler
 from m2mkd.modeling.frozen_networks import FrozenNetworks
 from m2mkd.modeling.losses import (
@@ -26,7 +28,7 @@ from m2mkd.modeling.losses import (
     soft_distillation_loss,
 )
 from m2mkd.modeling.pair_files import save_pair, tensors_sha256
-from m2mkd.modeling.stages import StageError, check_stitchable, count_layers, split_into_stages
+from m2mkd.modeling.stages import StageError, check_stitchable, count_layers, num_special_tokens, split_into_stages
 from m2mkd.modeling.stitched_student import StitchedStudent
 from m2mkd.trainer.m2mkd_config import M2MKDConfig
 
@@ -67,14 +69,21 @@ class M2MKDTrainer(Trainer):
         data_collator, train_dataset, eval_dataset, processing_class, callbacks, optimizers: As in
             [`~transformers.Trainer`]. Data sets give `pixel_values` of shape `(num_channels, height, width)` and
             `labels`, a class index or a distribution over the classes.
+        compute_metrics (`Callable[[EvalPrediction], dict]`, *optional*): As in [`~transformers.Trainer`]; the
+            trainer's own statistics stay beside it. `predictions` are the logits: of shape `(n, num_labels)` for a
+            whole student, `(n, num_pairs, num_labels)` for pairs, which are in the order of `args.pairs`.
 
     Raises:
-        `StageError`: the networks cannot be stitched (widths, token counts, label spaces, missing networks).
+        `StageError`: the networks cannot be stitched (architectures, widths, token counts, label spaces, missing
+            networks).
+        `DataError`: a batch has no `pixel_values` or `labels`.
+        `TypeError`: `args` are not an `M2MKDConfig`.
         `NonFiniteError`: a loss or gradient is not finite; the last good state is saved first.
     """
 
     # compute_loss returns the mean over the batch, so the Trainer divides by the accumulation steps
     loss_is_scaled_for_ga = False
+    _statistic_names: tuple[str, ...] = STATISTICS
     _tag_names = ["m2mkd", "image-classification", "knowledge-distillation"]
 
     def __init__(
@@ -89,7 +98,9 @@ class M2MKDTrainer(Trainer):
         processing_class: BaseImageProcessor | None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, Any] = (None, None),
+        compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
     ):
+        check_arguments(args, model, teacher, meta)
         _check_networks(args, model, teacher, meta)
         indices = args.pair_indices
         student_stages = split_into_stages(model, args.student_depths or [count_layers(model)])
@@ -115,6 +126,7 @@ class M2MKDTrainer(Trainer):
         }
         self.student = model
         self.stitch_size = stitch_size
+        self._given_metrics = compute_metrics
         self._statistics: dict[str, torch.Tensor] = defaultdict(float)
         self._num_batches = 0
         self._step_of_seed, self._batch_in_step = -1, -1
@@ -126,6 +138,7 @@ class M2MKDTrainer(Trainer):
             seed=args.seed,
             nac_codes=args.nac_codes,
             read_in_latents=args.read_in_latents,
+            special_tokens=num_special_tokens(meta.config) if meta is not None else None,
         )
         self._is_stochastic = stitched.is_stochastic
         super().__init__(
@@ -137,7 +150,7 @@ class M2MKDTrainer(Trainer):
             processing_class=processing_class,
             callbacks=callbacks,
             optimizers=optimizers,
-            compute_metrics=self._mean_statistics,
+            compute_metrics=self._metrics,
         )
         self.label_names = ["labels"]
         self.model_accepts_loss_kwargs = False
@@ -152,22 +165,24 @@ class M2MKDTrainer(Trainer):
         inputs: dict[str, Any],
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    ) -> torch.Tensor | tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
         """
         Sum of the pairs' losses: their gradients do not mix, so each pair is trained as if it were alone.
 
         Returns:
             The loss of shape `()`; with `return_outputs` also the statistics of each image and pair, of shape
-            `(batch_size, num_pairs * len(STATISTICS))`.
+            `(batch_size, num_pairs * len(STATISTICS))`, and the logits, as `compute_metrics` is given them.
         """
+        check_batch(inputs, ["pixel_values", "labels"])
         labels = inputs["labels"]
         pair_inputs = self.frozen.prefix(inputs["pixel_values"], self.args.pair_indices)
         teacher_logits = self.frozen.teacher_logits(pair_inputs)
         outputs = model(pair_inputs, seed=self._next_seed() if model.training else None)
 
-        losses, statistics = [], []
+        losses, statistics, all_logits = [], [], []
         for index, (hidden_states, balance) in outputs.items():
             logits = self.frozen.suffix(hidden_states, index)
+            all_logits.append(logits.detach())
             teacher = teacher_logits.get(index)
             losses.append(self._pair_loss(logits, teacher, labels) + balance.get("aux_loss", 0.0))
             statistics.append(_statistics_of(logits.detach(), teacher, labels, self.args.temperature))
@@ -182,7 +197,10 @@ class M2MKDTrainer(Trainer):
                     self._add_statistic(index, name, value)
             self._num_batches += 1
         loss = torch.stack(losses).sum()
-        return (loss, torch.cat(statistics, dim=1)) if return_outputs else loss
+        if not return_outputs:
+            return loss
+        logits = torch.stack(all_logits, dim=1) if self.args.num_pairs > 1 else all_logits[0]
+        return loss, (torch.cat(statistics, dim=1), logits)
 
     def _pair_loss(
         self, logits: torch.Tensor, teacher_logits: torch.Tensor | None, labels: torch.Tensor
@@ -223,19 +241,33 @@ class M2MKDTrainer(Trainer):
         inputs: dict[str, Any],
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-        """Statistics of each image take the place of predictions, so that means over the whole set are exact."""
+    ) -> tuple[torch.Tensor | None, Any, torch.Tensor | None]:
+        """
+        Statistics of each image take the place of predictions, so that means over the whole set are exact; with
+        `compute_metrics` the logits follow them.
+        """
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            loss, statistics = self.compute_loss(model, inputs, return_outputs=True)
-        return (loss, None, None) if prediction_loss_only else (loss, statistics.float(), inputs["labels"])
+            loss, (statistics, logits) = self.compute_loss(model, inputs, return_outputs=True)
+        if prediction_loss_only:
+            return loss, None, None
+        predictions = statistics.float() if self._given_metrics is None else (statistics.float(), logits.float())
+        return loss, predictions, inputs.get("labels")
 
-    def _mean_statistics(self, predictions: Any) -> dict[str, float]:
-        means = predictions.predictions.mean(axis=0).reshape(-1, len(STATISTICS))
+    def _metrics(self, found: EvalPrediction) -> dict[str, float]:
+        """Mean statistics, and what the metrics that the trainer was given make of the logits."""
+        if self._given_metrics is None:
+            return self._mean_statistics(found.predictions)
+        statistics, logits = found.predictions
+        given = self._given_metrics(EvalPrediction(predictions=logits, label_ids=found.label_ids))
+        return {**self._mean_statistics(statistics), **given}
+
+    def _mean_statistics(self, statistics: np.ndarray) -> dict[str, float]:
+        means = statistics.mean(axis=0).reshape(-1, len(self._statistic_names))
         return {
             self._metric_name(index, name): float(value)
             for index, values in zip(self.args.pair_indices, means, strict=True)
-            for name, value in zip(STATISTICS, values, strict=True)
+            for name, value in zip(self._statistic_names, values, strict=True)
             if not math.isnan(value)
         }
 
@@ -425,6 +457,35 @@ def _say_failure(job: Future) -> None:
     # nobody asks a push in the background for its result
     if not job.cancelled() and job.exception() is not None:
         logger.warning(f"A push to the Hub failed, training goes on: {job.exception()}")
+
+
+def check_arguments(args: Any, *networks: PreTrainedModel | None) -> None:
+    """
+    Check what a trainer of stages is given, before anything else reads it.
+
+    Raises:
+        `TypeError`: `args` are not an `M2MKDConfig`.
+        `StageError`: a network that cannot be cut into stages.
+    """
+    if not isinstance(args, M2MKDConfig):
+        raise TypeError(
+            f"`args` is of type {type(args).__name__}, but this trainer needs an `M2MKDConfig`: the arguments of "
+            "`TrainingArguments` and those of the distillation, with defaults. Use `M2MKDConfig(...)` instead."
+        )
+    for network in networks:
+        if network is not None:
+            count_layers(network)
+
+
+def check_batch(inputs: Mapping[str, Any], names: Sequence[str]) -> None:
+    """Raise `DataError` if a batch lacks one of `names`."""
+    missing = [name for name in names if name not in inputs]
+    if missing:
+        raise DataError(
+            f"The batches have {', '.join(sorted(inputs)) or 'nothing'}, but not {' and '.join(missing)}. Each item "
+            "of the data set must have `pixel_values`, of shape (num_channels, height, width), and `labels`: prepare "
+            "it with the image processor, e.g. by `with_transform` of `datasets`, or give a `data_collator`."
+        )
 
 
 def _check_networks(

@@ -8,8 +8,13 @@ from PIL import Image
 
 from m2mkd.configuration.configuration_nac import NAC_PRESETS
 from m2mkd.configuration.configuration_vmoe import VMOE_PRESETS
+from m2mkd.data.errors import DataError
 from m2mkd.data.imagenet_classes import imagenet_classes
+from m2mkd.trainer.networks import load_network_config
 from m2mkd.trainer.recipe import Recipe, parse_recipe
+from m2mkd.trainer.recipe_networks import RecipeNetworks, class_names_without_images
+from m2mkd.trainer.run_data import RunData
+from m2mkd.trainer.screen import Screen
 
 
 IMAGES_PER_CLASS = 3
@@ -65,12 +70,18 @@ def make_miniature(recipe: Recipe) -> Recipe:
     sources as image folders; the packaged digits are taken as they are, a few of each class. A published teacher is
     replaced by a tiny one that is trained. One seed, without the baselines of equal compute.
 
+    The networks of the recipe itself are checked first, since the tiny ones fit each other in any case.
+
     Args:
         recipe (`Recipe`)
 
     Returns:
         `Recipe`: Its run goes to `<output_dir>-miniature/run`; the images are written to `<output_dir>-miniature`.
+
+    Raises:
+        `RecipeError`, `StageError` or `DataError`: the recipe itself could not run, see [`RecipeNetworks`].
     """
+    RecipeNetworks(recipe, _class_names(recipe).__getitem__)
     folder = Path(f"{recipe.output_dir}-miniature")
     content = recipe.model_dump(mode="json")
     content |= {"name": f"{recipe.name} (miniature)", "output_dir": str(folder / "run"), "repeat_seeds": []}
@@ -100,6 +111,20 @@ def make_miniature(recipe: Recipe) -> Recipe:
     for section, key in trained:
         section[key] = _short(section[key])
     return parse_recipe(content, f"the miniature of {recipe.name}")
+
+
+def _class_names(recipe: Recipe) -> dict[str, list[str]]:
+    """The classes of each training set. If images are not on this machine, all are taken to have the teacher's."""
+    sections = (recipe.meta, recipe.teacher, recipe.distill, recipe.finetune)
+    data, names = RunData(recipe), {section.data for section in sections if section.data is not None}
+    names |= {recipe.data_of(arm) for arm in recipe.all_arms.values()}
+    try:
+        return {name: class_names_without_images(data, name) for name in sorted(names)}
+    except DataError as error:
+        Screen().say(f"The classes of the data sets are not checked: {error}")
+    pretrained = recipe.teacher.pretrained
+    stand_in = ["0", "1"] if pretrained is None else list(load_network_config(pretrained).id2label.values())
+    return dict.fromkeys(names, stand_in)
 
 
 def _network(spec: dict[str, Any], num_layers: int) -> dict[str, Any]:

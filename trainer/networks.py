@@ -1,13 +1,24 @@
 """Builds, loads and saves the networks of a recipe."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.image_processing_utils import BaseImageProcessor
 
 from m2mkd.data.config import DataConfig
+from m2mkd.data.errors import DataError
+from m2mkd.modeling.meta_from_teacher import fit_image_size
 from m2mkd.modeling.pair_files import PairFileError, keep_stitches, read_contract
 from m2mkd.modeling.stages import StageError, initialize_stage, split_into_stages
 from m2mkd.trainer.recipe import NetworkSpec, RecipeError
@@ -73,16 +84,74 @@ def new_network(
 
 def load_network(source: str | Path, **kwargs: Any) -> PreTrainedModel:
     """
-    A classifier from a Hub id or folder. On the CPU its tensors stay in the file until they are used, so a process
-    that keeps one stage does not pay for the others.
+    A trained classifier from a Hub id or folder. On the CPU its tensors stay in the file until they are used, so a
+    process that keeps one stage does not pay for the others.
 
     Raises:
-        `StageError`: there is no such model, or its file is damaged.
+        `StageError`: there is no such model, its file is damaged, or it lacks weights, such as those of a head.
     """
     try:
-        return AutoModelForImageClassification.from_pretrained(source, **kwargs)
+        model, info = AutoModelForImageClassification.from_pretrained(source, output_loading_info=True, **kwargs)
     except Exception as error:
         raise StageError(f"The model {source} cannot be loaded: {error}") from error
+    if info["missing_keys"]:
+        raise _untrained(source, info["missing_keys"])
+    return model
+
+
+def load_network_config(source: str | Path) -> PreTrainedConfig:
+    """
+    The configuration of a trained classifier, after a look at what the classifier's file holds. No weights are read;
+    of a Hub id that is not downloaded yet, the configuration tells whether it is a classifier.
+
+    Raises:
+        `StageError`: there is no such model, its file is damaged, or it lacks weights, such as those of a head.
+    """
+    try:
+        config = AutoConfig.from_pretrained(source)
+    except Exception as error:
+        raise StageError(f"The configuration of {source} cannot be loaded: {error}") from error
+    try:
+        folder = source if Path(source).is_dir() else snapshot_download(str(source), local_files_only=True)
+    except LocalEntryNotFoundError:
+        folder = None
+    if folder is not None and any(Path(folder).glob("*.safetensors")):
+        load_network(folder, device_map="meta")
+    elif config.architectures and not any("ImageClassification" in name for name in config.architectures):
+        raise _untrained(source, ["classifier"])
+    return config
+
+
+def _untrained(source: str | Path, missing: Iterable[str]) -> StageError:
+    names = sorted(missing)
+    shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+    return StageError(
+        f"{source} is not a trained classifier: it has no weights for {shown}. They would be drawn at random each "
+        "time. Train it first: load it with `AutoModelForImageClassification.from_pretrained`, fine-tune it with the "
+        "`Trainer` of transformers, save it and its image processor with `save_pretrained`, and give that folder."
+    )
+
+
+def load_processor(source: str | Path) -> BaseImageProcessor:
+    """The image processor beside a saved network. Raises `DataError` if there is none."""
+    try:
+        return AutoImageProcessor.from_pretrained(source)
+    except Exception as error:
+        raise DataError(
+            f"{source} has no image processor that can be loaded, so its input size and normalization are unknown. "
+            f"Save the one that it was trained with in that folder, with `save_pretrained`. ({error})"
+        ) from error
+
+
+def fit_to_data(network: PreTrainedModel, data: DataConfig, class_names: Sequence[str]) -> None:
+    """
+    Let a trained network take the images of a data set, and call its classes as the data do; in place.
+
+    Raises:
+        `StageError`: whole patches do not cover the images.
+    """
+    fit_image_size(network, data.image_size)
+    take_class_names(network.config, class_names)
 
 
 def take_class_names(config: PreTrainedConfig, class_names: Sequence[str]) -> None:

@@ -18,7 +18,6 @@ from m2mkd.trainer.flops import training_flops_per_image
 from m2mkd.trainer.folders import TRAIN_RESULTS, read_json, write_folder, write_json
 from m2mkd.trainer.m2mkd_config import M2MKDConfig
 from m2mkd.trainer.networks import with_stitches
-from m2mkd.trainer.recipe import NetworkSpec
 
 
 if TYPE_CHECKING:
@@ -55,10 +54,6 @@ class ArmPhase(Phase):
     def data(self) -> tuple[str, ...]:
         """The training set and the test sets."""
         return (self.recipe.data_of(self.arm), *self.tested_on())
-
-    def networks(self) -> list[tuple[NetworkSpec, str]]:
-        """The student."""
-        return [(self.recipe.student.model, self.recipe.data_of(self.arm))]
 
     def training_arguments(self) -> dict[str, Training]:
         """Those of the arm, under the key that says most about it."""

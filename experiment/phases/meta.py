@@ -3,15 +3,12 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from m2mkd.experiment.hybrids import measure_hybrids
+from m2mkd.experiment.hybrids import measure_hybrids, say_if_teacher_is_weak
 from m2mkd.experiment.phases.phase import Phase
 from m2mkd.experiment.section import Training
 from m2mkd.experiment.session import NO_TEACHER
 from m2mkd.modeling.meta_from_teacher import meta_from_teacher
-from m2mkd.modeling.stages import check_stitchable
 from m2mkd.trainer.alignment import AlignmentTrainer, hybrids_sentence
-from m2mkd.trainer.networks import build_config
-from m2mkd.trainer.recipe import NetworkSpec
 
 
 if TYPE_CHECKING:
@@ -34,11 +31,6 @@ class MetaPhase(Phase):
     def data(self) -> tuple[str, ...]:
         """Its training set and the test sets."""
         return (self.recipe.meta.data, *self.tested_on())
-
-    def networks(self) -> list[tuple[NetworkSpec, str]]:
-        """The meta model, unless it is made of the teacher."""
-        spec = self.recipe.meta
-        return [] if spec.model is None else [(spec.model, spec.data)]
 
     def training_arguments(self) -> dict[str, Training]:
         """Those of `meta`."""
@@ -71,12 +63,9 @@ class AlignedMetaPhase(MetaPhase):
         folder = session.folder.meta
         teacher = session.load_teacher()
         session.check_processors(session.teacher_source(), spec.data)
-        distill = self.recipe.distill.data
-        images, class_names = session.data.config(distill), session.data.class_names(distill)
-        student = build_config(self.recipe.student.model, images, class_names)
-        check_stitchable(student, teacher.config, teacher.config)
         meta = meta_from_teacher(teacher, depths, session.meta_depths)
         before = measure_hybrids(session, teacher, meta)
+        say_if_teacher_is_weak(session, before)
         cut = {
             "student_depths": session.meta_depths,
             "meta_depths": depths,

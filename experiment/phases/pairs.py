@@ -16,7 +16,6 @@ from m2mkd.trainer.flops import count_parameters
 from m2mkd.trainer.folders import TRAIN_RESULTS, is_finished, write_folder, write_json
 from m2mkd.trainer.m2mkd_trainer import M2MKDTrainer
 from m2mkd.trainer.networks import load_network
-from m2mkd.trainer.recipe import NetworkSpec
 
 
 if TYPE_CHECKING:
@@ -45,10 +44,6 @@ class PairsPhase(Phase):
     def data(self) -> tuple[str, ...]:
         """The training set."""
         return (self.recipe.distill.data,)
-
-    def networks(self) -> list[tuple[NetworkSpec, str]]:
-        """The student."""
-        return [(self.recipe.student.model, self.recipe.distill.data)]
 
     def training_arguments(self) -> dict[str, Training]:
         """Those of `distill`."""

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, ClassVar
 from m2mkd.experiment.section import Training
 from m2mkd.experiment.session import Session
 from m2mkd.trainer.folders import is_finished
-from m2mkd.trainer.recipe import NetworkSpec
 
 
 if TYPE_CHECKING:
@@ -55,10 +54,6 @@ class Phase(ABC):
     @abstractmethod
     def artifacts(self) -> list[Path]:
         """The folders that it makes."""
-
-    def networks(self) -> list[tuple[NetworkSpec, str]]:
-        """The networks that it builds, each with the data set that it is built for."""
-        return []
 
     def training_arguments(self) -> dict[str, Training]:
         """The recipe's arguments of its trainings, by their key in the recipe."""

@@ -9,7 +9,6 @@ from m2mkd.experiment.session import NO_TEACHER, Results
 from m2mkd.trainer.flops import count_parameters
 from m2mkd.trainer.folders import EVAL_RESULTS, TRAIN_RESULTS, write_folder, write_json
 from m2mkd.trainer.networks import load_network
-from m2mkd.trainer.recipe import NetworkSpec
 
 
 if TYPE_CHECKING:
@@ -44,11 +43,6 @@ class TrainedTeacherPhase(Phase):
         """Its training set and the test sets."""
         return (self.recipe.teacher.data, *self.tested_on())
 
-    def networks(self) -> list[tuple[NetworkSpec, str]]:
-        """The teacher, unless it is published."""
-        spec = self.recipe.teacher
-        return [] if spec.model is None else [(spec.model, spec.data)]
-
     def training_arguments(self) -> dict[str, Training]:
         """Those of its two steps."""
         spec = self.recipe.teacher
@@ -65,7 +59,8 @@ class TrainedTeacherPhase(Phase):
     def cost(self, costs: "Costs") -> list["PhaseCost"]:
         """Steps of the whole network."""
         spec = self.recipe.teacher
-        return [costs.phase("teacher", spec.data, spec.finetuning, costs.whole(costs.teacher, spec.data))]
+        network = costs.network(spec.model, spec.data)
+        return [costs.phase("teacher", spec.data, spec.finetuning, costs.whole(network, spec.data))]
 
 
 class IncubatedTeacherPhase(TrainedTeacherPhase):
@@ -91,7 +86,8 @@ class IncubatedTeacherPhase(TrainedTeacherPhase):
 
     def cost(self, costs: "Costs") -> list["PhaseCost"]:
         """Steps of all its stages inside the meta model, then of the whole network."""
-        spec, network = self.recipe.teacher, costs.teacher
+        spec = self.recipe.teacher
+        network = costs.network(spec.model, spec.data)
         pairs = costs.pairs(network, spec.depths, spec.data, teacher=None, stitch="none")
         return [
             costs.phase("teacher: incubation", spec.data, spec.incubation, costs.together(pairs, spec.data)),

@@ -3,37 +3,32 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from functools import cached_property
+from functools import cache, partial
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from m2mkd.data.errors import DataError
-from m2mkd.data.imagenet_classes import imagenet_classes
 from m2mkd.data.known_sets import KNOWN_SETS
 from m2mkd.experiment.plan.step_cost import (
     COUNTED_IMAGES,
     StageCounter,
     StepCost,
-    build_on_meta,
     stitched_pairs,
     trained_cost,
 )
 from m2mkd.experiment.section import Training
-from m2mkd.modeling.meta_from_teacher import meta_from_teacher
-from m2mkd.modeling.stages import Stage, StageError, count_layers, split_into_stages
+from m2mkd.modeling.stages import Stage, count_layers, num_special_tokens, split_into_stages
 from m2mkd.trainer.flops import count_parameters
 from m2mkd.trainer.m2mkd_config import M2MKDConfig
-from m2mkd.trainer.networks import build_config, take_class_names
 from m2mkd.trainer.recipe import NetworkSpec, Recipe
+from m2mkd.trainer.recipe_networks import RecipeNetworks, class_names_without_images
 from m2mkd.trainer.run_data import RunData
 
 
 # float32 weights, gradients and the two moments of AdamW
 BYTES_A_TRAINED_PARAMETER = 16
 _DEFAULTS = {field.name: field.default for field in fields(M2MKDConfig)}
-# Of published sets that are not drawn from ImageNet.
-CLASSES = {"cifar10": range(10), "cifar100": range(100), "cub-200": range(200)}
 
 
 @dataclass(frozen=True)
@@ -89,59 +84,33 @@ class Costs:
 
     def __init__(self, recipe: Recipe, gpus: int):
         self.recipe, self.gpus, self.data, self._counter = recipe, gpus, RunData(recipe), StageCounter()
-        self._meta_depths = recipe.meta.depths or [1] * len(recipe.student.depths)
-        self._sizes: dict[str, tuple[int, list[str]]] = {}
+        self._networks = RecipeNetworks(recipe, partial(class_names_without_images, self.data))
+        self._meta_depths = self._networks.meta_depths
+        self.teacher, self.meta = self._networks.teacher, self._networks.meta
 
     # ---- Networks and data ----
 
     def network(self, spec: NetworkSpec, data: str) -> PreTrainedModel:
         """A network of the recipe for a data set."""
-        return build_on_meta(build_config(spec, self.data.config(data), self._size(data)[1]))
+        return self._networks.build(spec, data)
 
-    @cached_property
-    def teacher(self) -> PreTrainedModel:
-        """The teacher; of a published one only the configuration is read."""
-        spec = self.recipe.teacher
-        if spec.model is not None:
-            return self.network(spec.model, spec.data)
-        try:
-            config = AutoConfig.from_pretrained(spec.pretrained)
-        except Exception as error:
-            raise StageError(f"The configuration of {spec.pretrained} cannot be loaded: {error}") from error
-        config.image_size = self.data.config(self.recipe.distill.data).image_size
-        take_class_names(config, self._size(self.recipe.distill.data)[1])
-        return build_on_meta(config)
-
-    @cached_property
-    def meta(self) -> PreTrainedModel:
-        """The meta model."""
-        spec = self.recipe.meta
-        if spec.model is not None:
-            return self.network(spec.model, spec.data)
-        return meta_from_teacher(self.teacher, self.recipe.teacher.depths, self._meta_depths)
-
-    def _size(self, name: str) -> tuple[int, list[str]]:
-        """Images of an epoch of a training set, and the names of its classes."""
-        if name not in self._sizes:
-            self._sizes[name] = self._find_size(name)
-        return self._sizes[name]
-
-    def _find_size(self, name: str) -> tuple[int, list[str]]:
+    @cache  # noqa: B019 - a plan is short-lived
+    def _size(self, name: str) -> int:
+        """Images of an epoch of a training set."""
         config = self.data.config(name)
         source = config.source.partition(":")[0]
         known = KNOWN_SETS.get(source)
         if known is None or config.partial:
-            return len(self.data.training_set(name, seed=0)), self.data.class_names(name)
+            return len(self.data.training_set(name, seed=0))
         _, images = known.splits.get(config.split, (None, None))
         if images is None:
             raise DataError(
                 f"data.{name}: {source} has no training split {config.split!r}: set split to "
                 f"{' or '.join(map(repr, known.splits))}"
             )
-        classes = imagenet_classes(*known.marks) if known.marks is not None else CLASSES[source]
         if config.samples_per_class is not None:
-            images = config.samples_per_class * len(classes)
-        return images, [str(name) for name in classes]
+            images = config.samples_per_class * len(class_names_without_images(self.data, name))
+        return images
 
     # ---- Phases ----
 
@@ -150,7 +119,7 @@ class Costs:
         training = {**_DEFAULTS, **self.recipe.training, **training}
         half = training["bf16"] or training["fp16"]
         device_batch = training["per_device_train_batch_size"]
-        images, _ = self._size(data)
+        images = self._size(data)
         batch = device_batch * training["gradient_accumulation_steps"] * self.gpus
         epochs = training["num_train_epochs"]
         if training["max_steps"] > 0:
@@ -207,6 +176,7 @@ class Costs:
         meta = split_into_stages(self.meta, self._meta_depths)
         theirs = split_into_stages(teacher, self.recipe.teacher.depths) if teacher is not None else []
         stages, shape, steps = split_into_stages(student, depths), self._images(data), []
+        options["special_tokens"] = num_special_tokens(self.meta.config)
         pairs = stitched_pairs(
             student, stages, self.meta.config.hidden_size, stitch if len(stages) > 1 else "none", **options
         )

@@ -7,7 +7,6 @@ from m2mkd.experiment.arms import Arm
 from m2mkd.experiment.phases import Phase, phases_of
 from m2mkd.experiment.plan.costs import Costs, PhaseCost
 from m2mkd.experiment.session import Session
-from m2mkd.modeling.stages import check_stitchable
 from m2mkd.trainer.recipe import Recipe
 from m2mkd.trainer.screen import Screen
 
@@ -47,8 +46,6 @@ def make_plan(recipe: Recipe, gpus: int = 1) -> Plan:
         `DataError`: the images of a set can be counted only where they are, and they are not there.
     """
     costs = Costs(recipe, gpus)
-    student = costs.network(recipe.student.model, recipe.distill.data)
-    check_stitchable(student.config, costs.teacher.config, costs.meta.config)
     phases = phases_of(Session(recipe, costs.data, recipe.seed, Screen()))
     parts = {name: phase.cost(costs) for name, phase in phases.items()}
     # the pairs are planned alone, too; what counts is all of them together

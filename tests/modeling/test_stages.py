@@ -198,6 +198,12 @@ class TestInitializeStage:
         assert torch.equal(torch.rand(2), expected)
 
 
+def test_a_dinov2_needs_more_than_one_token() -> None:
+    *_, last = split_into_stages(randomized(dinov2(), seed=1), [2, 2])
+    with pytest.raises(StageError, match="set `read_in_latents` to 'all'"):
+        last(torch.randn(3, 1, 16))
+
+
 class TestNumTokens:
     def test_it_is_the_length_of_the_hidden_states(self, model: PreTrainedModel) -> None:
         hidden_states = model(images(), output_hidden_states=True).hidden_states[0]
@@ -218,11 +224,20 @@ class TestCheckStitchable:
             check_stitchable(vmoe_config(), vit_config(hidden_size=16), vit_config())
 
     @pytest.mark.parametrize("who", ["teacher", "meta model"])
-    def test_another_number_of_tokens_is_refused_with_its_causes(self, who: str) -> None:
+    def test_another_number_of_patches_is_refused_with_its_causes(self, who: str) -> None:
         other, fine = vit_config(patch_size=2), vit_config()
         networks = (other, fine) if who == "teacher" else (fine, other)
-        with pytest.raises(StageError, match=f"student has 5 tokens.*the {who} 17.*patch_size 2"):
+        with pytest.raises(StageError, match=f"student has 4 patches.*the {who} 16.*patch_size 2"):
             check_stitchable(vmoe_config(), *networks)
+
+    def test_a_student_may_lack_the_distillation_token_of_teacher_and_meta_model(self) -> None:
+        deit = DeiTConfig(**SIZES, intermediate_size=24)
+        check_stitchable(vmoe_config(), deit, deit)
+
+    def test_teacher_and_meta_model_have_the_same_tokens(self) -> None:
+        teacher = DeiTConfig(**{**SIZES, "hidden_size": 12}, intermediate_size=24)
+        with pytest.raises(StageError, match=r"\(a deit\) has 2 and the meta model \(a vit\) 1; .*from_teacher"):
+            check_stitchable(vmoe_config(), teacher, vit_config())
 
     def test_the_whole_student_may_have_other_tokens_than_its_teacher(self) -> None:
         check_stitchable(vmoe_config(), vit_config(patch_size=2), None)

@@ -2,6 +2,7 @@ import pytest
 import torch
 from testing_utils import assert_close, assert_equal, gradients, images, snapshot, vmoe
 from torch import nn
+from transformers import DeiTConfig, DeiTForImageClassification
 
 from m2mkd import split_into_stages
 from m2mkd.modeling.losses import importance_loss
@@ -10,6 +11,7 @@ from m2mkd.modeling.stitched_student import StitchedStage, StitchedStudent
 
 STITCH_SIZE = 12
 DEPTHS = [1, 2, 1]
+SIZES = {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 4, "image_size": 8, "patch_size": 4}
 
 
 def student(indices: list[int], seed: int = 0, stitch: str = "layernorm_linear", **overrides) -> StitchedStudent:
@@ -49,6 +51,27 @@ class TestStitchedStage:
         hidden_states = torch.randn(3, 5, 16)
         assert torch.equal(pair(hidden_states)[0], stage(hidden_states))
         assert pair.stitch_state_dict() == {}
+
+    @pytest.mark.parametrize("stitch", ["layernorm_linear", "none"])
+    def test_the_distillation_token_of_a_deit_is_left_out_and_comes_back_as_the_class_token(self, stitch: str) -> None:
+        pair = StitchedStage(split_into_stages(vmoe(), DEPTHS)[1], 16, stitch, special_tokens=2)
+        hidden_states = torch.randn(3, 6, 16)
+        alone = pair.post(pair.stage(pair.pre(hidden_states[:, [0, 2, 3, 4, 5]])))
+        assert torch.equal(pair(hidden_states)[0], alone[:, [0, 0, 1, 2, 3, 4]])
+
+    @pytest.mark.parametrize("index", [0, 1, 2])
+    def test_the_outer_sides_of_a_student_have_no_other_tokens(self, index: int) -> None:
+        pair = StitchedStage(split_into_stages(vmoe(), DEPTHS)[index], STITCH_SIZE, special_tokens=2)
+        assert pair.stitch_state_dict().keys() == student([index]).pairs[str(index)].stitch_state_dict().keys()
+        given = images() if index == 0 else torch.randn(3, 6, STITCH_SIZE)
+        assert pair(given)[0].shape == ((3, 5) if index == 2 else (3, 6, STITCH_SIZE))
+
+    def test_a_deit_inside_a_vit_makes_its_distillation_token_of_the_class_token(self) -> None:
+        deit = DeiTForImageClassification(DeiTConfig(**SIZES)).eval()
+        pair = StitchedStage(split_into_stages(deit, DEPTHS)[1], 16, "none", special_tokens=1)
+        hidden_states = torch.randn(3, 5, 16)
+        given = torch.cat([hidden_states[:, :1], hidden_states], dim=1)
+        assert torch.equal(pair(hidden_states)[0], pair.stage(given)[:, [0, 2, 3, 4, 5]])
 
     def test_the_balance_losses_are_those_of_its_own_layers(self) -> None:
         model = vmoe(moe_layers=[0, 1, 2], router_importance_loss_coef=0.3)

@@ -8,15 +8,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from testing_utils import NoiseImages, assert_equal, changed, distillation_args, run_chain, snapshot, vit
-from tiny_run import recipe_content, write_images
-from transformers import AutoModelForImageClassification
+from testing_utils import NoiseImages, assert_equal, changed, distillation_args, nac, run_chain, snapshot, vit
+from tiny_run import published, recipe_content, write_images
+from torch import nn
+from transformers import AutoModelForImageClassification, EvalPrediction, TrainingArguments
 
 from m2mkd import split_into_stages
+from m2mkd.data.errors import DataError
 from m2mkd.experiment import runner
 from m2mkd.modeling.losses import boundary_loss
 from m2mkd.modeling.meta_from_teacher import meta_from_teacher
-from m2mkd.trainer.alignment import AlignmentTrainer, hybrid_accuracies, judge_hybrids
+from m2mkd.modeling.stages import StageError
+from m2mkd.trainer.alignment import AlignmentTrainer, check_teacher, hybrid_accuracies, judge_hybrids
 from m2mkd.trainer.folders import RunError
 from m2mkd.trainer.recipe import RecipeError, parse_recipe
 
@@ -24,12 +27,15 @@ from m2mkd.trainer.recipe import RecipeError, parse_recipe
 TEACHER_DEPTHS, META_DEPTHS = [2, 2, 2], [1, 1, 1]
 
 
-def alignment_trainer(folder: Path, **overrides: Any) -> tuple[AlignmentTrainer, Any, Any]:
+def alignment_trainer(
+    folder: Path, compute_metrics: Any = None, **overrides: Any
+) -> tuple[AlignmentTrainer, Any, Any]:
     teacher = vit(seed=2, num_hidden_layers=6)
     meta = meta_from_teacher(teacher, TEACHER_DEPTHS, META_DEPTHS)
     settings = {"student_depths": META_DEPTHS, "teacher_depths": None, "meta_depths": TEACHER_DEPTHS}
     args = distillation_args(folder, **settings, stitch="none", alpha=0.0, **overrides)
-    return AlignmentTrainer(meta, args, teacher=teacher, train_dataset=NoiseImages()), meta, teacher
+    given = {"train_dataset": NoiseImages(), "compute_metrics": compute_metrics}
+    return AlignmentTrainer(meta, args, teacher=teacher, **given), meta, teacher
 
 
 class TestBoundaryLoss:
@@ -82,6 +88,41 @@ class TestAlignmentTrainer:
         assert losses[-1] < 0.5 * losses[0]
         assert {"pair_0_loss", "pair_1_loss", "pair_2_loss"} <= trainer.state.log_history[0].keys()
 
+    def test_its_evaluation_has_the_errors_of_the_stages_and_metrics_of_the_whole_meta_model(
+        self, tmp_path: Path
+    ) -> None:
+        seen = []
+
+        def compute_metrics(found: EvalPrediction) -> dict[str, float]:
+            seen.append(found)
+            return {"accuracy": 0.25}
+
+        trainer, meta, _ = alignment_trainer(tmp_path, compute_metrics=compute_metrics)
+        images = NoiseImages()
+        metrics = trainer.evaluate(images)
+        assert metrics["eval_accuracy"] == 0.25
+        assert metrics["eval_loss"] == pytest.approx(sum(metrics[f"eval_pair_{index}_loss"] for index in range(3)))
+        with torch.no_grad():
+            logits = meta(torch.stack([images[index]["pixel_values"] for index in range(len(images))])).logits
+        np.testing.assert_allclose(seen[0].predictions, logits.numpy(), atol=1e-5)
+
+    def test_labels_are_not_needed(self, tmp_path: Path) -> None:
+        trainer, *_ = alignment_trainer(tmp_path)
+        trainer.compute_loss(trainer.model, {"pixel_values": torch.rand(3, 3, 8, 8)})
+        with pytest.raises(DataError, match="The batches have images, but not pixel_values"):
+            trainer.compute_loss(trainer.model, {"images": torch.rand(3, 3, 8, 8)})
+
+    def test_what_cannot_be_aligned_is_refused(self, tmp_path: Path) -> None:
+        with pytest.raises(TypeError, match="of type TrainingArguments, but this trainer needs an `M2MKDConfig`"):
+            AlignmentTrainer(vit(), TrainingArguments(str(tmp_path)), teacher=vit())
+        settings = {"student_depths": [1, 1, 1], "meta_depths": [1, 1, 1]}
+        with pytest.raises(StageError, match="alignment has neither labels nor stitches. Set `alpha=0`"):
+            AlignmentTrainer(vit(), distillation_args(tmp_path, **settings), teacher=vit())
+        settings = {"student_depths": [4], "teacher_depths": None, "meta_depths": [3]}
+        args = distillation_args(tmp_path, **settings, stitch="none", alpha=0.0)
+        with pytest.raises(StageError, match="A NACForImageClassification cannot be aligned"):
+            AlignmentTrainer(nac(), args, teacher=vit())
+
 
 class TestHybridAccuracies:
     def test_they_are_those_of_the_composed_networks(self) -> None:
@@ -129,6 +170,22 @@ def test_hybrids_are_judged_between_chance_and_the_teachers_own(
     assert judge_hybrids(measured) == (noise, weak)
 
 
+class TestCheckTeacher:
+    @staticmethod
+    def measured(teacher: float, n: int) -> dict[str, Any]:
+        return {"hybrids": {"0": 0.1}, "teacher": teacher, "chance": 0.1, "n": n, "set": "IID test set"}
+
+    def test_one_that_is_no_better_than_chance_is_refused(self) -> None:
+        with pytest.raises(RunError, match=r"right on 11.0 % of 1,000 images \(IID test set\), .*chance \(10.0 %\)"):
+            check_teacher(self.measured(0.11, 1000))
+
+    def test_few_images_are_a_reason_to_warn_alone(self) -> None:
+        assert "too few images to be sure" in check_teacher(self.measured(0.11, 30))
+
+    def test_a_better_one_is_let_pass(self) -> None:
+        assert check_teacher(self.measured(0.2, 1000)) is None
+
+
 PLAIN = {"num_train_epochs": 10, "learning_rate": 5e-3}
 
 
@@ -141,6 +198,10 @@ def from_teacher_content(folder: Path, **changes: Any) -> dict[str, Any]:
     write_images(folder / "test", per_class=30, seed=1)
     own = {"arms": ["m2mkd"], "teacher": teacher, "meta": meta}
     return {**content, **own, **changes}
+
+
+def teacher_sizes(folder: Path, **changes: Any) -> dict[str, Any]:
+    return {**from_teacher_content(folder)["teacher"]["model"]["config"], **changes}
 
 
 @pytest.fixture(scope="module")
@@ -199,6 +260,24 @@ class TestRecipe:
         content["distill"] = {"data": "train", "training": {"alpha": 0.0, "num_train_epochs": 1}}
         assert runner.run(parse_recipe(content, "unaligned")) is not None
         assert json.loads((tmp_path / "run" / "report.json").read_text())["hybrids"] is None
+
+    @pytest.mark.parametrize("init", ["random", "from_teacher"])
+    def test_a_teacher_at_chance_is_refused_before_anything_is_learned_from_it(
+        self, finished: Path, tmp_path: Path, init: str
+    ) -> None:
+        content = from_teacher_content(finished, output_dir=str(tmp_path / "run"))
+        write_images(tmp_path / "test", per_class=40, seed=1)
+        content["data"]["iid"]["source"] = f"imagefolder:{tmp_path / 'test'}"
+        teacher = AutoModelForImageClassification.from_pretrained(finished / "run" / "teacher")
+        nn.init.zeros_(teacher.classifier.weight)
+        content["teacher"] = {"pretrained": str(published(tmp_path / "published", teacher)), "depths": [2, 2]}
+        if init == "random":
+            content["meta"]["model"] = {"model_type": "vit", "config": teacher_sizes(finished, num_hidden_layers=2)}
+            del content["meta"]["init"]
+        with pytest.raises(RunError, match=r"Nothing can be learned from this teacher: .*33.3 % of 120 images"):
+            runner.run(parse_recipe(content, "at chance"))
+        assert not (tmp_path / "run" / "pairs" / "0").exists()
+        assert (tmp_path / "run" / "meta").exists() == (init == "random")
 
     @pytest.mark.parametrize(
         "changes, message",

@@ -5,7 +5,10 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from transformers import PreTrainedModel
 
+from m2mkd.data.config import DataConfig
+from m2mkd.data.processing import build_image_processor
 from m2mkd.trainer.recipe import Recipe, parse_recipe
 
 
@@ -64,6 +67,13 @@ def recipe_content(folder: Path, **changes: Any) -> dict[str, Any]:
 
 def tiny_recipe(folder: Path, **changes: Any) -> Recipe:
     return parse_recipe(recipe_content(folder, **changes), "the tiny recipe")
+
+
+def published(folder: Path, model: PreTrainedModel, **pixels: Any) -> Path:
+    """A model with the image processor of the recipe's images, but for `pixels`, as one finds it on the Hub."""
+    model.save_pretrained(folder)
+    build_image_processor(DataConfig(source="x", image_size=8, resample="bilinear", **pixels)).save_pretrained(folder)
+    return folder
 
 
 def _model(model_type: str, **config: Any) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_run import recipe_content
+from tiny_run import published, recipe_content
 from torch import nn
 from transformers import Trainer, ViTConfig, ViTForImageClassification
 
@@ -75,12 +75,19 @@ class TestMakePlan:
     def test_a_published_teacher_costs_nothing_and_may_call_the_classes_otherwise(self, tmp_path: Path) -> None:
         own = content(tmp_path)
         config = ViTConfig(**own["teacher"]["model"]["config"], image_size=16, num_labels=3)
-        ViTForImageClassification(config).save_pretrained(tmp_path / "published")
+        published(tmp_path / "published", ViTForImageClassification(config))
         own["teacher"] = {"pretrained": str(tmp_path / "published"), "depths": [2, 1]}
         own["meta"] = {"init": "from_teacher", "data": "train"}
         plan = make_plan(parse_recipe(own, "published"))
         assert "teacher" not in planned(plan) and planned(plan)["meta"] > 0
         assert plan.totals.keys() == {"e2e", "kd", "m2mkd", "m2mkd, meta model and teacher included"}
+
+    def test_a_teacher_of_kd_alone_needs_no_meta_model(self, tmp_path: Path) -> None:
+        own = content(tmp_path, arms=["kd"])
+        config = ViTConfig(**own["teacher"]["model"]["config"], image_size=8, num_labels=3)
+        published(tmp_path / "published", ViTForImageClassification(config))
+        own["teacher"] = {"pretrained": str(tmp_path / "published"), "depths": [2, 1]}
+        assert planned(make_plan(parse_recipe(own, "kd"))).keys() == {"arm kd"}
 
     def test_baselines_of_equal_compute_are_planned_too(self, tmp_path: Path) -> None:
         plan = make_plan(parse_recipe(content(tmp_path, equal_compute=True), "equal"))

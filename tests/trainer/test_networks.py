@@ -1,0 +1,46 @@
+"""Saved networks: a classifier that was never trained as one is refused wherever it is loaded."""
+
+import json
+from pathlib import Path
+
+import pytest
+from testing_utils import vit, vit_config
+from transformers import ViTModel
+
+from m2mkd.data.errors import DataError
+from m2mkd.modeling.stages import StageError
+from m2mkd.trainer.networks import load_network, load_network_config, load_processor
+
+
+@pytest.fixture
+def backbone(tmp_path: Path) -> Path:
+    ViTModel(vit_config()).save_pretrained(tmp_path / "backbone")
+    return tmp_path / "backbone"
+
+
+class TestLoadNetwork:
+    @pytest.mark.parametrize("load", [load_network, load_network_config])
+    def test_a_head_that_was_never_trained_is_refused(self, backbone: Path, load) -> None:
+        with pytest.raises(StageError, match="no weights for classifier.bias, classifier.weight.*Train it first"):
+            load(backbone)
+
+    @pytest.mark.parametrize("load", [load_network, load_network_config])
+    def test_unused_weights_do_no_harm(self, backbone: Path, load) -> None:
+        model = vit()
+        model.vit.pooler = ViTModel(vit_config()).pooler
+        model.save_pretrained(backbone)
+        assert load(backbone)
+
+    def test_of_a_model_that_is_not_downloaded_the_configuration_tells(self, backbone: Path) -> None:
+        (backbone / "model.safetensors").unlink()
+        with pytest.raises(StageError, match="no weights for classifier"):
+            load_network_config(backbone)
+        content = json.loads((backbone / "config.json").read_text())
+        for architectures in (["ViTForImageClassification"], None):
+            (backbone / "config.json").write_text(json.dumps({**content, "architectures": architectures}))
+            assert load_network_config(backbone).hidden_size == 12
+
+
+def test_a_missing_image_processor_is_explained(backbone: Path) -> None:
+    with pytest.raises(DataError, match="so its input size and normalization are unknown"):
+        load_processor(backbone)
