@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedModel
@@ -15,7 +15,7 @@ from m2mkd.modeling.stages import Stage, StageError, check_stitchable, count_lay
 from m2mkd.trainer.flops import count_parameters
 from m2mkd.trainer.networks import build_config, take_class_names
 from m2mkd.trainer.recipe import NetworkSpec, Recipe, Training
-from m2mkd.trainer.run_data import RunData
+from m2mkd.trainer.run_data import RunData, describe_set
 from m2mkd.trainer.step_cost import COUNTED_IMAGES, StageCounter, StepCost, build_on_meta, stitched_pairs, trained_cost
 
 
@@ -82,12 +82,14 @@ class Plan:
             that the recipe trains together.
         totals (`dict[str, float]`): FLOPs by arm, and of what the arms need beforehand.
         gpus (`int`): That the steps and the memory are for.
+        data (`list[str]`): Each data set in a line: its images and classes.
     """
 
     name: str
     phases: list[PhasePlan]
     totals: dict[str, float]
     gpus: int
+    data: list[str] = field(default_factory=list)
 
 
 def make_plan(recipe: Recipe, gpus: int = 1) -> Plan:
@@ -139,27 +141,43 @@ class _Planner:
                 totals[f"{arm}, {what} included"] = totals[arm] + extra
         if recipe.equal_compute and "m2mkd" in totals:
             arms += [_with_flops(phase, totals["m2mkd"]) for phase in arms if phase.name != "arm m2mkd"]
-        return Plan(recipe.name, [*beforehand, *pairs, *arms], totals, self.gpus)
+        return Plan(recipe.name, [*beforehand, *pairs, *arms], totals, self.gpus, self._sets())
 
     # ---- Networks and data ----
 
-    def _size(self, name: str) -> tuple[int, list[str]]:
-        """Images of an epoch of a training set, and the names of its classes."""
+    def _published(self, name: str) -> tuple[int | None, list[str]] | None:
+        """Images (if their number is published) and classes of a published set; `None` for any other set."""
         config = self.data.config(name)
         source = config.source.partition(":")[0]
         known = KNOWN_SETS.get(source)
         if known is None or config.partial:
-            return len(self.data.training_set(name, seed=0)), self.data.class_names(name)
-        _, images = known.splits.get(config.split, (None, None))
-        if images is None:
+            return None
+        split = config.split or (next(iter(known.splits)) if len(known.splits) == 1 else None)
+        if split not in known.splits:
             raise DataError(
-                f"data.{name}: {source} has no training split {config.split!r}: set split to "
+                f"data.{name}: {source} has no split {config.split!r}: set split to "
                 f"{' or '.join(map(repr, known.splits))}"
             )
+        _, images = known.splits[split]
         classes = imagenet_classes(*known.marks) if known.marks is not None else CLASSES[source]
         if config.samples_per_class is not None:
             images = config.samples_per_class * len(classes)
         return images, [str(name) for name in classes]
+
+    def _size(self, name: str) -> tuple[int, list[str]]:
+        """Images of an epoch of a training set, and the names of its classes."""
+        published = self._published(name)
+        if published is None:
+            return len(self.data.training_set(name, seed=0)), self.data.class_names(name)
+        images, classes = published
+        if images is None:
+            raise DataError(f"data.{name}: the number of its images is not published, so it is no training set")
+        return images, classes
+
+    def _sets(self) -> list[str]:
+        """A line for each set that the recipe uses."""
+        sizes = {name: self._published(name) or self.data.size(name) for name in self.recipe.used_data()}
+        return [describe_set(name, *size) for name, size in sizes.items()]
 
     def _network(self, spec: NetworkSpec, data: str) -> PreTrainedModel:
         return build_on_meta(build_config(spec, self.data.config(data), self._size(data)[1]))

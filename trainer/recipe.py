@@ -223,9 +223,9 @@ class Recipe(_Section):
     kd: KDSpec = Field(default_factory=KDSpec)
     evaluation: EvaluationSpec
 
-    @model_validator(mode="after")
-    def _check(self) -> "Recipe":
-        uses = {
+    def _uses(self) -> dict[str, str]:
+        """The names of data sets, by the key that names them."""
+        names = {
             "meta.data": self.meta.data,
             "teacher.data": self.teacher.data,
             "distill.data": self.distill.data,
@@ -233,8 +233,32 @@ class Recipe(_Section):
             "evaluation.iid": self.evaluation.iid,
             "evaluation.ood": self.evaluation.ood,
         }
-        for key, name in uses.items():
-            if name is not None and name not in self.data:
+        return {key: name for key, name in names.items() if name is not None}
+
+    def used_data(self) -> dict[str, DataConfig]:
+        """The data sets that the phases read or are tested on."""
+        return {name: data for name, data in self.data.items() if name in self._uses().values()}
+
+    @model_validator(mode="after")
+    def _check_holdouts(self) -> "Recipe":
+        """Both parts of a folder with a holdout must be in use, or images are lost silently."""
+        used = {name: data for name, data in self.used_data().items() if data.holdout}
+        for name, data in used.items():
+            rest = {"train": "test", "test": "train"}.get(data.split)
+            same = [other for other in used.values() if other.same_folder(data) and other.holdout == data.holdout]
+            if rest is not None and rest not in [other.split for other in same]:
+                raise ValueError(
+                    f"`data.{name}` has `holdout: {data.holdout}` and is split {data.split!r} of {data.source!r}, but "
+                    f"no other set of this recipe is split {rest!r} of that folder with the same `holdout`. For "
+                    f"separate folders, set data.{name}.holdout to 0 and data.{name}.split to null, as "
+                    "recipes/image_folders.yaml does for each set. For one folder, give both sets its path as `source`"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _check(self) -> "Recipe":
+        for key, name in self._uses().items():
+            if name not in self.data:
                 raise ValueError(f"`{key}` is {name!r}, but `data` has only {sorted(self.data)}")
         num_pairs = len(self.student.depths)
         for key, depths in (("teacher.depths", self.teacher.depths), ("meta.depths", self.meta.depths)):

@@ -42,6 +42,8 @@ def run(recipe: Recipe) -> Path | None:
     processes = _num_processes(recipe)
     data, screen = RunData(recipe), Screen()
     data.check()
+    for line in data.describe():
+        screen.say(line)
     runs = [Phases(recipe, data, seed, screen) for seed in [recipe.seed, *recipe.repeat_seeds]]
     runs[0].check()
     claim_folder(Path(recipe.output_dir), recipe)

@@ -127,6 +127,8 @@ class TestRecipesOfThePaper:
         assert config.num_processes == 8
 
 
+# the sets that the tiny recipe uses
+SETS = {name: {"source": f"imagefolder:{name}"} for name in ("train", "labelled", "iid", "ood")}
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "unknown key": ({"sede": 1}, "sede: there is no such key"),
     "unknown nested key": ({"distill": {"data": "train", "pair": [0]}}, "distill.pair: there is no such key"),
@@ -156,6 +158,24 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         r"`student.depths` \[1, 1\] makes 2 stages and `teacher.depths` \[1, 1, 1\] makes 3",
     ),
     "teacher from nowhere": ({"teacher": {"depths": [2, 1]}}, "teacher: give `pretrained`"),
+    "a holdout of the test folder alone": (
+        {"data": {**SETS, "iid": {"source": "imagefolder:test", "split": "test", "holdout": 0.1}}},
+        r"`data.iid` has `holdout: 0.1` .* of 'imagefolder:test', but .* set data.iid.holdout to 0 and data.iid.split",
+    ),
+    "a holdout that no set is tested on": (
+        {"data": {**SETS, "train": {"source": "imagefolder:train", "split": "train", "holdout": 0.1}}},
+        "no other set of this recipe is split 'test' of that folder",
+    ),
+    "two holdouts of one folder": (
+        {
+            "data": {
+                **SETS,
+                "train": {"source": "imagefolder:a", "split": "train", "holdout": 0.1},
+                "iid": {"source": "imagefolder:a", "split": "test", "holdout": 0.2},
+            }
+        },
+        "with the same `holdout`",
+    ),
     "seeds that repeat": ({"repeat_seeds": [0, 1]}, "must all differ"),
 }
 
@@ -165,6 +185,15 @@ class TestParseRecipe:
     def test_what_is_wrong_is_named_by_its_key(self, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
         with pytest.raises(RecipeError, match=message):
             tiny_recipe(tmp_path, **changes)
+
+    def test_a_holdout_beside_the_rest_of_its_folder_is_fine(self, tmp_path: Path) -> None:
+        one = {"holdout": 0.1}
+        data = {
+            **SETS,
+            "train": {"source": "imagefolder:own/", "split": "train", **one},
+            "iid": {"source": "imagefolder:./own", "split": "test", **one},
+        }
+        assert tiny_recipe(tmp_path, data=data).used_data()["iid"].holdout == 0.1
 
     def test_all_problems_are_listed_at_once(self, tmp_path: Path) -> None:
         with pytest.raises(RecipeError) as caught:
