@@ -239,6 +239,11 @@ class Recipe(_Section):
         """The data sets that the phases read or are tested on."""
         return {name: data for name, data in self.data.items() if name in self._uses().values()}
 
+    def all_training(self) -> list[Training]:
+        """The training arguments of every section."""
+        sections = [section.training for section in (self, self.meta, self.distill, self.finetune, self.kd)]
+        return [*sections, self.teacher.incubation, self.teacher.finetuning]
+
     @model_validator(mode="after")
     def _check_holdouts(self) -> "Recipe":
         """Both parts of a folder with a holdout must be in use, or images are lost silently."""

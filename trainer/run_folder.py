@@ -27,12 +27,27 @@ _PHASES_OF = {
 _ALL = (_META, _TEACHER, _PAIRS, _ARMS)
 # Training arguments can change in the middle of a phase: after a loss that was not finite, say.
 _TRAINING = ("training", "incubation", "finetuning")
+# Training arguments that change neither weights nor results, so that they may change at any time: how images are read
+# (but not in which order), and what is shown, logged, kept and sent where.
+_OPERATIONAL = {
+    *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers"),
+    *("dataloader_prefetch_factor", "dataloader_multiprocessing_context", "torch_empty_cache_steps", "ddp_timeout"),
+    *("logging_strategy", "logging_steps", "logging_first_step", "logging_nan_inf_filter", "log_level"),
+    *("log_level_replica", "log_on_each_node", "disable_tqdm", "report_to", "run_name", "project"),
+    *("trackio_space_id", "trackio_bucket_id", "trackio_static_space_id", "include_num_input_tokens_seen"),
+    *("skip_memory_metrics", "save_total_limit", "save_on_each_node", "enable_jit_checkpoint", "do_train", "do_eval"),
+    *("do_predict", "push_to_hub", "hub_token", "hub_private_repo", "hub_model_id", "hub_strategy", "hub_always_push"),
+    "hub_revision",
+}
+# These as well, unless the best checkpoint becomes the result.
+_CHECKPOINTS, _TAKES_BEST = {"save_strategy", "save_steps"}, "load_best_model_at_end"
 
 
 def claim_folder(output_dir: Path, recipe: Recipe) -> None:
     """
-    Note the recipe in the run's folder. Keys that no finished phase depends on may have changed since the last start;
-    checkpoints of a phase whose networks or data changed are dropped.
+    Note the recipe in the run's folder. Keys that no finished phase depends on may have changed since the last start,
+    and so may training arguments that change no weights; checkpoints of a phase whose networks or data changed are
+    dropped.
 
     Raises:
         `RunError`: a finished phase depends on a key that changed, or the folder cannot be written.
@@ -49,23 +64,46 @@ def claim_folder(output_dir: Path, recipe: Recipe) -> None:
 
 
 def _check_changes(output_dir: Path, changes: dict[str, str], recipe: Recipe) -> None:
-    changes = {key: line for key, line in changes.items() if not key.startswith(_FREE)}
+    changes = {
+        key: line for key, line in changes.items() if not key.startswith(_FREE) and not _is_operational(key, recipe)
+    }
     refused = {}
     for key, line in changes.items():
         finished = [folder for folder in _folders(output_dir, key, recipe) if is_finished(folder)]
         if finished:
             refused[key] = f"{key}: {line} ({', '.join(str(folder.relative_to(output_dir)) for folder in finished)})"
     if refused:
-        raise RunError(
-            f"{output_dir} holds a run of another recipe. Choose another --output_dir, delete the finished phases "
-            "that stand behind each key, or set a training argument for one phase alone "
-            "(--finetune.training.learning_rate, say). What differs (there → here):\n  "
-            + "\n  ".join(refused.values())
-        )
+        raise RunError(_advice(output_dir, refused))
     for key in changes:
         if not set(_TRAINING) & set(key.split(".")):
             for folder in output_dir.rglob(".*.work"):
                 shutil.rmtree(folder)
+
+
+def _is_operational(key: str, recipe: Recipe) -> bool:
+    parts = key.split(".")
+    inside = [index for index, part in enumerate(parts[:-1]) if part in _TRAINING]
+    if not inside:
+        return False
+    argument = parts[inside[0] + 1]
+    takes_best = any(training.get(_TAKES_BEST) for training in recipe.all_training())
+    return argument in _OPERATIONAL or (argument in _CHECKPOINTS and not takes_best)
+
+
+def _advice(output_dir: Path, refused: dict[str, str]) -> str:
+    shared = next((key for key in refused if key.startswith("training.")), None)
+    one_phase = (
+        " To change a training argument of a phase that is not finished, set it for that phase alone "
+        f"(--finetune.{shared} …)."
+        if shared is not None
+        else ""
+    )
+    return (
+        f"{output_dir} holds a run of another recipe: values that its finished phases depend on have changed. To keep "
+        "these phases, set the old values again. To run the recipe as it is now, choose another --output_dir, or "
+        f"delete the folders in parentheses: they are made again.{one_phase} What differs (there → here):\n  "
+        + "\n  ".join(refused.values())
+    )
 
 
 def _folders(output_dir: Path, key: str, recipe: Recipe) -> list[Path]:
