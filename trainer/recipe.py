@@ -1,10 +1,12 @@
 """Recipes: what a run trains, on which data, for how long. YAML in, checked objects out."""
 
+import copy
 import re
 from dataclasses import fields
+from enum import Enum
 from importlib import resources
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_type_hints
+from typing import Any, ClassVar, Literal, get_args, get_type_hints
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
@@ -44,6 +46,13 @@ _LOSS_ARGUMENTS = {
     "nac_codes",
     "read_in_latents",
 }
+# What a value leaves no place for: (key, value or `None` for any, keys of the extended recipe that are dropped).
+_INSTEAD_OF: tuple[tuple[str, Any, tuple[str, ...]], ...] = (
+    ("meta.init", "from_teacher", ("meta.model", "teacher.incubation")),
+    ("meta.model", None, ("meta.init",)),
+    ("teacher.pretrained", None, ("teacher.model", "teacher.incubation")),
+    ("teacher.model", None, ("teacher.pretrained",)),
+)
 Training = dict[str, Any]
 Arm = Literal["e2e", "kd", "m2mkd"]
 
@@ -73,8 +82,18 @@ class _Section(BaseModel):
             try:
                 TypeAdapter(_TRAINING_TYPES[name]).validate_python(value, strict=True)
             except ValidationError as error:
-                raise ValueError(f"`{name}` is {value!r}: {error.errors()[0]['msg']}") from error
+                raise ValueError(f"`{name}` is {value!r}: {_rule(error.errors()[0])}") from error
+            choices = _choices(name)
+            if choices and value not in (None, *choices):
+                raise ValueError(f"`{name}` is {value!r}; use one of {', '.join(choices)}")
         return training
+
+
+def _choices(argument: str) -> list[str]:
+    """The values of a training argument that has a fixed list of them."""
+    kind = _TRAINING_TYPES[argument]
+    enums = [part for part in (kind, *get_args(kind)) if isinstance(part, type) and issubclass(part, Enum)]
+    return [member.value for enum in enums for member in enum]
 
 
 class NetworkSpec(_Section):
@@ -290,7 +309,9 @@ class Recipe(_Section):
 def load_recipe(path: str | Path | None = None, overrides: dict[str, Any] | None = None) -> Recipe:
     """
     Read a recipe. Its key `extends` names another recipe, relative to its own folder, whose values it takes over but
-    for those that it gives itself: sections are merged key by key, anything else is replaced.
+    for those that it gives itself: sections are merged key by key, anything else is replaced. So is a network by one
+    with another `model_type`, and what a value leaves no place for is dropped: `meta.model` by `meta.init:
+    from_teacher`, `teacher.model` by `teacher.pretrained`, and the other way round.
 
     Args:
         path (`str` or `Path`, *optional*): A YAML file. `None`: the embedded default.
@@ -302,6 +323,10 @@ def load_recipe(path: str | Path | None = None, overrides: dict[str, Any] | None
     """
     source = Path(path) if path is not None else resources.files("m2mkd.trainer") / "default.yaml"
     content = _read(source, [])
+    given: dict[str, Any] = {}
+    for key, value in (overrides or {}).items():
+        _set(given, key, value)
+    content = _without_replaced(content, given)
     for key, value in (overrides or {}).items():
         _set(content, key, value)
     return parse_recipe(content, str(source))
@@ -314,7 +339,7 @@ def _read(source: Any, extended: list[str]) -> dict[str, Any]:
     try:
         content = yaml.load(source.read_text(encoding="utf-8"), Loader=_Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{source} is no YAML file: {error}") from error
+        raise RecipeError(f"{source} cannot be read as YAML: {_yaml_problem(error)}") from error
     if not isinstance(content, dict):
         raise RecipeError(f"{source} holds no mapping of keys to values.")
     base = content.pop("extends", None)
@@ -324,7 +349,8 @@ def _read(source: Any, extended: list[str]) -> dict[str, Any]:
         raise RecipeError(f"{source}: `extends` is {base!r}; give the path of one recipe.")
     if str(source) in extended:
         raise RecipeError(f"{source} extends itself, by way of {extended}.")
-    return _merged(_read(source.parent / base, [*extended, str(source)]), content)
+    inherited = _read(source.parent / base, [*extended, str(source)])
+    return _merged(_without_replaced(inherited, content), content)
 
 
 def _merged(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
@@ -333,6 +359,34 @@ def _merged(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
         both = isinstance(value, dict) and isinstance(base.get(key), dict)
         merged[key] = _merged(base[key], value) if both else value
     return merged
+
+
+def _without_replaced(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """The content of a recipe without what `own`, which comes on top of it, leaves no place for."""
+    base = copy.deepcopy(base)
+    dropped = [
+        key
+        for decisive, value, keys in _INSTEAD_OF
+        if (given := _get(own, decisive)) is not None and value in (None, given)
+        for key in keys
+    ]
+    for section in ("meta", "teacher", "student"):
+        before, after = (_get(content, f"{section}.model.model_type") for content in (base, own))
+        if None not in (before, after) and before != after:
+            dropped.append(f"{section}.model")
+    for key in dropped:
+        *parents, last = key.split(".")
+        section = _get(base, ".".join(parents))
+        if isinstance(section, dict):
+            section.pop(last, None)
+    return base
+
+
+def _get(content: Any, key: str) -> Any:
+    """The value under a dotted key; `None` if there is none."""
+    for part in key.split("."):
+        content = content.get(part) if isinstance(content, dict) else None
+    return content
 
 
 def parse_recipe(content: dict[str, Any], source: str) -> Recipe:
@@ -349,7 +403,23 @@ def parse_value(text: str) -> Any:
     try:
         return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
-        raise RecipeError(f"The value {text!r} cannot be read: {error}") from error
+        raise RecipeError(
+            f"The value {text!r} cannot be read as YAML. Close its brackets and quotes, or, if it is text, put it in "
+            f"quotes of its own: \"'{text}'\"."
+        ) from error
+
+
+def _yaml_problem(error: yaml.YAMLError | UnicodeDecodeError) -> str:
+    """Where a file is no YAML, why, and what to do."""
+    if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
+        return f"{error}. Save it as text in UTF-8."
+    mark = error.problem_mark
+    advice = (
+        "Keep one of them"
+        if isinstance(error, yaml.constructor.ConstructorError)
+        else "Check the colons, quotes and brackets of this line and the one before, and indent with spaces"
+    )
+    return f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}. {advice}."
 
 
 def _explain(problem: Any) -> str:
@@ -359,7 +429,14 @@ def _explain(problem: Any) -> str:
     if problem["type"] == "missing":
         return f"  {key}: this key is missing"
     given = "" if isinstance(problem["input"], dict | BaseModel) else f" (given: {problem['input']!r})"
-    return f"  {key}: {problem['msg'].removeprefix('Value error, ')}{given}"
+    return f"  {key}: {_rule(problem)}{given}"
+
+
+def _rule(problem: Any) -> str:
+    """What pydantic says of a value, in YAML's words."""
+    if problem["type"] in ("bool_type", "bool_parsing"):
+        return "it should be true or false"
+    return problem["msg"].removeprefix("Value error, ")
 
 
 def _set(content: dict[str, Any], key: str, value: Any) -> None:
@@ -375,19 +452,30 @@ def _set(content: dict[str, Any], key: str, value: Any) -> None:
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML that reads `1e-3` as a number, as YAML 1.2 does, and refuses a key given twice."""
+    """
+    Safe YAML that reads `1e-3` as a number and `no`, `off`, `yes` and `on` as text, as YAML 1.2 does, and refuses a
+    key given twice.
+    """
+
+    # no list of another loader's is changed
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         # before `<<` is resolved: a merged key may well be given again
-        keys = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
-        twice = {key for key in keys if keys.count(key) > 1}
-        if twice:
-            raise yaml.constructor.ConstructorError(
-                None, None, f"the keys {sorted(twice)} are given twice", node.start_mark
-            )
+        given: set[str] = set()
+        for key, _ in node.value:
+            if key.tag != "tag:yaml.org,2002:merge" and key.value in given:
+                raise yaml.constructor.ConstructorError(None, None, f"`{key.value}` is given twice", key.start_mark)
+            given.add(key.value)
         return super().construct_mapping(node, deep)
 
 
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
 )
