@@ -1,5 +1,6 @@
 """What a recipe says about its images: where they come from and how they become pixels."""
 
+import os
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -97,6 +98,11 @@ class DataConfig(BaseModel):
     mixup: float = Field(default=0.0, ge=0.0, allow_inf_nan=False)
     cutmix: float = Field(default=0.0, ge=0.0, allow_inf_nan=False)
     repeated: int = Field(default=1, ge=1)
+
+    def same_folder(self, other: "DataConfig") -> bool:
+        """Whether both sources are the same, however the path is written."""
+        paths = [os.path.normpath(os.path.expanduser(config.source.partition(":")[2])) for config in (self, other)]
+        return self.source.partition(":")[0] == other.source.partition(":")[0] and paths[0] == paths[1]
 
     @model_validator(mode="before")
     @classmethod

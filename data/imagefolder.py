@@ -13,6 +13,9 @@ from m2mkd.data.labeled_images import LabeledImages
 
 
 JUNK = {"thumbs.db", "desktop.ini", "__macosx"}
+# What the parts of a data set are called, in lower case.
+SPLIT_NAMES = {"train", "training", "test", "testing", "val", "valid", "validation", "eval", "evaluation", "dev"}
+SPLIT_NAMES |= {"iid", "ood", "holdout"}
 
 
 class ImageFiles(Sequence[Image.Image]):
@@ -72,6 +75,27 @@ def class_files(folder: str, extensions: set[str]) -> list[str]:
     return sorted(paths)
 
 
+def _has_class_folders(folder: str, extensions: set[str]) -> bool:
+    """Whether there are images in the sub-folders of a folder."""
+    deeper = (names for parent, _, names in os.walk(folder, followlinks=True) if parent != folder)
+    return any(os.path.splitext(name)[1].lower() in extensions for names in deeper for name in names)
+
+
+def _check_no_splits(root: str, class_names: list[str], extensions: set[str]) -> None:
+    """Refuse a folder of splits. A class may be called "test" as long as its images lie directly in its folder."""
+    splits = [
+        name
+        for name in class_names
+        if name.lower() in SPLIT_NAMES and _has_class_folders(os.path.join(root, name), extensions)
+    ]
+    if splits:
+        sources = " or ".join(f"imagefolder:{os.path.join(root, name)}" for name in splits)
+        raise DataError(
+            f"imagefolder {root} holds splits, not classes: there are class folders in {' and '.join(splits)}. Give "
+            f"one of them as `source`: {sources}. If it is a class, put its images directly into its folder"
+        )
+
+
 def load_imagefolder(path: str) -> LabeledImages:
     """Every image below `path`; the names of its sub-folders, sorted, are the classes.
 
@@ -82,7 +106,8 @@ def load_imagefolder(path: str) -> LabeledImages:
         path: the folder; `~` is expanded.
 
     Raises:
-        DataError: no such folder, no sub-folders, a class without images, or a file that is no image.
+        DataError: no such folder, no sub-folders, splits instead of classes, a class without images, or a file that
+            is no image.
     """
     root = os.path.expanduser(path)
     if not os.path.isdir(root):
@@ -92,10 +117,12 @@ def load_imagefolder(path: str) -> LabeledImages:
     class_names = [entry.name for entry in visible if entry.is_dir()]
     if not class_names:
         raise DataError(f"imagefolder {root} has no sub-folders: put the images of each class in a folder of its name")
+    extensions = image_extensions()
+    # first: beside splits there is often a file that says what they are
+    _check_no_splits(root, class_names, extensions)
     loose = [entry.path for entry in visible if not entry.is_dir()]
     if loose:
         raise DataError(f"{loose[0]} lies beside the class folders: move it into its class, or away")
-    extensions = image_extensions()
     files = [class_files(os.path.join(root, name), extensions) for name in class_names]
     labels = np.repeat(np.arange(len(files), dtype=np.int64), [len(paths) for paths in files])
     paths = [path for class_paths in files for path in class_paths]

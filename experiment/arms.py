@@ -159,7 +159,7 @@ def named_specs(given: Any) -> dict[str, Any]:
                 raise ValueError(f"{name!r} cannot name an arm's folder; use letters, digits, _ and -")
             if name not in PRESETS and not words:
                 raise ValueError(
-                    f"{name!r} is no preset ({', '.join(PRESETS)}); say what it is, e.g. "
+                    f"{name!r} is not a preset ({', '.join(PRESETS)}); say what it is, e.g. "
                     f"{{{name}: {{init: random, supervision: teacher, data: train}}}}"
                 )
             if isinstance(words, ArmSpec):

@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
@@ -21,12 +22,27 @@ from m2mkd.trainer.screen import Screen
 _FREE = ("name", "output_dir", "repeat_seeds", "equal_compute", "processes", "distill.pairs")
 # Training arguments can change in the middle of a phase: after a loss that was not finite, say.
 _TRAINING = ("training", "incubation", "finetuning")
+# Training arguments that change neither weights nor results, so that they may change at any time: how images are read
+# (but not in which order), and what is shown, logged, kept and sent where.
+_OPERATIONAL = {
+    *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers"),
+    *("dataloader_prefetch_factor", "dataloader_multiprocessing_context", "torch_empty_cache_steps", "ddp_timeout"),
+    *("logging_strategy", "logging_steps", "logging_first_step", "logging_nan_inf_filter", "log_level"),
+    *("log_level_replica", "log_on_each_node", "disable_tqdm", "report_to", "run_name", "project"),
+    *("trackio_space_id", "trackio_bucket_id", "trackio_static_space_id", "include_num_input_tokens_seen"),
+    *("skip_memory_metrics", "save_total_limit", "save_on_each_node", "enable_jit_checkpoint", "do_train", "do_eval"),
+    *("do_predict", "push_to_hub", "hub_token", "hub_private_repo", "hub_model_id", "hub_strategy", "hub_always_push"),
+    "hub_revision",
+}
+# These as well, unless the best checkpoint becomes the result.
+_CHECKPOINTS, _TAKES_BEST = {"save_strategy", "save_steps"}, "load_best_model_at_end"
 
 
 def claim_folder(recipe: Recipe) -> None:
     """
     Record the recipe in the run's folder. Keys that no finished phase depends on may have changed since the last
-    start; checkpoints of a phase whose networks or data changed are dropped.
+    start, and so may training arguments that change no weights; checkpoints of a phase whose networks or data changed
+    are dropped.
 
     Raises:
         `RunError`: a finished phase depends on a key that changed, or the folder cannot be written.
@@ -54,7 +70,21 @@ def _changes(folder: RunFolder, recipe: Recipe) -> dict[str, str]:
     theirs = {**there.model_dump(mode="json"), "arms": {**_words(there), **made}}
     ours = {**recipe.model_dump(mode="json"), "arms": _words(recipe)}
     changes = _differences(theirs, ours)
-    return {key: line for key, line in changes.items() if not key.startswith(_FREE) and not _is_whole_arm(key)}
+    return {key: line for key, line in changes.items() if not _is_free(key, recipe)}
+
+
+def _is_free(key: str, recipe: Recipe) -> bool:
+    return key.startswith(_FREE) or _is_whole_arm(key) or _is_operational(key, recipe)
+
+
+def _is_operational(key: str, recipe: Recipe) -> bool:
+    parts = key.split(".")
+    inside = [index for index, part in enumerate(parts[:-1]) if part in _TRAINING]
+    if not inside:
+        return False
+    argument = parts[inside[0] + 1]
+    takes_best = any(training.get(_TAKES_BEST) for training in recipe.all_training())
+    return argument in _OPERATIONAL or (argument in _CHECKPOINTS and not takes_best)
 
 
 def _words(recipe: Recipe) -> dict[str, Any]:
@@ -79,14 +109,25 @@ def _check_changes(folder: RunFolder, changes: dict[str, str], recipe: Recipe) -
         elif affected and not set(_TRAINING) & set(key.split(".")):
             dropped.append(key)
     if refused:
-        raise RunError(
-            f"{folder.path} holds a run of another recipe. Choose another --output_dir, delete the finished phases "
-            "that stand behind each key, or set a training argument for one phase only "
-            "(--finetune.training.learning_rate, say). What differs (there → here):\n  "
-            + "\n  ".join(refused.values())
-        )
+        raise RunError(_advice(folder.path, refused))
     for work in list(folder.work_folders()) if dropped else []:
         shutil.rmtree(work)
+
+
+def _advice(output_dir: Path, refused: dict[str, str]) -> str:
+    shared = next((key for key in refused if key.startswith("training.")), None)
+    one_phase = (
+        " To change a training argument of a phase that is not finished, set it for that phase only "
+        f"(--finetune.{shared} …)."
+        if shared is not None
+        else ""
+    )
+    return (
+        f"{output_dir} holds a run of another recipe: values that its finished phases depend on have changed. To keep "
+        "these phases, set the old values again. To run the recipe as it is now, choose another --output_dir, or "
+        f"delete the folders in parentheses: they are made again.{one_phase} What differs (there → here):\n  "
+        + "\n  ".join(refused.values())
+    )
 
 
 def _session(recipe: Recipe, seed: int) -> Session:

@@ -36,6 +36,8 @@ def run(recipe: Recipe) -> Path | None:
     processes = num_processes(recipe)
     data, screen = RunData(recipe), Screen()
     data.check()
+    for line in data.describe():
+        screen.say(line)
     phases = _all_phases(recipe, data, screen)
     RecipeNetworks(recipe, data.class_names)
     check_arguments(phases)

@@ -1,7 +1,8 @@
 """A section of a recipe: checked fields, and training arguments that the runner passes on."""
 
 from dataclasses import fields
-from typing import Any, ClassVar, get_type_hints
+from enum import Enum
+from typing import Any, ClassVar, get_args, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, field_validator
 
@@ -79,5 +80,22 @@ def check_training(training: Training, has_teacher: bool) -> Training:
         try:
             TypeAdapter(_TRAINING_TYPES[name]).validate_python(value, strict=True)
         except ValidationError as error:
-            raise ValueError(f"`{name}` is {value!r}: {error.errors()[0]['msg']}") from error
+            raise ValueError(f"`{name}` is {value!r}: {rule_of(error.errors()[0])}") from error
+        choices = _choices(name)
+        if choices and value not in (None, *choices):
+            raise ValueError(f"`{name}` is {value!r}; use one of {', '.join(choices)}")
     return training
+
+
+def _choices(argument: str) -> list[str]:
+    """The values of a training argument that has a fixed list of them."""
+    kind = _TRAINING_TYPES[argument]
+    enums = [part for part in (kind, *get_args(kind)) if isinstance(part, type) and issubclass(part, Enum)]
+    return [member.value for enum in enums for member in enum]
+
+
+def rule_of(problem: Any) -> str:
+    """What pydantic says about a value, in YAML's words."""
+    if problem["type"] in ("bool_type", "bool_parsing"):
+        return "it should be true or false"
+    return problem["msg"].removeprefix("Value error, ")

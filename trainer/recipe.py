@@ -1,5 +1,6 @@
 """Recipes: what a run trains, on which data, for how long. YAML in, checked objects out."""
 
+import copy
 import re
 from importlib import resources
 from pathlib import Path
@@ -17,11 +18,20 @@ from pydantic import (
 
 from m2mkd.data.config import DataConfig
 from m2mkd.experiment.arms import DEFAULT_ARMS, PRESETS, Arm, ArmSpec, named_specs, resolve
-from m2mkd.experiment.section import Section, Training
+from m2mkd.experiment.section import Section, Training, rule_of
 
 
 class RecipeError(ValueError):
     """A recipe, or a value given on the command line, is wrong; the message names the key."""
+
+
+# What a value leaves no place for: (key, value or `None` for any, keys of the extended recipe that are dropped).
+_INSTEAD_OF: tuple[tuple[str, Any, tuple[str, ...]], ...] = (
+    ("meta.init", "from_teacher", ("meta.model", "teacher.incubation")),
+    ("meta.model", None, ("meta.init",)),
+    ("teacher.pretrained", None, ("teacher.model", "teacher.incubation")),
+    ("teacher.model", None, ("teacher.pretrained",)),
+)
 
 
 class NetworkSpec(Section):
@@ -195,9 +205,9 @@ class Recipe(Section):
         """Name of the training set of an arm."""
         return arm.spec.data or self.finetune.data
 
-    @model_validator(mode="after")
-    def _check(self) -> "Recipe":
-        uses = {
+    def _uses(self) -> dict[str, str]:
+        """The names of data sets, by the key that names them."""
+        names = {
             **{f"arms.{name}.data": spec.data for name, spec in self.arms.items()},
             "meta.data": self.meta.data,
             "teacher.data": self.teacher.data,
@@ -206,8 +216,38 @@ class Recipe(Section):
             "evaluation.iid": self.evaluation.iid,
             "evaluation.ood": self.evaluation.ood,
         }
-        for key, name in uses.items():
-            if name is not None and name not in self.data:
+        return {key: name for key, name in names.items() if name is not None}
+
+    def used_data(self) -> dict[str, DataConfig]:
+        """The data sets that the phases read or are tested on."""
+        return {name: data for name, data in self.data.items() if name in self._uses().values()}
+
+    def all_training(self) -> list[Training]:
+        """The training arguments of every section."""
+        arms = self.arms.values()
+        sections = [section.training for section in (self, self.meta, self.distill, self.finetune, self.kd, *arms)]
+        return [*sections, self.teacher.incubation, self.teacher.finetuning]
+
+    @model_validator(mode="after")
+    def _check_holdouts(self) -> "Recipe":
+        """Both parts of a folder with a holdout must be in use, or images are lost silently."""
+        used = {name: data for name, data in self.used_data().items() if data.holdout}
+        for name, data in used.items():
+            rest = {"train": "test", "test": "train"}.get(data.split)
+            same = [other for other in used.values() if other.same_folder(data) and other.holdout == data.holdout]
+            if rest is not None and rest not in [other.split for other in same]:
+                raise ValueError(
+                    f"`data.{name}` has `holdout: {data.holdout}` and is split {data.split!r} of {data.source!r}, but "
+                    f"no other set of this recipe is split {rest!r} of that folder with the same `holdout`. For "
+                    f"separate folders, set data.{name}.holdout to 0 and data.{name}.split to null, as "
+                    "recipes/image_folders.yaml does for each set. For one folder, give both sets its path as `source`"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _check(self) -> "Recipe":
+        for key, name in self._uses().items():
+            if name not in self.data:
                 raise ValueError(f"`{key}` is {name!r}, but `data` has only {sorted(self.data)}")
         num_pairs = len(self.student.depths)
         for key, depths in (("teacher.depths", self.teacher.depths), ("meta.depths", self.meta.depths)):
@@ -235,7 +275,9 @@ class Recipe(Section):
 def load_recipe(path: str | Path | None = None, overrides: dict[str, Any] | None = None) -> Recipe:
     """
     Read a recipe. Its key `extends` names another recipe, relative to its own folder, whose values it takes over but
-    for those that it gives itself: sections are merged key by key, anything else is replaced.
+    for those that it gives itself: sections are merged key by key, anything else is replaced. So is a network by one
+    with another `model_type`, and what a value leaves no place for is dropped: `meta.model` by `meta.init:
+    from_teacher`, `teacher.model` by `teacher.pretrained`, and the other way round.
 
     Args:
         path (`str` or `Path`, *optional*): A YAML file. `None`: the embedded default.
@@ -247,6 +289,10 @@ def load_recipe(path: str | Path | None = None, overrides: dict[str, Any] | None
     """
     source = Path(path) if path is not None else resources.files("m2mkd.trainer") / "default.yaml"
     content = _read(source, [])
+    given: dict[str, Any] = {}
+    for key, value in (overrides or {}).items():
+        _set(given, key, value)
+    content = _without_replaced(content, given)
     for key, value in (overrides or {}).items():
         _set(content, key, value)
     return parse_recipe(content, str(source))
@@ -259,7 +305,7 @@ def _read(source: Any, extended: list[str]) -> dict[str, Any]:
     try:
         content = yaml.load(source.read_text(encoding="utf-8"), Loader=_Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{source} is no YAML file: {error}") from error
+        raise RecipeError(f"{source} cannot be read as YAML: {_yaml_problem(error)}") from error
     if not isinstance(content, dict):
         raise RecipeError(f"{source} holds no mapping of keys to values.")
     base = content.pop("extends", None)
@@ -269,7 +315,8 @@ def _read(source: Any, extended: list[str]) -> dict[str, Any]:
         raise RecipeError(f"{source}: `extends` is {base!r}; give the path of one recipe.")
     if str(source) in extended:
         raise RecipeError(f"{source} extends itself, by way of {extended}.")
-    return _merged(_read(source.parent / base, [*extended, str(source)]), content)
+    inherited = _read(source.parent / base, [*extended, str(source)])
+    return _merged(_without_replaced(inherited, content), content)
 
 
 def _merged(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
@@ -278,6 +325,34 @@ def _merged(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
         both = isinstance(value, dict) and isinstance(base.get(key), dict)
         merged[key] = _merged(base[key], value) if both else value
     return merged
+
+
+def _without_replaced(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """The content of a recipe without what `own`, which comes on top of it, leaves no place for."""
+    base = copy.deepcopy(base)
+    dropped = [
+        key
+        for decisive, value, keys in _INSTEAD_OF
+        if (given := _get(own, decisive)) is not None and value in (None, given)
+        for key in keys
+    ]
+    for section in ("meta", "teacher", "student"):
+        before, after = (_get(content, f"{section}.model.model_type") for content in (base, own))
+        if None not in (before, after) and before != after:
+            dropped.append(f"{section}.model")
+    for key in dropped:
+        *parents, last = key.split(".")
+        section = _get(base, ".".join(parents))
+        if isinstance(section, dict):
+            section.pop(last, None)
+    return base
+
+
+def _get(content: Any, key: str) -> Any:
+    """The value under a dotted key; `None` if there is none."""
+    for part in key.split("."):
+        content = content.get(part) if isinstance(content, dict) else None
+    return content
 
 
 def parse_recipe(content: dict[str, Any], source: str) -> Recipe:
@@ -294,7 +369,23 @@ def parse_value(text: str) -> Any:
     try:
         return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
-        raise RecipeError(f"The value {text!r} cannot be read: {error}") from error
+        raise RecipeError(
+            f"The value {text!r} cannot be read as YAML. Close its brackets and quotes, or, if it is text, put it in "
+            f"quotes of its own: \"'{text}'\"."
+        ) from error
+
+
+def _yaml_problem(error: yaml.YAMLError | UnicodeDecodeError) -> str:
+    """Where a file is no YAML, why, and what to do."""
+    if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
+        return f"{error}. Save it as text in UTF-8."
+    mark = error.problem_mark
+    advice = (
+        "Keep one of them"
+        if isinstance(error, yaml.constructor.ConstructorError)
+        else "Check the colons, quotes and brackets of this line and the one before, and indent with spaces"
+    )
+    return f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}. {advice}."
 
 
 def _explain(problem: Any) -> str:
@@ -304,7 +395,7 @@ def _explain(problem: Any) -> str:
     if problem["type"] == "missing":
         return f"  {key}: this key is missing"
     given = "" if isinstance(problem["input"], dict | BaseModel) else f" (given: {problem['input']!r})"
-    return f"  {key}: {problem['msg'].removeprefix('Value error, ')}{given}"
+    return f"  {key}: {rule_of(problem)}{given}"
 
 
 def _set(content: dict[str, Any], key: str, value: Any) -> None:
@@ -320,19 +411,30 @@ def _set(content: dict[str, Any], key: str, value: Any) -> None:
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML that reads `1e-3` as a number, as YAML 1.2 does, and refuses a key given twice."""
+    """
+    Safe YAML that reads `1e-3` as a number and `no`, `off`, `yes` and `on` as text, as YAML 1.2 does, and refuses a
+    key given twice.
+    """
+
+    # no list of another loader's is changed
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         # before `<<` is resolved: a merged key may well be given again
-        keys = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
-        twice = {key for key in keys if keys.count(key) > 1}
-        if twice:
-            raise yaml.constructor.ConstructorError(
-                None, None, f"the keys {sorted(twice)} are given twice", node.start_mark
-            )
+        given: set[str] = set()
+        for key, _ in node.value:
+            if key.tag != "tag:yaml.org,2002:merge" and key.value in given:
+                raise yaml.constructor.ConstructorError(None, None, f"`{key.value}` is given twice", key.start_mark)
+            given.add(key.value)
         return super().construct_mapping(node, deep)
 
 
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
 )

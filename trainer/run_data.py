@@ -43,6 +43,16 @@ class RunData:
             if name is not None:
                 self.test_set(name, recipe.finetune.data, self.class_names(recipe.finetune.data))
 
+    def describe(self) -> list[str]:
+        """One line for each set that the run uses."""
+        return [describe_set(name, *self.size(name)) for name in self.recipe.used_data()]
+
+    def size(self, name: str) -> tuple[int, list[str]]:
+        """Images and class names of a data set as the recipe takes it."""
+        config = self.config(name)
+        data = self._stream(name, config, train=False) if config.streaming else self.images(name)
+        return len(data), data.class_names
+
     def config(self, name: str) -> DataConfig:
         """What the recipe says about a data set."""
         return self.recipe.data[name]
@@ -118,3 +128,10 @@ class RunData:
         """Whether every class of the data set is one of `class_names`."""
         own = self.class_names(name) if self.config(name).streaming else self.images(name).class_names
         return set(own) <= set(class_names)
+
+
+def describe_set(name: str, images: int | None, class_names: Sequence[str]) -> str:
+    """A data set in one line: how many images, which classes. `None`: nobody has published how many."""
+    classes = ", ".join([*class_names[:3], *(["…"] if len(class_names) > 3 else [])])
+    count = "an unknown number of" if images is None else f"{images:,}"
+    return f"data.{name}: {count} images of {len(class_names):,} classes ({classes})"

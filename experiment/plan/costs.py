@@ -23,7 +23,7 @@ from m2mkd.trainer.flops import count_parameters
 from m2mkd.trainer.m2mkd_config import M2MKDConfig
 from m2mkd.trainer.recipe import NetworkSpec, Recipe
 from m2mkd.trainer.recipe_networks import RecipeNetworks, class_names_without_images
-from m2mkd.trainer.run_data import RunData
+from m2mkd.trainer.run_data import RunData, describe_set
 
 
 # float32 weights, gradients and the two moments of AdamW
@@ -84,6 +84,8 @@ class Costs:
 
     def __init__(self, recipe: Recipe, gpus: int):
         self.recipe, self.gpus, self.data, self._counter = recipe, gpus, RunData(recipe), StageCounter()
+        # a set that does not exist is named before networks that do not fit it
+        self.sets = self._describe_sets()
         self._networks = RecipeNetworks(recipe, partial(class_names_without_images, self.data))
         self._meta_depths = self._networks.meta_depths
         self.teacher, self.meta = self._networks.teacher, self._networks.meta
@@ -97,20 +99,37 @@ class Costs:
     @cache  # noqa: B019 - a plan is short-lived
     def _size(self, name: str) -> int:
         """Images of an epoch of a training set."""
+        published = self._published(name)
+        if published is None:
+            return len(self.data.training_set(name, seed=0))
+        images, _ = published
+        if images is None:
+            raise DataError(f"data.{name}: the number of its images is not published, so it is not a training set")
+        return images
+
+    def _published(self, name: str) -> tuple[int | None, list[str]] | None:
+        """Images (if their number is published) and classes of a published set; `None` for any other set."""
         config = self.data.config(name)
         source = config.source.partition(":")[0]
         known = KNOWN_SETS.get(source)
         if known is None or config.partial:
-            return len(self.data.training_set(name, seed=0))
-        _, images = known.splits.get(config.split, (None, None))
-        if images is None:
+            return None
+        split = config.split or (next(iter(known.splits)) if len(known.splits) == 1 else None)
+        if split not in known.splits:
             raise DataError(
-                f"data.{name}: {source} has no training split {config.split!r}: set split to "
+                f"data.{name}: {source} has no split {config.split!r}: set split to "
                 f"{' or '.join(map(repr, known.splits))}"
             )
+        _, images = known.splits[split]
+        classes = class_names_without_images(self.data, name)
         if config.samples_per_class is not None:
-            images = config.samples_per_class * len(class_names_without_images(self.data, name))
-        return images
+            images = config.samples_per_class * len(classes)
+        return images, classes
+
+    def _describe_sets(self) -> list[str]:
+        """A line for each set that the recipe uses."""
+        sizes = {name: self._published(name) or self.data.size(name) for name in self.recipe.used_data()}
+        return [describe_set(name, *size) for name, size in sizes.items()]
 
     # ---- Phases ----
 

@@ -1,7 +1,7 @@
 """What a recipe would cost: parameters, FLOPs, memory and steps of every phase, without data, GPUs or training."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from m2mkd.experiment.arms import Arm
 from m2mkd.experiment.phases import Phase, phases_of
@@ -25,12 +25,14 @@ class Plan:
             that the recipe trains together.
         totals (`dict[str, float]`): FLOPs by arm, and with what the arms need beforehand.
         gpus (`int`): That the steps and the memory are for.
+        data (`list[str]`): Each data set in a line: its images and classes.
     """
 
     name: str
     phases: list[PhaseCost]
     totals: dict[str, float]
     gpus: int
+    data: list[str] = field(default_factory=list)
 
 
 def make_plan(recipe: Recipe, gpus: int = 1) -> Plan:
@@ -63,7 +65,7 @@ def make_plan(recipe: Recipe, gpus: int = 1) -> Plan:
         if arm.name in totals and beforehand:
             what = " and ".join(_IN_WORDS[name] for name in arm.extra)
             totals[f"{arm.name}, {what} included"] = totals[arm.name] + beforehand
-    return Plan(recipe.name, [part for own in parts.values() for part in own], totals, gpus)
+    return Plan(recipe.name, [part for own in parts.values() for part in own], totals, gpus, costs.sets)
 
 
 def _total(arm: Arm, flops: Mapping[str, float]) -> float:

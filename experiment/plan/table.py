@@ -21,6 +21,8 @@ def print_plan(plan: Plan, throughput: float, how: str, console: Console | None 
         console (`Console`, *optional*): Defaults to the terminal.
     """
     console = console or Console(width=None if Console().is_terminal else 140)
+    for line in plan.data:
+        console.print(line, highlight=False, markup=False)
     gpus = f"{plan.gpus} GPU{'s' * (plan.gpus > 1)}"
     phases = Table(title=f"Plan of {plan.name} on {gpus}", caption=_CAPTION, caption_justify="left")
     for column in COLUMNS:

@@ -41,6 +41,18 @@ class TestLoadImagefolder:
         with pytest.raises(DataError, match="class folder .*bee has no images"):
             load_imagefolder(str(make_folder({"ant": 1, "bee": 0})))
 
+    @pytest.mark.parametrize("names", [["train", "test", "ood"], ["Training", "val"]])
+    def test_a_folder_of_splits_is_refused(self, make_folder, names):
+        root = make_folder({f"{name}/{kind}": 1 for name in names for kind in ("ant", "bee")})
+        (root / "README.md").write_text("how it was made")
+        with pytest.raises(DataError, match="holds splits, not classes") as caught:
+            load_imagefolder(str(root))
+        assert all(f"imagefolder:{root / name}" in str(caught.value) for name in names)
+        assert load_imagefolder(str(root / names[0])).class_names == ["ant", "bee"]
+
+    def test_a_class_may_be_called_like_a_split(self, make_folder):
+        assert load_imagefolder(str(make_folder({"car": 1, "test": 2}))).class_names == ["car", "test"]
+
     @pytest.mark.parametrize("where", ["ant/notes.txt", "notes.txt", "stray.png"])
     def test_stray_file_is_named(self, make_folder, where):
         root = make_folder({"ant": 1})

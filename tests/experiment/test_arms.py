@@ -109,7 +109,7 @@ class TestWords:
     @pytest.mark.parametrize(
         "arms, message",
         [
-            (["foo"], "'foo' is no preset"),
+            (["foo"], "'foo' is not a preset"),
             (["e2e", "e2e"], "given twice"),
             ([{"../up": KD_ALL}], "cannot name an arm's folder"),
             ({"e2e": 3}, "give a mapping"),

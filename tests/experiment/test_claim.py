@@ -1,11 +1,14 @@
 """Which keys of a recipe may still change in a folder depends on what is finished there."""
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tiny_run import recipe_content
+from transformers import TrainingArguments
 
+from m2mkd.experiment import claim as claiming
 from m2mkd.experiment.claim import claim_folder
 from m2mkd.trainer.folders import TRAIN_RESULTS, RunError, read_json, write_json
 from m2mkd.trainer.recipe import Recipe, parse_recipe
@@ -58,6 +61,35 @@ class TestClaimFolder:
         content["data"]["train"]["augmentation"] = "none"
         with pytest.raises(RunError, match=r"data.train.augmentation: affine → none \(meta, teacher\)"):
             claim(content)
+
+    @pytest.mark.parametrize(
+        "section, place", [("training", ()), ("meta", ("training",)), ("teacher", ("incubation",))]
+    )
+    def test_how_a_run_is_done_may_change_after_it(
+        self, content: dict[str, Any], section: str, place: tuple[str, ...]
+    ) -> None:
+        training = content[section] if not place else content[section].setdefault(*place, {})
+        settings = {"dataloader_num_workers": 2, "report_to": "tensorboard", "logging_steps": 0.5, "save_steps": 3}
+        training.update({**settings, "save_total_limit": 1, "disable_tqdm": True, "run_name": "again"})
+        claim(content)
+        assert checkpoints(content)
+
+    @pytest.mark.parametrize(
+        "training", [{"dataloader_in_order": False}, {"save_steps": 3, "load_best_model_at_end": True}]
+    )
+    def test_what_changes_the_weights_may_not(self, content: dict[str, Any], training: dict[str, Any]) -> None:
+        content["training"].update(training)
+        with pytest.raises(RunError, match=r"training\.\w+: None → .*\(meta, teacher\)"):
+            claim(content)
+
+    def test_every_argument_that_may_change_is_one(self) -> None:
+        assert set(claiming._OPERATIONAL | claiming._CHECKPOINTS) < {own.name for own in fields(TrainingArguments)}
+
+    def test_the_advice_keeps_what_is_finished(self, content: dict[str, Any]) -> None:
+        content["training"]["learning_rate"] = 0.5
+        with pytest.raises(RunError, match=r"set the old values again.*another --output_dir") as caught:
+            claim(content)
+        assert "--finetune.training.learning_rate" in str(caught.value)
 
     def test_training_arguments_of_a_phase_on_its_way_may_change_and_its_checkpoint_stays(
         self, content: dict[str, Any]

@@ -54,6 +54,8 @@ class TestTrain:
         assert "on 8 GPUs" in done.stdout and "at 150 TFLOP/s a GPU (stated)" in done.stdout
         # V-MoE-Base, ImageNet-1k, 1,024 images a step
         assert all(number in done.stdout for number in ("483.3 M", "1,281,167", "1,024", "125,200"))
+        # the sets come first
+        assert "1,281,167 images of 1,000 classes (n01440764, " in done.stdout.partition("Plan of")[0]
         assert not list(tmp_path.iterdir())
 
     def test_a_miniature_is_another_recipe_in_another_folder(self, tmp_path: Path) -> None:

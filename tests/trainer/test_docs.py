@@ -27,13 +27,13 @@ from typer.testing import CliRunner
 
 from m2mkd.trainer.cli import _overrides, app
 from m2mkd.trainer.recipe import load_recipe, parse_recipe
+from m2mkd.trainer.run_data import RunData
 
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "model_cards").glob("digits_*.md"))]
 # What makes minutes into seconds.
 QUICK = ["--training.max_steps", "2", "--equal_compute", "false", "--data.train.samples_per_class", "4"]
-QUICK += ["--training.dataloader_num_workers", "0"]
 DIGITS = [
     *("--data.labelled.samples_per_class", "2"),
     *("--data.iid.samples_per_class", "2", "--data.ood.samples_per_class", "2"),
@@ -125,6 +125,20 @@ def test_the_recipes_and_overrides_of_the_others_are_valid() -> None:
         load_recipe(path, _overrides(options))
 
 
+@pytest.mark.parametrize(
+    ("recipe", "sizes"),
+    [("image_folder", {"train": 27, "iid": 3}), ("image_folders", {"train": 30, "iid": 30, "ood": 30})],
+)
+def test_the_commands_for_own_images_lose_none(recipe: str, sizes: dict[str, int], tmp_path: Path) -> None:
+    (words,) = [words for words in trainings() if f"recipes/{recipe}.yaml" in words]
+    options = [word.replace(":PATH", f":{tmp_path}/PATH") for word in recipe_arguments(words)[1:]]
+    for source in (word.partition(":")[2] for word in options if word.startswith("imagefolder:")):
+        write_images(Path(source), per_class=10)
+    data = RunData(load_recipe(ROOT / "recipes" / f"{recipe}.yaml", _overrides(options)))
+    data.check()
+    assert {name: data.size(name)[0] for name in data.recipe.used_data()} == sizes
+
+
 def test_the_sections_of_recipes_are_valid() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     sections = [yaml.safe_load(block) for block in code_blocks(text, "yaml")]
@@ -165,13 +179,12 @@ def test_what_is_to_be_installed_is_there() -> None:
 @pytest.mark.parametrize("words", trainings(), ids=" ".join)
 def test_the_commands_that_train_run(words: list[str], tmp_path: Path) -> None:
     """As they stand, but for the sizes, the folder of the run and the reader's own images."""
-    for name in ("red", "green"):
-        (tmp_path / "PATH" / name).mkdir(parents=True)
-        for index in range(40):
-            Image.new("RGB", (16, 16), (index, 60, 90)).save(tmp_path / "PATH" / name / f"{index}.png")
+    own_folders = [word.partition(":PATH")[2] for word in words if ":PATH" in word]
+    for folder in set(own_folders):
+        write_images(tmp_path / f"PATH{folder}", per_class=40)
     module, skipped = LAUNCHERS.get(words[0], ("m2mkd.trainer.cli", 1))
     words = [word.replace(":PATH", f":{tmp_path}/PATH") for word in words[skipped:]]
-    sizes = [] if "recipes/image_folder.yaml" in words else DIGITS
+    sizes = [] if own_folders else DIGITS
     quick = [*QUICK, *sizes, "--output_dir", str(tmp_path / "run")]
     done = subprocess.run(
         [sys.executable, "-m", module, *words, *quick],

@@ -8,7 +8,7 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from tiny_run import recipe_content, tiny_recipe
 
-from m2mkd.trainer.recipe import RecipeError, load_recipe, parse_recipe, parse_value
+from m2mkd.trainer.recipe import NetworkSpec, RecipeError, load_recipe, parse_recipe, parse_value
 
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -17,7 +17,7 @@ RECIPES = Path(__file__).parents[2] / "recipes"
 class TestLoadRecipe:
     def test_the_embedded_default_is_valid_and_runs_all_arms(self) -> None:
         recipe = load_recipe()
-        assert recipe.arms == ["e2e", "kd", "m2mkd"]
+        assert list(recipe.arms) == ["e2e", "kd", "m2mkd"]
         assert recipe.data[recipe.evaluation.ood].source == "uci_digits"
 
     def test_every_recipe_of_the_repository_is_valid(self) -> None:
@@ -41,9 +41,14 @@ class TestLoadRecipe:
     @pytest.mark.parametrize(
         "text, message",
         [
-            ("a: [1", "is no YAML file"),
+            (
+                "a: [1",
+                "recipe.yaml cannot be read as YAML: line 1, column 6: expected ',' or '\\]'.* Check the colons",
+            ),
+            ("a: 1\n  b: 2", "line 2, column 4: mapping values are not allowed here. Check the colons"),
+            ("a:\n\tb: 2", "line 2, column 1: found character .* indent with spaces"),
             ("- 1\n- 2", "holds no mapping"),
-            ("seed: 1\nseed: 2", r"\['seed'\] are given twice"),
+            ("seed: 1\nseed: 2", "line 2, column 1: `seed` is given twice. Keep one of them"),
         ],
     )
     def test_a_file_that_is_no_recipe_is_refused(self, tmp_path: Path, text: str, message: str) -> None:
@@ -67,7 +72,7 @@ class TestLoadRecipe:
         path.parent.mkdir()
         path.write_text(own)
         recipe = load_recipe(path, {"distill.pairs": [1]})
-        assert (recipe.seed, recipe.arms, recipe.distill.pairs) == (3, ["e2e"], [1])
+        assert (recipe.seed, list(recipe.arms), recipe.distill.pairs) == (3, ["e2e"], [1])
         expected = {**content["student"]["model"]["config"], "num_experts": 4}
         assert recipe.student.model.config == expected and recipe.name == "tiny"
         assert recipe.meta.model is None and recipe.teacher.incubation == {}
@@ -84,6 +89,52 @@ class TestLoadRecipe:
         (tmp_path / "own.yaml").write_text(f"extends: {extends}\nseed: 1\n")
         with pytest.raises(RecipeError, match=message):
             load_recipe(tmp_path / "own.yaml")
+
+    def test_another_architecture_replaces_the_whole_network(self, tmp_path: Path) -> None:
+        (tmp_path / "base.yaml").write_text(yaml.safe_dump(recipe_content(tmp_path)))
+        path = tmp_path / "own.yaml"
+        path.write_text("extends: base.yaml\nstudent: {model: {model_type: nac, preset: tiny}}\n")
+        for recipe in (
+            load_recipe(path),
+            load_recipe(tmp_path / "base.yaml", {"student.model.preset": "tiny", "student.model.model_type": "nac"}),
+        ):
+            assert recipe.student.model == NetworkSpec(model_type="nac", preset="tiny")
+
+    @pytest.mark.parametrize(
+        "own, dropped",
+        [
+            ({"meta": {"init": "from_teacher"}}, {"meta.model": None, "teacher.incubation": {}}),
+            ({"teacher": {"pretrained": "x"}}, {"teacher.model": None, "teacher.incubation": {}}),
+        ],
+    )
+    def test_what_a_value_leaves_no_place_for_is_dropped(
+        self, tmp_path: Path, own: dict[str, Any], dropped: dict[str, Any]
+    ) -> None:
+        content = recipe_content(tmp_path)
+        content["teacher"]["incubation"] = {"num_train_epochs": 1}
+        (tmp_path / "base.yaml").write_text(yaml.safe_dump(content))
+        path = tmp_path / "own.yaml"
+        path.write_text(yaml.safe_dump({"extends": "base.yaml", **own}))
+        ((section, values),) = own.items()
+        overrides = {f"{section}.{key}": value for key, value in values.items()}
+        for recipe in (load_recipe(path), load_recipe(tmp_path / "base.yaml", overrides)):
+            found = {key: getattr(getattr(recipe, key.split(".")[0]), key.split(".")[1]) for key in dropped}
+            assert found == dropped
+
+    def test_and_the_other_way_round(self, tmp_path: Path) -> None:
+        content = recipe_content(tmp_path)
+        base = {**content, "meta": {"init": "from_teacher", "data": "train"}}
+        base["teacher"] = {"pretrained": "x", "depths": [2, 1], "data": "train"}
+        (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
+        overrides = {f"{section}.model": content[section]["model"] for section in ("meta", "teacher")}
+        recipe = load_recipe(tmp_path / "base.yaml", overrides)
+        assert (recipe.meta.init, recipe.teacher.pretrained) == ("random", None)
+
+    def test_what_the_recipe_itself_gives_is_not_dropped(self, tmp_path: Path) -> None:
+        (tmp_path / "base.yaml").write_text(yaml.safe_dump(recipe_content(tmp_path)))
+        model = {"model_type": "vit"}
+        with pytest.raises(RecipeError, match="meta: give `model` .* and not both"):
+            load_recipe(tmp_path / "base.yaml", {"meta.init": "from_teacher", "meta.model": model})
 
     def test_an_override_inside_a_value_is_refused(self) -> None:
         with pytest.raises(RecipeError, match="seed.x: `seed` is a value"):
@@ -127,6 +178,8 @@ class TestRecipesOfThePaper:
         assert config.num_processes == 8
 
 
+# the sets that the tiny recipe uses
+SETS = {name: {"source": f"imagefolder:{name}"} for name in ("train", "labelled", "iid", "ood")}
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "unknown key": ({"sede": 1}, "sede: there is no such key"),
     "unknown nested key": ({"distill": {"data": "train", "pair": [0]}}, "distill.pair: there is no such key"),
@@ -150,12 +203,36 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         "finetune.training: `alpha` belongs to distill.training or kd.training",
     ),
     "unknown data set": ({"finetune": {"data": "nothing"}}, "`finetune.data` is 'nothing', but `data` has only"),
-    "unknown arm": ({"arms": ["e2e", "magic"]}, "arms.1: .*'magic'"),
+    "unknown arm": ({"arms": ["e2e", "magic"]}, "arms: 'magic' is not a preset"),
     "depths of different lengths": (
         {"teacher": {"pretrained": "x", "depths": [1, 1, 1]}},
         r"`student.depths` \[1, 1\] makes 2 stages and `teacher.depths` \[1, 1, 1\] makes 3",
     ),
     "teacher from nowhere": ({"teacher": {"depths": [2, 1]}}, "teacher: give `pretrained`"),
+    "training argument that is none of a list": (
+        {"training": {"eval_strategy": "never"}},
+        "training: `eval_strategy` is 'never'; use one of no, steps, epoch",
+    ),
+    "YAML 1.1's truth": ({"equal_compute": "yes"}, "equal_compute: it should be true or false .*'yes'"),
+    "a training argument's truth": ({"training": {"bf16": "on"}}, "`bf16` is 'on': it should be true or false"),
+    "a holdout of the test folder alone": (
+        {"data": {**SETS, "iid": {"source": "imagefolder:test", "split": "test", "holdout": 0.1}}},
+        r"`data.iid` has `holdout: 0.1` .* of 'imagefolder:test', but .* set data.iid.holdout to 0 and data.iid.split",
+    ),
+    "a holdout that no set is tested on": (
+        {"data": {**SETS, "train": {"source": "imagefolder:train", "split": "train", "holdout": 0.1}}},
+        "no other set of this recipe is split 'test' of that folder",
+    ),
+    "two holdouts of one folder": (
+        {
+            "data": {
+                **SETS,
+                "train": {"source": "imagefolder:a", "split": "train", "holdout": 0.1},
+                "iid": {"source": "imagefolder:a", "split": "test", "holdout": 0.2},
+            }
+        },
+        "with the same `holdout`",
+    ),
     "seeds that repeat": ({"repeat_seeds": [0, 1]}, "must all differ"),
 }
 
@@ -165,6 +242,15 @@ class TestParseRecipe:
     def test_what_is_wrong_is_named_by_its_key(self, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
         with pytest.raises(RecipeError, match=message):
             tiny_recipe(tmp_path, **changes)
+
+    def test_a_holdout_beside_the_rest_of_its_folder_is_fine(self, tmp_path: Path) -> None:
+        one = {"holdout": 0.1}
+        data = {
+            **SETS,
+            "train": {"source": "imagefolder:own/", "split": "train", **one},
+            "iid": {"source": "imagefolder:./own", "split": "test", **one},
+        }
+        assert tiny_recipe(tmp_path, data=data).used_data()["iid"].holdout == 0.1
 
     def test_all_problems_are_listed_at_once(self, tmp_path: Path) -> None:
         with pytest.raises(RecipeError) as caught:
@@ -179,6 +265,13 @@ class TestParseValue:
     def test_values_are_read_as_yaml(self, text: str, value: Any) -> None:
         assert parse_value(text) == value
 
+    @pytest.mark.parametrize("text", ["no", "off", "on", "yes"])
+    def test_what_transformers_takes_as_text_stays_text(self, tmp_path: Path, text: str) -> None:
+        assert parse_value(text) == text
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump(recipe_content(tmp_path)).replace("name: tiny", f"name: {text}"))
+        assert load_recipe(path).name == text
+
     def test_a_broken_value_is_refused(self) -> None:
-        with pytest.raises(RecipeError, match=r"'\[0' cannot be read"):
+        with pytest.raises(RecipeError, match=r"'\[0' cannot be read as YAML. Close its brackets"):
             parse_value("[0")

@@ -11,7 +11,7 @@ from m2mkd.data.errors import DataError
 from m2mkd.data.imagenet_classes import imagenet_classes
 from m2mkd.experiment import runner
 from m2mkd.trainer.folders import read_json
-from m2mkd.trainer.run_data import RunData
+from m2mkd.trainer.run_data import RunData, describe_set
 
 
 WNIDS = imagenet_classes("tiny", "r")[:4]
@@ -44,6 +44,26 @@ def streamed(monkeypatch):
         monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: stream)
 
     return serve
+
+
+class TestDescribe:
+    def test_images_and_classes_of_each_set_that_is_used(self, tmp_path):
+        recipe = e2e_recipe(tmp_path, {"unused": {"source": "imagefolder:nowhere"}})
+        assert RunData(recipe).describe() == [
+            "data.train: 24 images of 3 classes (blue, green, red)",
+            "data.iid: 9 images of 3 classes (blue, green, red)",
+            "data.ood: 6 images of 3 classes (blue, green, red)",
+        ]
+
+    def test_only_the_first_classes_are_named(self):
+        assert describe_set("x", None, list("abcd")) == "data.x: an unknown number of images of 4 classes (a, b, c, …)"
+
+    def test_a_run_starts_with_it(self, tmp_path, capsys, monkeypatch):
+        monkeypatch.setattr(runner, "run_tasks", lambda *_: None)
+        monkeypatch.setattr(runner, "make_report", lambda _: None)
+        runner.run(tiny_recipe(tmp_path))
+        said = capsys.readouterr().out
+        assert said.startswith("data.train: 24 images") and "data.labelled: 12 images of 3 classes" in said
 
 
 PIXELS = {"image_size": 8, "resample": "bilinear"}

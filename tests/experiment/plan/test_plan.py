@@ -11,7 +11,11 @@ from transformers import Trainer, ViTConfig, ViTForImageClassification
 from m2mkd.data.errors import DataError
 from m2mkd.experiment.plan.plan import Plan, make_plan
 from m2mkd.modeling.stages import StageError
-from m2mkd.trainer.recipe import Recipe, parse_recipe
+from m2mkd.trainer.recipe import Recipe, load_recipe, parse_recipe
+from m2mkd.trainer.run_data import RunData
+
+
+RECIPES = Path(__file__).parents[3] / "recipes"
 
 
 def content(folder: Path, **changes: Any) -> dict[str, Any]:
@@ -71,6 +75,20 @@ class TestMakePlan:
         own["data"]["labelled"]["samples_per_class"] = 13
         phases = {phase.name: phase for phase in make_plan(parse_recipe(own, "published")).phases}
         assert phases["meta"].images == 1_281_167 and phases["arm e2e"].images == 13_000
+
+    def test_each_set_is_described(self, tmp_path: Path) -> None:
+        published = load_recipe(RECIPES / "nac_tiny_imagenet_scale_free.yaml", {"arms": ["e2e"]})
+        (ood,) = [line for line in make_plan(published).data if line.startswith("data.ood:")]
+        assert "an unknown number of images of 62 classes" in ood
+        plan = make_plan(parse_recipe(content(tmp_path), "tiny"))
+        assert plan.data == RunData(parse_recipe(content(tmp_path), "tiny")).describe()
+
+    @pytest.mark.parametrize("name", ["train", "iid"])
+    def test_a_published_set_without_the_split_is_refused(self, tmp_path: Path, name: str) -> None:
+        own = content(tmp_path)
+        own["data"][name] = {**own["data"][name], "source": "cifar10", "split": "tset"}
+        with pytest.raises(DataError, match=f"data.{name}: cifar10 has no split 'tset': set split to 'train'"):
+            make_plan(parse_recipe(own, "splits"))
 
     def test_a_published_teacher_costs_nothing_and_may_call_the_classes_otherwise(self, tmp_path: Path) -> None:
         own = content(tmp_path)
