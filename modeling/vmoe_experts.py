@@ -43,9 +43,15 @@ class AnyWidthExpertsInterface(ExpertsInterface):
     """The backends of transformers; `"grouped_mm"` for any width."""
 
     def get_interface(self, experts_implementation: str, default: Callable) -> Callable:
-        """The function of a backend; `default` for `"eager"`."""
+        """
+        The function of a backend; `default` for `"eager"`, and for `"grouped_mm"` while the model is exported: an
+        exported grouped product is an operator of transformers, which ONNX and a process with torch alone do not know.
+        """
         experts_forward = super().get_interface(experts_implementation, default)
-        return partial(padded_forward, experts_forward) if experts_implementation == "grouped_mm" else experts_forward
+        if experts_implementation != "grouped_mm":
+            return experts_forward
+        is_exported = torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export()
+        return default if is_exported else partial(padded_forward, experts_forward)
 
 
 def padded_forward(

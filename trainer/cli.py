@@ -10,10 +10,26 @@ from typing import Annotated, Any
 
 import typer
 
+from m2mkd import __version__
 
-app = typer.Typer(
-    help="Modular vision models, distilled module by module.", no_args_is_help=True, add_completion=False
-)
+
+app = typer.Typer(no_args_is_help=True, add_completion=False)
+
+
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        print(f"m2mkd {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main_options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Modular vision models, distilled module by module."""
+
 
 # Whatever is not a parameter of a command is a value of the recipe.
 _OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}

@@ -16,6 +16,7 @@ from testing_utils import assert_equal
 from tiny_run import recipe_content
 from typer.testing import CliRunner
 
+import m2mkd
 from m2mkd.trainer.cli import app
 
 
@@ -31,6 +32,31 @@ def recipe_file(folder: Path) -> Path:
 def train(*arguments: str, launcher: tuple[str, ...] = (sys.executable,)) -> subprocess.CompletedProcess[str]:
     command = [*launcher, str(ROOT / "train.py"), *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+
+
+class TestConsoleScript:
+    def test_help_and_version_import_neither_torch_nor_transformers(self) -> None:
+        script = (
+            "import sys, m2mkd_cli, m2mkd\n"
+            "from typer.testing import CliRunner\n"
+            "from m2mkd.trainer.cli import app\n"
+            "commands = [command.name for command in app.registered_commands]\n"
+            "for words in [['--help'], ['--version'], *([name, '--help'] for name in commands)]:\n"
+            "    done = CliRunner().invoke(app, words)\n"
+            "    assert done.exit_code == 0 and done.output, words\n"
+            "heavy = {'torch', 'transformers', 'numpy', 'accelerate', 'datasets'} & set(sys.modules)\n"
+            "assert commands and not heavy, heavy\n"
+            # a name is there all the same, and with it the model types
+            "from m2mkd import NACConfig\n"
+            "from transformers import AutoConfig\n"
+            "assert isinstance(AutoConfig.for_model('nac'), NACConfig) and AutoConfig.for_model('vmoe')\n"
+        )
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
+        assert done.returncode == 0, done.stderr
+
+    def test_it_has_a_version(self) -> None:
+        done = CliRunner().invoke(app, ["--version"])
+        assert done.exit_code == 0 and done.output == f"m2mkd {m2mkd.__version__}\n"
 
 
 class TestTrain:
