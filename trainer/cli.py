@@ -28,6 +28,9 @@ def run_command(
     ] = False,
     throughput: Annotated[str, typer.Option(help="TFLOP/s of a GPU for --plan, or 'measured' on this machine.")] = "",
     gpus: Annotated[int | None, typer.Option(help="GPUs for --plan; by default the processes started.")] = None,
+    list_recipes: Annotated[
+        bool, typer.Option("--list", help="Name the embedded recipe and those in the folder recipes, and run none.")
+    ] = False,
 ) -> None:
     """
     Run a recipe: train what is not finished, skip what is, write the report.
@@ -44,12 +47,16 @@ def run_command(
     """
 
     def work() -> None:
-        from m2mkd.trainer.recipe import load_recipe
+        from m2mkd.trainer import recipe as recipes
 
+        if list_recipes:
+            for name, sentence in recipes.list_recipes().items():
+                _print_once(f"{name}: {sentence}")
+            return
         # not a parameter of the command: click would take the value of the first override for it
         has_recipe = bool(context.args) and not context.args[0].startswith("--")
         path, options = (context.args[0], context.args[1:]) if has_recipe else (None, context.args)
-        recipe = load_recipe(path, _overrides(options))
+        recipe = recipes.load_recipe(path, _overrides(options))
         if miniature:
             from m2mkd.trainer.miniature import make_miniature
 
@@ -71,13 +78,12 @@ def report_command(context: typer.Context, run_folder: Annotated[Path, typer.Arg
     """Write the report of a finished run again, from its folders."""
 
     def work() -> None:
-        from m2mkd.trainer.folders import read_json
+        from m2mkd.trainer.folders import RECIPE_FILE, read_noted_recipe
         from m2mkd.trainer.recipe import parse_recipe
         from m2mkd.trainer.runner import make_report
 
-        source = run_folder / "recipe.json"
-        content = {**read_json(source), "output_dir": str(run_folder), **_overrides(context.args)}
-        _print_once(f"The report is in {make_report(parse_recipe(content, str(source)))}.")
+        content = {**read_noted_recipe(run_folder), "output_dir": str(run_folder), **_overrides(context.args)}
+        _print_once(f"The report is in {make_report(parse_recipe(content, str(run_folder / RECIPE_FILE)))}.")
 
     _explained(work)
 
@@ -286,11 +292,16 @@ def train() -> None:
 def _print_plan(recipe: Any, throughput: str, gpus: int | None) -> None:
     from rich.console import Console
 
+    from m2mkd.trainer.phases import Phases
     from m2mkd.trainer.plan import make_plan
     from m2mkd.trainer.plan_table import print_plan
     from m2mkd.trainer.recipe import RecipeError
+    from m2mkd.trainer.run_data import RunData
+    from m2mkd.trainer.screen import Screen
     from m2mkd.trainer.throughput import THROUGHPUT, measure_throughput
 
+    # in every process: they meet while the arguments are built
+    Phases(recipe, RunData(recipe), recipe.seed, Screen()).check_training()
     if int(os.environ.get("RANK", "0")) != 0:
         return
     try:

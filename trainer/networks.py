@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
 
 from m2mkd.data.config import DataConfig
@@ -82,7 +84,31 @@ def load_network(source: str | Path, **kwargs: Any) -> PreTrainedModel:
     try:
         return AutoModelForImageClassification.from_pretrained(source, **kwargs)
     except Exception as error:
-        raise StageError(f"The model {source} cannot be loaded: {error}") from error
+        raise StageError(_why_no_model(source, error)) from error
+
+
+def load_config(source: str | Path) -> PreTrainedConfig:
+    """The configuration of a Hub id or folder. Raises `StageError` if there is none."""
+    try:
+        return AutoConfig.from_pretrained(source)
+    except Exception as error:
+        raise StageError(_why_no_model(source, error)) from error
+
+
+def _why_no_model(source: str | Path, error: Exception) -> str:
+    """Why there is no model to load, and the way out."""
+    folder = Path(source)
+    if (folder / "config.json").is_file():
+        return f"The model {source} cannot be loaded: {error}"
+    if folder.is_dir():
+        arms = sorted(str(path.parent) for path in folder.glob("arms/*/config.json"))
+        instead = f"one of this run's models: {', '.join(arms)}" if arms else "a folder that save_pretrained wrote"
+        return f"There is no model in the folder {source}: it has no config.json. Give {instead}."
+    try:
+        validate_repo_id(str(source))
+    except HFValidationError:
+        return f"There is no folder {source}, and it is no id on the Hub (name or user/name). Check the path."
+    return f"There is no folder {source}, and no such model can be loaded from the Hub: {error}"
 
 
 def take_class_names(config: PreTrainedConfig, class_names: Sequence[str]) -> None:

@@ -35,7 +35,14 @@ from m2mkd.trainer.folders import (
 )
 from m2mkd.trainer.m2mkd_config import M2MKDConfig
 from m2mkd.trainer.m2mkd_trainer import M2MKDTrainer
-from m2mkd.trainer.networks import build_config, load_network, new_network, take_class_names, with_stitches
+from m2mkd.trainer.networks import (
+    build_config,
+    load_config,
+    load_network,
+    new_network,
+    take_class_names,
+    with_stitches,
+)
 from m2mkd.trainer.recipe import Recipe, RecipeError, Training
 from m2mkd.trainer.run_data import RunData
 from m2mkd.trainer.schedule import Task
@@ -82,6 +89,8 @@ class Phases:
     def check(self) -> None:
         """Build every configuration before anything is trained. Raises `RecipeError` or `StageError`."""
         recipe = self.recipe
+        if recipe.teacher.pretrained is not None:
+            load_config(recipe.teacher.pretrained)
         for model, data in (
             (recipe.meta.model, recipe.meta.data),
             (recipe.teacher.model, recipe.teacher.data),
@@ -90,6 +99,11 @@ class Phases:
         ):
             if model is not None:
                 build_config(model, self.data.config(data), self.data.class_names(data))
+        self.check_training()
+
+    def check_training(self) -> None:
+        """Build the training arguments of every phase. Raises `RecipeError`."""
+        recipe = self.recipe
         for key, training in (
             ("meta.training", recipe.meta.training),
             ("teacher.incubation", recipe.teacher.incubation),

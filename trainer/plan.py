@@ -5,15 +5,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from m2mkd.data.errors import DataError
 from m2mkd.data.imagenet_classes import imagenet_classes
 from m2mkd.data.known_sets import KNOWN_SETS
 from m2mkd.modeling.meta_from_teacher import meta_from_teacher
-from m2mkd.modeling.stages import Stage, StageError, check_stitchable, count_layers, split_into_stages
+from m2mkd.modeling.stages import Stage, check_stitchable, count_layers, split_into_stages
 from m2mkd.trainer.flops import count_parameters
-from m2mkd.trainer.networks import build_config, take_class_names
+from m2mkd.trainer.networks import build_config, load_config, take_class_names
 from m2mkd.trainer.recipe import NetworkSpec, Recipe, Training
 from m2mkd.trainer.run_data import RunData, describe_set
 from m2mkd.trainer.step_cost import COUNTED_IMAGES, StageCounter, StepCost, build_on_meta, stitched_pairs, trained_cost
@@ -186,10 +186,7 @@ class _Planner:
         spec = self.recipe.teacher
         if spec.model is not None:
             return self._network(spec.model, spec.data)
-        try:
-            config = AutoConfig.from_pretrained(spec.pretrained)
-        except Exception as error:
-            raise StageError(f"The configuration of {spec.pretrained} cannot be loaded: {error}") from error
+        config = load_config(spec.pretrained)
         config.image_size = self.data.config(self.recipe.distill.data).image_size
         take_class_names(config, self._size(self.recipe.distill.data)[1])
         return build_on_meta(config)

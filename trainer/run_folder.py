@@ -6,7 +6,14 @@ from typing import Any
 
 from accelerate import PartialState
 
-from m2mkd.trainer.folders import RunError, explained_write_errors, is_finished, read_json, write_json
+from m2mkd.trainer.folders import (
+    RECIPE_FILE,
+    RunError,
+    explained_write_errors,
+    is_finished,
+    read_noted_recipe,
+    write_json,
+)
 from m2mkd.trainer.recipe import Recipe
 
 
@@ -52,12 +59,12 @@ def claim_folder(output_dir: Path, recipe: Recipe) -> None:
     Raises:
         `RunError`: a finished phase depends on a key that changed, or the folder cannot be written.
     """
-    path, ours = output_dir / "recipe.json", recipe.model_dump(mode="json")
+    path, ours = output_dir / RECIPE_FILE, recipe.model_dump(mode="json")
     if PartialState().is_main_process:
         with explained_write_errors(path):
             output_dir.mkdir(parents=True, exist_ok=True)
         if path.is_file():
-            _check_changes(output_dir, _differences(read_json(path), ours), recipe)
+            _check_changes(output_dir, _differences(read_noted_recipe(output_dir), ours), recipe)
         with explained_write_errors(path):
             write_json(path, ours)
     PartialState().wait_for_everyone()
