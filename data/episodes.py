@@ -63,15 +63,10 @@ def draw_episodes(
         if train.class_names != validation.class_names:
             raise DataError("training and validation images have different classes: choose two splits of one set")
     pools = [_members(train), _members(train if validation is None else validation)]
-    needed = [shots, VALIDATION_SHOTS * shots] if validation is not None else [(1 + VALIDATION_SHOTS) * shots] * 2
-    enough = [all(len(pool[label]) >= count for pool, count in zip(pools, needed, strict=True)) for label in pools[0]]
-    eligible = np.flatnonzero(enough)
+    most = _most_shots(*pools, is_one=validation is None)
+    eligible = np.flatnonzero(most >= shots)
     if len(eligible) < ways:
-        raise DataError(
-            f"{len(eligible)} of {len(enough)} classes have the images for {shots} shots "
-            f"({' and '.join(map(str, needed))} to learn from and to test on), but {ways} ways are asked for: lower "
-            "ways or shots"
-        )
+        raise DataError(_too_few(most, ways, shots, len(eligible)))
     for number in range(episodes):
         rng = np.random.default_rng((seed, number))
         classes = np.sort(rng.choice(eligible, ways, replace=False))
@@ -83,6 +78,26 @@ def draw_episodes(
             rest = own[shots:] if validation is None else rng.permutation(pools[1][label])
             tested.append(rest[: VALIDATION_SHOTS * shots])
         yield Episode(classes, np.concatenate(learnt), np.concatenate(tested))
+
+
+def _most_shots(train: dict[int, np.ndarray], validation: dict[int, np.ndarray], is_one: bool) -> np.ndarray:
+    """How many images of each class an episode can learn from, so that there are enough others to test on."""
+    if is_one:
+        return np.array([len(own) // (1 + VALIDATION_SHOTS) for own in train.values()])
+    return np.array([min(len(train[label]), len(validation[label]) // VALIDATION_SHOTS) for label in train])
+
+
+def _too_few(most: np.ndarray, ways: int, shots: int, eligible: int) -> str:
+    if len(most) < ways:
+        return f"ways is {ways}, but there are only {len(most)} classes: set ways to {len(most)} or fewer"
+    fewer = int(np.sort(most)[::-1][ways - 1])
+    ways_out = [f"set shots to {fewer} or fewer"] if fewer else []
+    ways_out += [f"set ways to {eligible} or fewer"] if eligible > 1 else []
+    return (
+        f"shots is {shots}, so each class of an episode needs {shots} images to learn from and "
+        f"{VALIDATION_SHOTS * shots} others to test on. {eligible} of {len(most)} classes have as many, but ways is "
+        f"{ways}: {' or '.join(ways_out) or 'add images'}"
+    )
 
 
 def _members(data: LabeledImages) -> dict[int, np.ndarray]:

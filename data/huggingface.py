@@ -76,7 +76,16 @@ def _one_split(found: "datasets.Dataset | datasets.DatasetDict", config: DataCon
 
     if isinstance(found, datasets.DatasetDict):
         if config.split not in found:
-            raise DataError(f"{config.source} has no split {config.split!r}: set split to one of {sorted(found)}")
+            problem = (
+                f"no split of {config.source} is chosen"
+                if config.split is None
+                else f"{config.source} has no split {config.split!r}"
+            )
+            is_plain = os.path.isdir(config.source) and not os.path.isfile(
+                os.path.join(config.source, "dataset_dict.json")
+            )
+            folder = f", or give 'imagefolder:{config.source}' if its sub-folders are classes" if is_plain else ""
+            raise DataError(f"{problem}: set split to one of {sorted(found)}{folder}")
         return found[config.split]
     # load_dataset has obeyed `split` already (also "train[:10%]"); load_from_disk takes no split.
     saved = os.path.isfile(os.path.join(config.source, "state.json"))

@@ -11,7 +11,15 @@ from m2mkd.experiment.arms import Arm, arm_of_folder
 from m2mkd.experiment.phases import Phase, phases_of
 from m2mkd.experiment.run_folder import RunFolder
 from m2mkd.experiment.session import Session
-from m2mkd.trainer.folders import TRAIN_RESULTS, RunError, explained_write_errors, is_finished, read_json, write_json
+from m2mkd.trainer.folders import (
+    TRAIN_RESULTS,
+    RunError,
+    explained_write_errors,
+    is_finished,
+    read_json,
+    read_noted_recipe,
+    write_json,
+)
 from m2mkd.trainer.recipe import Recipe, RecipeError, parse_recipe
 from m2mkd.trainer.run_data import RunData
 from m2mkd.trainer.screen import Screen
@@ -62,7 +70,7 @@ def claim_folder(recipe: Recipe) -> None:
 def _changes(folder: RunFolder, recipe: Recipe) -> dict[str, str]:
     """What differs from the recipe that was recorded, in words by dotted key, without what is free."""
     try:
-        there = parse_recipe(read_json(folder.recipe), str(folder.recipe))
+        there = parse_recipe(read_noted_recipe(folder.path), str(folder.recipe))
     except RecipeError as error:
         raise RunError(f"{folder.path} holds a run of a recipe that is not valid here. {error}") from error
     # what a finished arm was made with counts, also if the last start did not ask for that arm

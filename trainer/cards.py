@@ -15,7 +15,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from m2mkd.data.config import IMAGEFOLDER_PREFIX, PackagedSource
 from m2mkd.experiment.arms import arm_of_folder
 from m2mkd.model_cards.tables import compute_section, markdown_table, results_section
-from m2mkd.trainer.folders import explained_write_errors
+from m2mkd.trainer.folders import check_is_run, explained_write_errors
 from m2mkd.trainer.hub import HubError
 from m2mkd.trainer.m2mkd_config import M2MKDConfig
 
@@ -245,11 +245,12 @@ def _template(name: str) -> str:
 
 
 def read_report(run_folder: Path) -> dict[str, Any]:
-    """`report.json` of a run. Raises `HubError` if it is missing or damaged."""
+    """`report.json` of a run. Raises `HubError` if it is missing or damaged, `RunError` if the folder is no run."""
     path = run_folder / REPORT_FILE
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
+        check_is_run(run_folder)
         raise HubError(
             f"{path} is missing: a card tells what was measured. Finish the run, or write the report again with "
             f"`m2mkd report {run_folder}`."

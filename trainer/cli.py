@@ -44,6 +44,9 @@ def run_command(
     ] = False,
     throughput: Annotated[str, typer.Option(help="TFLOP/s of a GPU for --plan, or 'measured' on this machine.")] = "",
     gpus: Annotated[int | None, typer.Option(help="GPUs for --plan; by default the processes started.")] = None,
+    list_recipes: Annotated[
+        bool, typer.Option("--list", help="Name the embedded recipe and those in the folder recipes, and run none.")
+    ] = False,
 ) -> None:
     """
     Run a recipe: train what is not finished, skip what is, write the report.
@@ -60,12 +63,16 @@ def run_command(
     """
 
     def work() -> None:
-        from m2mkd.trainer.recipe import load_recipe
+        from m2mkd.trainer import recipe as recipes
 
+        if list_recipes:
+            for name, sentence in recipes.list_recipes().items():
+                _print_once(f"{name}: {sentence}")
+            return
         # not a parameter of the command: click would take the value of the first override for it
         has_recipe = bool(context.args) and not context.args[0].startswith("--")
         path, options = (context.args[0], context.args[1:]) if has_recipe else (None, context.args)
-        recipe = load_recipe(path, _overrides(options))
+        recipe = recipes.load_recipe(path, _overrides(options))
         if miniature:
             from m2mkd.trainer.miniature import make_miniature
 
@@ -88,12 +95,11 @@ def report_command(context: typer.Context, run_folder: Annotated[Path, typer.Arg
 
     def work() -> None:
         from m2mkd.experiment.report import make_report
-        from m2mkd.trainer.folders import read_json
+        from m2mkd.trainer.folders import RECIPE_FILE, read_noted_recipe
         from m2mkd.trainer.recipe import parse_recipe
 
-        source = run_folder / "recipe.json"
-        content = {**read_json(source), "output_dir": str(run_folder), **_overrides(context.args)}
-        _print_once(f"The report is in {make_report(parse_recipe(content, str(source)))}.")
+        content = {**read_noted_recipe(run_folder), "output_dir": str(run_folder), **_overrides(context.args)}
+        _print_once(f"The report is in {make_report(parse_recipe(content, str(run_folder / RECIPE_FILE)))}.")
 
     _explained(work)
 
@@ -303,11 +309,18 @@ def _print_plan(recipe: Any, throughput: str, gpus: int | None) -> None:
     from rich.console import Console
     from transformers.utils.logging import disable_progress_bar
 
+    from m2mkd.experiment.check import check_arguments
+    from m2mkd.experiment.phases import phases_of
     from m2mkd.experiment.plan.plan import make_plan
     from m2mkd.experiment.plan.table import print_plan
     from m2mkd.experiment.plan.throughput import THROUGHPUT, measure_throughput
+    from m2mkd.experiment.session import Session
     from m2mkd.trainer.recipe import RecipeError
+    from m2mkd.trainer.run_data import RunData
+    from m2mkd.trainer.screen import Screen
 
+    # in every process: they meet while the arguments are built
+    check_arguments(phases_of(Session(recipe, RunData(recipe), recipe.seed, Screen())).values())
     if int(os.environ.get("RANK", "0")) != 0:
         return
     try:

@@ -1,5 +1,6 @@
 """`m2mkd evaluate`: a saved model on any data set, over the classes that both have."""
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from m2mkd.data.processing import pixels_of_processor
 from m2mkd.data.sources import load_images
 from m2mkd.trainer.evaluation import predict
 from m2mkd.trainer.networks import load_network, load_processor
+from m2mkd.trainer.screen import Screen
 
 
 # The split that is tested where none is named.
@@ -114,12 +116,15 @@ def evaluate_folder(
     Raises:
         `DataError`, `StageError`: a set or the model cannot be had, or they share no class.
     """
+    # not to the standard output, which may be JSON for another program
+    screen = Screen(sys.stderr)
     model, pixels = load_for_evaluation(folder)
     results = {}
     for source in sources:
         config = data_config(source, pixels, split, partial)
         whole, class_names = load_images(config), class_names_of(model, source)
         data = shared_classes(whole, class_names, source)
+        screen.say(f"Evaluating {folder} on {source}: {len(data):,} images")
         use_cpu = not torch.accelerator.is_available()
         predictions = predict(model, ImageDataset(data, config, train=False), batch_size, use_cpu)
         by_class = PerClassAccuracy().compute(

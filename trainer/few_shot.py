@@ -1,7 +1,8 @@
 """`m2mkd few-shot`: a new head on the frozen features of a saved model, over many small tasks."""
 
 import math
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from m2mkd.data.episodes import draw_episodes
 from m2mkd.data.known_sets import KNOWN_SETS
 from m2mkd.data.sources import load_images
 from m2mkd.trainer.evaluate_folder import data_config, load_for_evaluation
+from m2mkd.trainer.screen import Screen
 
 
 LABEL_SMOOTHING = 0.1
@@ -74,6 +76,9 @@ def few_shot(
     Raises:
         `DataError`, `StageError`: the set or the model cannot be had, or there are too few images.
     """
+    # not to the standard output, which may be JSON for another program
+    screen = Screen(sys.stderr)
+    screen.say(f"Few-shot test of {folder} on {source}: loading")
     model, pixels = load_for_evaluation(folder)
     config, second = _splits(source, pixels, train_split, val_split, partial)
     train = load_images(config)
@@ -82,11 +87,16 @@ def few_shot(
     model = model.to(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu").eval()
 
     pool = train if validation is None else validation
-    learnt = _features(model, ImageDataset(train, config, False), (each.train for each in drawn), batch_size)
-    tested = _features(model, ImageDataset(pool, config, False), (each.validation for each in drawn), batch_size)
+    learnt, tested = (
+        _features(model, ImageDataset(images, config, False), indices, batch_size, screen)
+        for images, indices in (
+            (train, [each.train for each in drawn]),
+            (pool, [each.validation for each in drawn]),
+        )
+    )
     how = NAC_SGD if model.config.model_type == "nac" else ADAMW
     accuracies = []
-    for number, episode in enumerate(drawn):
+    for number, episode in enumerate(screen.track("episodes", drawn, len(drawn))):
         features, labels = _gather(learnt, episode.train), torch.from_numpy(episode.train_labels)
         head = train_head(features, labels, ways, how, seed + number)
         predicted = head(_gather(tested, episode.validation)).argmax(dim=-1).numpy()
@@ -116,14 +126,19 @@ def _splits(
 
 @torch.no_grad()
 def _features(
-    model: PreTrainedModel, dataset: ImageDataset, indices: Iterator[np.ndarray], batch_size: int
+    model: PreTrainedModel,
+    dataset: ImageDataset,
+    indices: Sequence[np.ndarray],
+    batch_size: int,
+    screen: Screen,
 ) -> dict[int, torch.Tensor]:
     """What the model's classifier is given for each image that an episode needs, `(hidden_size,)`, by position."""
-    needed = np.unique(np.concatenate(list(indices))).tolist()
+    needed = np.unique(np.concatenate(indices)).tolist()
     seen: list[torch.Tensor] = []
     hook = model.classifier.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     try:
-        for batch in DataLoader(Subset(dataset, needed), batch_size=batch_size):
+        batches = DataLoader(Subset(dataset, needed), batch_size=batch_size)
+        for batch in screen.track(f"features of {len(needed):,} images", batches, len(batches)):
             model(batch["pixel_values"].to(model.device))
     finally:
         hook.remove()

@@ -16,10 +16,30 @@ from m2mkd.trainer.m2mkd_trainer import COMPLETE_MARKER
 
 TRAIN_RESULTS = "train_results.json"
 EVAL_RESULTS = "eval_results.json"
+RECIPE_FILE = "recipe.json"
 
 
 class RunError(RuntimeError):
     """A run cannot go on; the message says what to do. Finished phases are kept."""
+
+
+def check_is_run(folder: Path) -> None:
+    """Raises `RunError` if no run has noted its recipe in a folder."""
+    if not (folder / RECIPE_FILE).is_file():
+        raise RunError(f"{folder} is no folder of a run: it has no {RECIPE_FILE}. Give the `output_dir` of a run.")
+
+
+def read_noted_recipe(run_folder: Path) -> Any:
+    """The recipe that a run has noted. Raises `RunError` if the folder is no run, or the file is damaged."""
+    check_is_run(run_folder)
+    path = run_folder / RECIPE_FILE
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise RunError(
+            f"{path} cannot be read ({error}). Delete this file and run the recipe of this run again: its finished "
+            "phases are kept, and the file is written again."
+        ) from error
 
 
 def is_finished(folder: Path) -> bool:

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.utils import validate_repo_id
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -93,7 +94,7 @@ def load_network(source: str | Path, **kwargs: Any) -> PreTrainedModel:
     try:
         model, info = AutoModelForImageClassification.from_pretrained(source, output_loading_info=True, **kwargs)
     except Exception as error:
-        raise StageError(f"The model {source} cannot be loaded: {error}") from error
+        raise StageError(_why_no_model(source, error)) from error
     if info["missing_keys"]:
         raise _untrained(source, info["missing_keys"])
     return model
@@ -110,7 +111,7 @@ def load_network_config(source: str | Path) -> PreTrainedConfig:
     try:
         config = AutoConfig.from_pretrained(source)
     except Exception as error:
-        raise StageError(f"The configuration of {source} cannot be loaded: {error}") from error
+        raise StageError(_why_no_model(source, error)) from error
     try:
         folder = source if Path(source).is_dir() else snapshot_download(str(source), local_files_only=True)
     except LocalEntryNotFoundError:
@@ -152,6 +153,22 @@ def fit_to_data(network: PreTrainedModel, data: DataConfig, class_names: Sequenc
     """
     fit_image_size(network, data.image_size)
     take_class_names(network.config, class_names)
+
+
+def _why_no_model(source: str | Path, error: Exception) -> str:
+    """Why there is no model to load, and the way out."""
+    folder = Path(source)
+    if (folder / "config.json").is_file():
+        return f"The model {source} cannot be loaded: {error}"
+    if folder.is_dir():
+        arms = sorted(str(path.parent) for path in folder.glob("arms/*/config.json"))
+        instead = f"one of this run's models: {', '.join(arms)}" if arms else "a folder that save_pretrained wrote"
+        return f"There is no model in the folder {source}: it has no config.json. Give {instead}."
+    try:
+        validate_repo_id(str(source))
+    except HFValidationError:
+        return f"There is no folder {source}, and it is no id on the Hub (name or user/name). Check the path."
+    return f"There is no folder {source}, and no such model can be loaded from the Hub: {error}"
 
 
 def take_class_names(config: PreTrainedConfig, class_names: Sequence[str]) -> None:

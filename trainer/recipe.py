@@ -1,6 +1,7 @@
 """Recipes: what a run trains, on which data, for how long. YAML in, checked objects out."""
 
 import copy
+import itertools
 import re
 from importlib import resources
 from pathlib import Path
@@ -298,10 +299,31 @@ def load_recipe(path: str | Path | None = None, overrides: dict[str, Any] | None
     return parse_recipe(content, str(source))
 
 
+def list_recipes() -> dict[str, str]:
+    """The first sentence of the embedded recipe and of those in the folder `recipes` here, by name or path."""
+    embedded = {"(none given)": resources.files("m2mkd.trainer") / "default.yaml"}
+    recipes = {**embedded, **{str(path): path for path in _recipes_here()}}
+    return {name: _first_sentence(source.read_text(encoding="utf-8")) for name, source in recipes.items()}
+
+
+def _recipes_here() -> list[Path]:
+    return sorted(Path("recipes").glob("*.yaml"))
+
+
+def _first_sentence(text: str) -> str:
+    """Of the comment that a file starts with."""
+    lines = itertools.takewhile(lambda line: line.startswith("# "), text.splitlines())
+    return " ".join(line.removeprefix("# ") for line in lines).partition(". ")[0].removesuffix(".") + "."
+
+
 def _read(source: Any, extended: list[str]) -> dict[str, Any]:
     """The content of a recipe, with what it extends; `extended` are those that extend it."""
     if not source.is_file():
-        raise RecipeError(f"There is no recipe {source}. Recipes are YAML files; the repository's are in recipes/.")
+        here = ", ".join(str(path) for path in _recipes_here())
+        raise RecipeError(
+            f"There is no recipe {source}. "
+            + (f"There are: {here}." if here else "The repository of m2mkd has some in its folder recipes/.")
+        )
     try:
         content = yaml.load(source.read_text(encoding="utf-8"), Loader=_Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:

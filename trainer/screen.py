@@ -2,7 +2,9 @@
 
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from multiprocessing.connection import Connection
+from typing import TextIO, TypeVar
 
 from accelerate import PartialState
 from tqdm.auto import tqdm
@@ -12,12 +14,19 @@ from tqdm.auto import tqdm
 SECONDS_BETWEEN_LINES = 30.0
 # A worker reports its steps no more often than this.
 SECONDS_BETWEEN_REPORTS = 0.2
+T = TypeVar("T")
 
 
 class Screen:
-    """Draws in this process. Of several that train together, the main one draws."""
+    """
+    Draws in this process. Of several that train together, the main one draws.
 
-    def __init__(self) -> None:
+    Args:
+        stream (`TextIO`, *optional*): Where lines go. `None`: to the standard output.
+    """
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self._stream = stream
         self._bars: dict[str, tqdm] = {}
         self._last_line: dict[str, float] = {}
 
@@ -25,8 +34,9 @@ class Screen:
         """Print a line above the bars."""
         if PartialState().is_main_process:
             # tqdm takes its bars away while it writes
-            tqdm.write(text, file=sys.stdout)
-            sys.stdout.flush()
+            stream = self._stream or sys.stdout
+            tqdm.write(text, file=stream)
+            stream.flush()
 
     def advance(self, name: str, step: int, total: int, shown: dict[str, str]) -> None:
         """Show that the phase `name` has done `step` of `total` steps, with a few values beside them."""
@@ -38,6 +48,14 @@ class Screen:
         bar = self._bars[name]
         bar.set_postfix(shown, refresh=False)
         bar.update(step - bar.n)
+
+    def track(self, name: str, items: Iterable[T], total: int) -> Iterator[T]:
+        """The items one by one, while it is shown how many of `total` are done."""
+        self.advance(name, 0, total, {})
+        for step, item in enumerate(items, start=1):
+            yield item
+            self.advance(name, step, total, {})
+        self.finish(name)
 
     def _advance_by_line(self, name: str, step: int, total: int, shown: dict[str, str]) -> None:
         now = time.monotonic()

@@ -135,6 +135,7 @@ def test_a_run_without_a_report_or_arm_is_refused_with_the_way_out(finished_run:
         render_card(finished_run, "kd", "alice/tiny")
     with pytest.raises(HubError, match=r"no seed 3, only 0"):
         render_card(finished_run, "e2e", "alice/tiny", seed=3)
+    (tmp_path / "recipe.json").touch()
     with pytest.raises(HubError, match=f"m2mkd report {tmp_path}"):
         render_card(tmp_path, "m2mkd", "alice/tiny")
     (tmp_path / "report.json").write_text("{")

@@ -104,6 +104,10 @@ class TestTrain:
             (["--plan", "--throughput", "fast"], "--throughput is 'fast'; give a positive number of TFLOP/s"),
             (["--seed"], "--seed has no value"),
             (["nowhere.yaml"], "There is no recipe nowhere.yaml"),
+            (["--plan", "--finetune.training.eval_strategy", "never"], "`eval_strategy` is 'never'; use one of no, "),
+            (["--plan", "--training.warmup_steps", "-1"], "arguments of meta.training (with those of training)"),
+            (["--plan", "--teacher.pretrained", "a/b/c"], "There is no folder a/b/c, and it is no id on the Hub"),
+            (["--teacher.pretrained", "a/b/c"], "There is no folder a/b/c, and it is no id on the Hub"),
             (["--data.iid.source", "imagefolder:/nowhere"], "/nowhere"),
         ],
     )
@@ -112,6 +116,14 @@ class TestTrain:
         done = CliRunner().invoke(app, ["run", *arguments, *folder])
         assert done.exit_code == 1 and isinstance(done.exception, SystemExit)
         assert message in done.stderr
+
+    def test_the_recipes_are_listed(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(ROOT)
+        lines = CliRunner().invoke(app, ["run", "--list"]).stdout.splitlines()
+        assert lines[0].startswith("(none given): V-MoE-tiny for digits: ")
+        assert [line.partition(":")[0] for line in lines[1:]] == sorted(map(str, Path("recipes").glob("*.yaml")))
+        missing = CliRunner().invoke(app, ["run", "recipes/nac.yaml"])
+        assert "There is no recipe recipes/nac.yaml. There are: recipes/digits_from_teacher.yaml, " in missing.stderr
 
     def test_two_processes_run_a_recipe_together(self, tmp_path: Path) -> None:
         path = recipe_file(tmp_path)
@@ -153,3 +165,15 @@ class TestReport:
         again = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
         assert again.returncode == 0, again.stderr
         assert (tmp_path / "run" / "report.md").is_file()
+
+    @pytest.mark.parametrize("command", [["report"], ["push", "--repo-id", "user/name"]])
+    def test_a_folder_that_is_no_run_is_not_to_be_deleted(self, tmp_path: Path, command: list[str]) -> None:
+        done = CliRunner().invoke(app, [*command, str(tmp_path)])
+        assert done.exit_code == 1 and "Delete" not in done.stderr
+        assert f"{tmp_path} is no folder of a run: it has no recipe.json. Give the `output_dir`" in done.stderr
+
+    def test_a_damaged_recipe_is_all_that_is_to_be_deleted(self, tmp_path: Path) -> None:
+        (tmp_path / "recipe.json").write_text("{")
+        done = CliRunner().invoke(app, ["report", str(tmp_path)])
+        assert done.exit_code == 1 and "recipe.json cannot be read" in done.stderr
+        assert "Delete this file and run the recipe of this run again" in done.stderr

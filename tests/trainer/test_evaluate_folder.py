@@ -146,7 +146,29 @@ class TestCommand:
         assert "top-5 %" in table.output and TINY[3] in table.output
         plain = self.run(str(model), "--data", source, "--json")
         result = json.loads(plain.stdout)[source]
+        assert plain.stderr == f"Evaluating {model} on {source}: 36 images\n"
         assert result["n"] == 36 and set(result["per_class"]) == set(TINY)
+
+    @pytest.mark.parametrize("command", ["evaluate", "few-shot"])
+    @pytest.mark.parametrize(
+        ("made", "message"),
+        [
+            ([], "There is no folder {folder}, and it is no id on the Hub (name or user/name). Check the path."),
+            (["x"], "There is no model in the folder {folder}: it has no config.json. Give a folder that save_pretr"),
+            (["arms/kd/config.json"], "Give one of this run's models: {folder}/arms/kd."),
+        ],
+    )
+    def test_no_model(self, tmp_path, command, made, message):
+        folder = tmp_path / "run"
+        for name in made:
+            (folder / name).parent.mkdir(parents=True)
+            (folder / name).touch()
+        done = CliRunner().invoke(app, [command, str(folder), "--data", "mnist5k"])
+        assert done.exit_code == 1 and message.format(folder=folder) in done.stderr
+
+    def test_an_id_that_the_hub_does_not_have(self):
+        done = self.run("runs/none", "--data", "mnist5k")
+        assert "There is no folder runs/none, and no such model can be loaded from the Hub: " in done.stderr
 
     def test_error(self, tmp_path):
         done = self.run(str(saved(tmp_path / "model", TINY)), "--data", "cifar10:nowhere")

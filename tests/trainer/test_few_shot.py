@@ -13,6 +13,7 @@ from m2mkd.data import DataConfig, DataError, build_image_processor
 from m2mkd.trainer import few_shot as few_shot_module
 from m2mkd.trainer.cli import app
 from m2mkd.trainer.few_shot import ADAMW, NAC_SGD, few_shot, interval_95, train_head
+from m2mkd.trainer.screen import Screen
 
 
 @pytest.fixture
@@ -69,7 +70,7 @@ class TestFewShot:
         assert {few_shot_module._learning_rate(NAC_SGD, step) for step in range(500)} == {3e-4}
 
     def test_too_few_images(self, tmp_path, images):
-        with pytest.raises(DataError, match="0 of 6 classes have the images for 3 shots"):
+        with pytest.raises(DataError, match="shots is 3, so .*: set shots to 2 or fewer"):
             few_shot(saved(tmp_path / "model", vit()), images, ways=4, shots=3)
 
 
@@ -90,8 +91,17 @@ class TestCommand:
         options = ["few-shot", folder, "--data", images, "--ways", "3", "--shots", "1", "--episodes", "3"]
         done = CliRunner().invoke(app, options)
         assert done.exit_code == 0 and "3-way 1-shot on" in done.stdout and "±" in done.stdout
-        result = json.loads(CliRunner().invoke(app, [*options, "--json"]).stdout)
-        assert len(result["episodes"]) == 3
+        plain = CliRunner().invoke(app, [*options, "--json"])
+        assert len(json.loads(plain.stdout)["episodes"]) == 3
+        # at once, and beside the JSON
+        assert plain.stderr.startswith(f"Few-shot test of {folder} on {images}: loading")
+
+    def test_progress_is_shown(self, tmp_path, images, monkeypatch):
+        shown = []
+        monkeypatch.setattr(Screen, "advance", lambda _, name, step, total, values: shown.append((name, step, total)))
+        few_shot(saved(tmp_path / "model", vit()), images, ways=3, shots=1, episodes=3, batch_size=4)
+        assert shown[-4:] == [("episodes", step, 3) for step in range(4)]
+        assert shown[0][0].startswith("features of ") and shown[0][1] == 0
 
     def test_error(self, tmp_path):
         done = CliRunner().invoke(app, ["few-shot", str(saved(tmp_path, vit())), "--data", "cifar100:nowhere"])

@@ -24,6 +24,7 @@ from typer.testing import CliRunner, Result
 from m2mkd.modeling.pair_files import PairFileError, read_contract, tensors_sha256
 from m2mkd.trainer import hub as hub_module
 from m2mkd.trainer.cli import app
+from m2mkd.trainer.folders import RunError
 from m2mkd.trainer.hub import HubError
 from m2mkd.trainer.push import files_to_push, print_files, push
 
@@ -79,6 +80,9 @@ class TestFilesToPush:
     def test_what_is_not_finished_is_refused(self, finished_run: Path, tmp_path: Path):
         with pytest.raises(HubError, match="no arm 'kd', only e2e, m2mkd"):
             files_to_push(finished_run, "kd", "alice/tiny")
+        with pytest.raises(RunError, match="is no folder of a run"):
+            files_to_push(tmp_path, "m2mkd", "alice/tiny")
+        (tmp_path / "recipe.json").touch()
         with pytest.raises(HubError, match="report.json is missing.*Finish the run"):
             files_to_push(tmp_path, "m2mkd", "alice/tiny")
         run = shutil.copytree(finished_run, tmp_path / "run")
