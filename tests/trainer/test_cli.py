@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import yaml
@@ -17,6 +18,7 @@ from tiny_run import recipe_content
 from typer.testing import CliRunner
 
 import m2mkd
+from m2mkd.trainer import runner
 from m2mkd.trainer.cli import app
 
 
@@ -110,6 +112,12 @@ class TestTrain:
         done = CliRunner().invoke(app, ["run", *arguments, *folder])
         assert done.exit_code == 1 and isinstance(done.exception, SystemExit)
         assert message in done.stderr
+
+    def test_ctrl_c_ends_in_one_sentence(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(runner, "run", Mock(side_effect=KeyboardInterrupt))
+        done = CliRunner().invoke(app, ["run", str(recipe_file(tmp_path))])
+        assert done.exit_code == 130
+        assert done.stderr == "Interrupted. Finished phases are kept; run the same command again to go on.\n"
 
     def test_two_processes_run_a_recipe_together(self, tmp_path: Path) -> None:
         path = recipe_file(tmp_path)
