@@ -12,6 +12,7 @@ from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from transformers import AutoImageProcessor, PreTrainedModel, ProgressCallback, TrainerState
 from transformers.image_processing_utils import BaseImageProcessor
+from transformers.integrations import get_reporting_integration_callbacks
 
 from m2mkd.data.loading import default_workers
 from m2mkd.data.processing import build_image_processor
@@ -28,6 +29,7 @@ from m2mkd.trainer.folders import (
     RunError,
     explained_write_errors,
     is_finished,
+    keep_tracker_files,
     last_complete_checkpoint,
     read_json,
     write_folder,
@@ -99,8 +101,11 @@ class Phases:
             ("kd.training", {**recipe.finetune.training, **recipe.kd.training}),
         ):
             try:
-                self._arguments(self.own, self.seed, training, {})
-            except (ValueError, TypeError, ImportError) as error:
+                args = self._arguments(self.own, self.seed, training, {})
+                for tracker in get_reporting_integration_callbacks(args.report_to):
+                    # raises RuntimeError if its library is not installed
+                    tracker()
+            except (ValueError, TypeError, ImportError, RuntimeError) as error:
                 raise RecipeError(f"The arguments of {key} (with those of training) are refused: {error}") from error
 
     def tasks(self) -> list[Task]:
@@ -267,8 +272,9 @@ class Phases:
             )
         name = "teacher" if aligned else "teacher: fine-tuning"
         phases["finetuning"] = self._train(folder, name, spec.data, model, spec.finetuning, _NO_TEACHER, seed=seed)
-        self._save_model(folder, model, spec.data, {**_total(phases), "phases": phases})
-        self._remove_work(self.shared / "teacher-incubation")
+        incubation = self.shared / "teacher-incubation"
+        self._save_model(folder, model, spec.data, {**_total(phases), "phases": phases}, [incubation])
+        self._remove_work(incubation)
 
     def _evaluate_pretrained_teacher(self, folder: Path) -> None:
         """A published teacher is not copied; its folder holds its results alone."""
@@ -326,6 +332,7 @@ class Phases:
                 build_image_processor(self.data.config(spec.data)).save_pretrained(temporary)
                 own = {**share, "parameters": count_parameters(pair), "hybrids": hybrids}
                 write_json(temporary / TRAIN_RESULTS, {**results, **own})
+                keep_tracker_files(_work_folder(work), temporary)
 
             write_folder(folders[index], write)
         self._remove_work(work)
@@ -398,7 +405,7 @@ class Phases:
     ) -> Results:
         """Train `model` in place, from its last checkpoint if there is one. Returns what `train_results.json` says."""
         seed = self.seed if seed is None else seed
-        work = folder.parent / f".{folder.name}.work"
+        work = _work_folder(folder)
         args = self._arguments(work, seed, training, own)
         networks = [network for network in (model, teacher, meta) if network is not None]
         trainer = self._trainer(args, data, model, teacher, meta, seed, trainer_class)
@@ -484,7 +491,10 @@ class Phases:
                     results["expert_load"] = expert_load(model, test_set, batch_size)
         return results
 
-    def _save_model(self, folder: Path, model: PreTrainedModel, data: str, results: Results) -> None:
+    def _save_model(
+        self, folder: Path, model: PreTrainedModel, data: str, results: Results, before: Sequence[Path] = ()
+    ) -> None:
+        """Evaluate a trained model and write its folder. `before`: trainings that came before that of `folder`."""
         evaluation = self._evaluate(model, data)
 
         def write(temporary: Path) -> None:
@@ -492,6 +502,8 @@ class Phases:
             build_image_processor(self.data.config(data)).save_pretrained(temporary)
             write_json(temporary / EVAL_RESULTS, evaluation)
             write_json(temporary / TRAIN_RESULTS, {**results, "parameters": count_parameters(model)})
+            for training in (*before, folder):
+                keep_tracker_files(_work_folder(training), temporary)
 
         write_folder(folder, write)
         self._remove_work(folder)
@@ -531,7 +543,7 @@ class Phases:
 
     def _remove_work(self, folder: Path) -> None:
         if PartialState().is_main_process:
-            shutil.rmtree(folder.parent / f".{folder.name}.work", ignore_errors=True)
+            shutil.rmtree(_work_folder(folder), ignore_errors=True)
 
     def _say(self, text: str) -> None:
         self.screen.say(f"[seed {self.seed}] {text}")
@@ -546,6 +558,11 @@ _NOTHING_TRAINED: Results = {
     "epochs": 0.0,
     "log_history": [],
 }
+
+
+def _work_folder(folder: Path) -> Path:
+    """Where a training whose result goes to `folder` keeps its checkpoints."""
+    return folder.parent / f".{folder.name}.work"
 
 
 def _train_or_restore(trainer: M2MKDTrainer, checkpoint: Path | None) -> list[dict[str, Any]]:
