@@ -2,6 +2,8 @@
 
 from collections.abc import Iterable
 
+from transformers.integrations import get_reporting_integration_callbacks
+
 from m2mkd.experiment.phases import Phase
 from m2mkd.trainer.recipe import RecipeError
 
@@ -20,6 +22,9 @@ def check_arguments(phases: Iterable[Phase]) -> None:
         session = phase.session
         for key, training in phase.training_arguments().items():
             try:
-                session.arguments(session.folder.path, training, {})
-            except (ValueError, TypeError, ImportError) as error:
+                args = session.arguments(session.folder.path, training, {})
+                for tracker in get_reporting_integration_callbacks(args.report_to):
+                    # raises RuntimeError if its library is not installed
+                    tracker()
+            except (ValueError, TypeError, ImportError, RuntimeError) as error:
                 raise RecipeError(f"The arguments of {key} (with those of training) are refused: {error}") from error

@@ -2,7 +2,7 @@
 
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from m2mkd.trainer.folders import (
     EVAL_RESULTS,
     TRAIN_RESULTS,
     explained_write_errors,
+    keep_tracker_files,
     last_complete_checkpoint,
     write_folder,
     write_json,
@@ -219,8 +220,10 @@ class Session:
                     results["expert_load"] = expert_load(model, test_set, batch_size)
         return results
 
-    def save_model(self, folder: Path, model: PreTrainedModel, data: str, results: Results) -> None:
-        """Test a trained model and write its folder."""
+    def save_model(
+        self, folder: Path, model: PreTrainedModel, data: str, results: Results, before: Sequence[Path] = ()
+    ) -> None:
+        """Test a trained model and write its folder. `before`: trainings that came before that of `folder`."""
         evaluation = self.evaluate(model, data)
 
         def write(temporary: Path) -> None:
@@ -228,6 +231,8 @@ class Session:
             build_image_processor(self.data.config(data)).save_pretrained(temporary)
             write_json(temporary / EVAL_RESULTS, evaluation)
             write_json(temporary / TRAIN_RESULTS, {**results, "parameters": count_parameters(model)})
+            for training in (*before, folder):
+                keep_tracker_files(work_folder(training), temporary)
 
         write_folder(folder, write)
         self.remove_work(folder)

@@ -3,6 +3,7 @@
 import logging
 import math
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -86,7 +87,7 @@ def run_command(
         if report is not None:
             _print_once(f"The report is in {report} (and report.json, report.png beside it).")
 
-    _explained(work)
+    _explained(work, "Finished phases are kept; run the same command again to go on.")
 
 
 @app.command("report", context_settings=_OVERRIDES)
@@ -358,8 +359,21 @@ def _overrides(arguments: list[str]) -> dict[str, Any]:
     return overrides
 
 
-def _explained(work: Callable[[], None]) -> None:
-    """Run `work`; what a user can mend ends in its message alone, everything else in a traceback."""
+def _explained(work: Callable[[], None], if_interrupted: str = "") -> None:
+    """
+    Run `work`; what a user can mend ends in its message alone, and so does Ctrl-C, with `if_interrupted` behind it.
+    Everything else ends in a traceback.
+    """
+    try:
+        _without_mendable_errors(work)
+    except KeyboardInterrupt:
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(f"Interrupted. {if_interrupted}".strip(), file=sys.stderr)
+        # what a shell gives for a command that Ctrl-C ended
+        raise typer.Exit(128 + signal.SIGINT) from None
+
+
+def _without_mendable_errors(work: Callable[[], None]) -> None:
     from m2mkd.data.errors import DataError
     from m2mkd.experiment.report.collect import ReportError
     from m2mkd.modeling.conversion import ConversionError

@@ -17,6 +17,7 @@ from m2mkd.trainer.m2mkd_trainer import COMPLETE_MARKER
 TRAIN_RESULTS = "train_results.json"
 EVAL_RESULTS = "eval_results.json"
 RECIPE_FILE = "recipe.json"
+CHECKPOINT = "checkpoint-"
 
 
 class RunError(RuntimeError):
@@ -110,10 +111,19 @@ def read_json(path: Path) -> Any:
 
 def last_complete_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint in `folder` that was written to its end; what a killed process left behind is deleted."""
-    checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    checkpoints = sorted(folder.glob(f"{CHECKPOINT}*"), key=lambda path: int(path.name.rpartition("-")[2]))
     complete = [path for path in checkpoints if (path / COMPLETE_MARKER).is_file()]
     if PartialState().is_main_process:
         for path in set(checkpoints) - set(complete):
             shutil.rmtree(path)
     PartialState().wait_for_everyone()
     return complete[-1] if complete else None
+
+
+def keep_tracker_files(work: Path, folder: Path) -> None:
+    """Copy what trackers (`report_to`) wrote beside the checkpoints, in every session of a training, to `folder`."""
+    for path in work.glob("*"):
+        if path.is_dir() and not path.name.startswith(CHECKPOINT):
+            shutil.copytree(path, folder / path.name, dirs_exist_ok=True)
+        elif path.is_file():
+            shutil.copy(path, folder)

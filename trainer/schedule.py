@@ -7,7 +7,7 @@ import signal
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -153,6 +153,9 @@ class _Worker:
 
     def end(self) -> None:
         self._process.terminate()
+        # and what it has started: the processes of a data loader would wait for minutes for one that is gone
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
         self._process.join()
         self.connection.close()
 
@@ -176,6 +179,10 @@ def _no_interrupts() -> Iterator[None]:
 
 def _serve(connection: Connection, work: Work, threads: int) -> None:
     """What a worker process runs."""
+    # a group of its own, so that whatever it starts can be ended with it
+    os.setpgid(0, 0)
+    # here a data loader would spawn its processes, which takes seconds, and leave their semaphores behind when killed
+    multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     # by default a semaphore, which would be left behind when the worker is ended; no bar is drawn here
     tqdm.set_lock(threading.RLock())
@@ -194,7 +201,7 @@ def _serve(connection: Connection, work: Work, threads: int) -> None:
 def _end_with_parent() -> None:
     """A worker that outlived a killed run would write into the folders of the next one."""
     multiprocessing.parent_process().join()
-    os._exit(1)
+    os.killpg(0, signal.SIGKILL)
 
 
 def _that_can_be_sent(error: Exception) -> Exception:

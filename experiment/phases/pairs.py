@@ -9,11 +9,12 @@ from accelerate import PartialState
 from m2mkd.data.processing import build_image_processor
 from m2mkd.experiment.hybrids import check_hybrids
 from m2mkd.experiment.phases.phase import Phase
+from m2mkd.experiment.run_folder import work_folder
 from m2mkd.experiment.section import Training
 from m2mkd.experiment.session import Results
 from m2mkd.modeling.pair_files import save_pair
 from m2mkd.trainer.flops import count_parameters
-from m2mkd.trainer.folders import TRAIN_RESULTS, is_finished, write_folder, write_json
+from m2mkd.trainer.folders import TRAIN_RESULTS, is_finished, keep_tracker_files, write_folder, write_json
 from m2mkd.trainer.m2mkd_trainer import M2MKDTrainer
 from m2mkd.trainer.networks import load_network
 
@@ -96,14 +97,14 @@ class PairsPhase(Phase):
             meta=meta,
             on_trained=trained.append,
         )
-        self._write(trained[0], {**results, "hybrids": hybrids}, meta.config.hidden_size)
+        self._write(work, trained[0], {**results, "hybrids": hybrids}, meta.config.hidden_size)
         session.remove_work(work)
         if not self._unfinished() and PartialState().is_main_process:
             # of a run that was killed between two pairs
             for leftover in session.folder.pairs(session.seed).glob(".work-*.work"):
                 shutil.rmtree(leftover)
 
-    def _write(self, trainer: M2MKDTrainer, results: Results, stitch_size: int) -> None:
+    def _write(self, work: Path, trainer: M2MKDTrainer, results: Results, stitch_size: int) -> None:
         pairs = trainer.trained_pairs()
         # pairs trained together share time and compute; the history is kept by each for its own curve
         share = {name: results[name] / len(pairs) for name in ("train_seconds", "train_flops")}
@@ -114,6 +115,7 @@ class PairsPhase(Phase):
                 save_pair(pair, temporary, stitch_size, **trainer.network_hashes)
                 processor.save_pretrained(temporary)
                 write_json(temporary / TRAIN_RESULTS, {**results, **share, "parameters": count_parameters(pair)})
+                keep_tracker_files(work_folder(work), temporary)
 
             write_folder(self._folder(index), write)
 

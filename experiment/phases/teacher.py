@@ -81,7 +81,7 @@ class IncubatedTeacherPhase(TrainedTeacherPhase):
             ),
             "finetuning": session.train(folder, "teacher: fine-tuning", spec.data, model, spec.finetuning, NO_TEACHER),
         }
-        session.save_model(folder, model, spec.data, {**_total(phases), "phases": phases})
+        session.save_model(folder, model, spec.data, {**_total(phases), "phases": phases}, [incubation])
         session.remove_work(incubation)
 
     def cost(self, costs: "Costs") -> list["PhaseCost"]:

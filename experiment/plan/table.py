@@ -7,7 +7,8 @@ from m2mkd.experiment.plan.costs import PhaseCost
 from m2mkd.experiment.plan.plan import Plan
 
 
-COLUMNS = ("Phase", "Trained", "Frozen", "Images", "Epochs", "Batch", "Steps", "GFLOPs/image", "EFLOPs", "GiB/GPU")
+COLUMNS = ("Phase", "Trained", "Frozen", "Images", "Epochs", "Batch", "Steps", "GFLOPs/image", "Compute", "GiB/device")
+_UNITS = {"EFLOPs": 1e18, "PFLOPs": 1e15, "TFLOPs": 1e12, "GFLOPs": 1e9}
 
 
 def print_plan(plan: Plan, throughput: float, how: str, console: Console | None = None) -> None:
@@ -32,18 +33,19 @@ def print_plan(plan: Plan, throughput: float, how: str, console: Console | None 
     console.print(phases)
     title = f"In all, at {throughput:g} TFLOP/s a GPU ({how})"
     totals = Table(title=title, caption=_TOTALS_CAPTION, caption_justify="left")
-    for column in ("Arm", "EFLOPs", "GPU-hours", f"Hours on {gpus}", "times e2e"):
+    first = next(iter(plan.totals))
+    for column in ("Arm", "Compute", "GPU-hours", f"Hours on {gpus}", f"times {first}"):
         totals.add_column(column, justify="left" if column == "Arm" else "right")
     for name, flops in plan.totals.items():
         hours = flops / (throughput * 1e12) / 3600
-        ratio = f"{flops / plan.totals['e2e']:.2f}" if "e2e" in plan.totals else "–"
-        totals.add_row(name, _number(flops / 1e18), _number(hours), _number(hours / plan.gpus), ratio)
+        ratio = f"{flops / plan.totals[first]:.2f}"
+        totals.add_row(name, _flops(flops), _number(hours), _number(hours / plan.gpus), ratio)
     console.print(totals)
 
 
 _CAPTION = (
     "Trained and frozen: parameters. Each pair is planned alone, in a process of its own; `pairs` trains all of them "
-    "in one, with one pass through the meta model. GiB/GPU: weights, gradients, AdamW and the activations of one "
+    "in one, with one pass through the meta model. GiB/device: weights, gradients, AdamW and the activations of one "
     "device batch; fused attention and grouped experts are assumed."
 )
 _TOTALS_CAPTION = "FLOPs of forward and backward passes in training; evaluation, data and communication come on top."
@@ -52,8 +54,14 @@ _TOTALS_CAPTION = "FLOPs of forward and backward passes in training; evaluation,
 def _row(phase: PhaseCost) -> list[str]:
     millions = [f"{number / 1e6:,.1f} M" for number in (phase.parameters, phase.frozen)]
     counts = [f"{phase.images:,}", f"{phase.epochs:,.4g}", f"{phase.batch:,}", f"{phase.steps:,}"]
-    work = [f"{phase.flops_per_image / 1e9:,.4g}", _number(phase.flops / 1e18), _number(phase.memory / 2**30)]
+    work = [f"{phase.flops_per_image / 1e9:,.4g}", _flops(phase.flops), _number(phase.memory / 2**30)]
     return [phase.name, *millions, *counts, *work]
+
+
+def _flops(value: float) -> str:
+    """In the largest unit of which it is one or more, or else in the smallest."""
+    name = next((name for name, unit in _UNITS.items() if value >= unit), "GFLOPs")
+    return f"{_number(value / _UNITS[name])} {name}"
 
 
 def _number(value: float) -> str:

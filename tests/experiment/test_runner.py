@@ -3,9 +3,11 @@
 import json
 import multiprocessing
 import shutil
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from safetensors.torch import load_file
 from testing_utils import assert_equal
 from tiny_run import recipe_content, tiny_recipe, write_images
 from transformers import AutoImageProcessor, AutoModelForImageClassification, TrainerCallback, pipeline
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from m2mkd.data.errors import DataError
 from m2mkd.experiment import machine, runner
@@ -185,6 +188,32 @@ class TestRun:
         ]
         assert _log(tmp_path, "arms/kd") == _log(finished, "arms/kd")
 
+    @pytest.mark.parametrize("is_real", [False, True], ids=["a tracker like it", "tensorboard"])
+    def test_files_of_a_tracker_go_with_what_was_trained(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_real: bool
+    ) -> None:
+        if is_real:
+            pytest.importorskip("tensorboard")
+        else:
+            monkeypatch.setitem(INTEGRATION_TO_CALLBACK, "tensorboard", _Tracker)
+        content = recipe_content(tmp_path, arms=["e2e", "m2mkd"], equal_compute=False)
+        content["training"]["report_to"] = "tensorboard"
+        recipe = parse_recipe(content, "tracked")
+        with monkeypatch.context() as patch:
+            _die_in(patch, "pairs")
+            with pytest.raises(_Killed):
+                runner.run(recipe)
+        runner.run(recipe)
+        run = tmp_path / "run"
+        kept = {
+            phase: len(list((run / phase / "runs").glob("*/*")))
+            for phase in ("meta", "teacher", "pairs/0", "pairs/1", "arms/e2e", "arms/m2mkd")
+        }
+        # the teacher is trained twice; the pairs once more after the death of the first process
+        assert kept["meta"] == kept["arms/e2e"] == kept["arms/m2mkd"] == 1
+        assert kept["teacher"] == kept["pairs/0"] == kept["pairs/1"] == 2
+        assert not list(run.rglob(".*.work")) and not list(run.rglob("checkpoint-*"))
+
     def test_pairs_can_be_distilled_one_by_one_elsewhere(self, finished: Path, tmp_path: Path) -> None:
         for pair in (1, 0):
             recipe = _copy_of(
@@ -309,6 +338,24 @@ class TestBadInput:
         recipe = tiny_recipe(tmp_path, distill={"data": "train", "training": {"alpha": 1.5}})
         with pytest.raises(RecipeError, match=r"distill.training .*`alpha`.* 1.5"):
             runner.run(recipe)
+
+    def test_a_tracker_that_is_not_installed_is_named_before_anything_is_trained(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        missing = Mock(side_effect=RuntimeError("requires tensorboard to be installed"))
+        monkeypatch.setitem(INTEGRATION_TO_CALLBACK, "tensorboard", missing)
+        recipe = tiny_recipe(tmp_path, training={"report_to": "tensorboard"})
+        with pytest.raises(RecipeError, match="meta.training .*requires tensorboard to be installed"):
+            runner.run(recipe)
+
+
+class _Tracker(TrainerCallback):
+    """Writes where TensorBoard's callback does."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        folder = Path(args.output_dir) / "runs" / str(time.time_ns())
+        folder.mkdir(parents=True)
+        (folder / "events").write_text("begun")
 
 
 class _Killed(BaseException):

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -47,5 +49,8 @@ def fail(screen: Screen, folder: Path, name: str) -> None:
 
 
 def sleep(screen: Screen, folder: Path, name: str) -> None:
-    (folder / name).write_text(str(os.getpid()))
+    """Start a process, as a data loader does, and wait with it."""
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    (folder / f"{name}.tmp").write_text(f"{os.getpid()} {child.pid}")
+    (folder / f"{name}.tmp").rename(folder / name)
     time.sleep(600)

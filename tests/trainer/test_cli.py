@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import yaml
@@ -17,6 +18,7 @@ from tiny_run import recipe_content
 from typer.testing import CliRunner
 
 import m2mkd
+from m2mkd.experiment import runner
 from m2mkd.trainer.cli import app
 
 
@@ -124,6 +126,12 @@ class TestTrain:
         assert [line.partition(":")[0] for line in lines[1:]] == sorted(map(str, Path("recipes").glob("*.yaml")))
         missing = CliRunner().invoke(app, ["run", "recipes/nac.yaml"])
         assert "There is no recipe recipes/nac.yaml. There are: recipes/digits_from_teacher.yaml, " in missing.stderr
+
+    def test_ctrl_c_ends_in_one_sentence(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(runner, "run", Mock(side_effect=KeyboardInterrupt))
+        done = CliRunner().invoke(app, ["run", str(recipe_file(tmp_path))])
+        assert done.exit_code == 130
+        assert done.stderr == "Interrupted. Finished phases are kept; run the same command again to go on.\n"
 
     def test_two_processes_run_a_recipe_together(self, tmp_path: Path) -> None:
         path = recipe_file(tmp_path)

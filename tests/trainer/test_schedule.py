@@ -114,10 +114,11 @@ class TestSideBySide:
         for name in ("a", "b"):
             wait_for(tmp_path / name)
         time.sleep(0.5)
-        workers = [int((tmp_path / name).read_text()) for name in ("a", "b")]
+        # with those that the workers have started
+        workers = [int(process) for name in ("a", "b") for process in (tmp_path / name).read_text().split()]
         process.send_signal(how)
         process.wait(timeout=60)
-        for _ in range(300):
+        for _ in range(100):
             if not any(map(is_alive, workers)):
                 return
             time.sleep(0.1)
