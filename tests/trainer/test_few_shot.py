@@ -69,7 +69,7 @@ class TestFewShot:
         assert {few_shot_module._learning_rate(NAC_SGD, step) for step in range(500)} == {3e-4}
 
     def test_too_few_images(self, tmp_path, images):
-        with pytest.raises(DataError, match="0 of 6 classes have the images for 3 shots"):
+        with pytest.raises(DataError, match="0 of 6 classes have enough images for 3 shots"):
             few_shot(saved(tmp_path / "model", vit()), images, ways=4, shots=3)
 
 
