@@ -49,7 +49,7 @@ def __getattr__(name: str) -> object:
     """Import the module behind a lazy name at its first use.
 
     Raises:
-        AttributeError: `name` is no public name of this package.
+        AttributeError: `name` is not a public name of this package.
     """
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

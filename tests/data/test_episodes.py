@@ -73,7 +73,7 @@ class TestDrawEpisodes:
             list(draw_episodes(labelled([8, 2, 8, 4]), None, ways=ways, shots=shots, episodes=1, seed=0))
 
     def test_sets_that_share_images(self):
-        with pytest.raises(DataError, match=r"200 images are in both sets, train\[0\] for one"):
+        with pytest.raises(DataError, match=r"200 images are in both sets, for example train\[0\]"):
             list(draw_episodes(TRAIN, labelled([20] * 10), ways=2, shots=1, episodes=1, seed=0))
 
     def test_sets_of_other_classes(self):

@@ -110,7 +110,7 @@ class TestSplits:
             load_images(DataConfig(source=str(tmp_path / "saved"), split="val"))
 
     def test_single(self, tmp_path):
-        with pytest.raises(DataError, match="not split .test. of several: leave split out"):
+        with pytest.raises(DataError, match="is a single data set without a split 'test': leave split out"):
             saved(make([0, 1], ANIMALS), tmp_path, split="test")
 
     def test_load_dataset_of_a_folder(self, make_folder, monkeypatch, tmp_path):

@@ -98,5 +98,5 @@ class TestHoldout:
         train = load_images(DataConfig(**config))
         part = load_images(DataConfig(**config, samples_per_class=3))
         assert class_counts(part) == {"ant": 3, "bee": 3} and {*part.names} < {*train.names}
-        with pytest.raises(DataError, match="class 'bee' has 3 images, samples_per_class asks for 4"):
+        with pytest.raises(DataError, match="class 'bee' has 3 images, but samples_per_class asks for 4"):
             load_images(DataConfig(**config, samples_per_class=4))

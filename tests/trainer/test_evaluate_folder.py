@@ -121,7 +121,7 @@ class TestDataConfig:
         assert data_config(source, PIXELS).split == split
 
     def test_refused_source(self):
-        with pytest.raises(DataError, match="before a colon stands imagefolder or one of"):
+        with pytest.raises(DataError, match="unknown name before the colon: use imagefolder or one of"):
             data_config("tinyimagenet:x", PIXELS)
 
 
