@@ -118,7 +118,7 @@ def load_network_config(source: str | Path) -> PreTrainedConfig:
     except LocalEntryNotFoundError:
         folder = None
     if folder is not None and any(Path(folder).glob("*.safetensors")):
-        load_network(folder, device_map="meta")
+        load_network(source, device_map="meta", local_files_only=True)
     elif config.architectures and not any("ImageClassification" in name for name in config.architectures):
         raise _untrained(source, ["classifier"])
     return config
