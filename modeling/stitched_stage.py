@@ -40,7 +40,8 @@ class StitchedStage(nn.Module):
             student and meta model have one width (the incubation of a teacher).
         special_tokens (`int`, *optional*): Tokens of the meta model before those of the patches. `None`: as many as
             the student's. A DeiT has two, its class and its distillation token; where the other network has one, the
-            DeiT is given a copy of the class token as the second, and the other network is not given the second.
+            DeiT is given a copy of the class token as the second (on digits that is better than zeros or the mean of
+            the patches if its second head reads that token), and the other network is not given the second.
     """
 
     def __init__(

@@ -59,8 +59,8 @@ class M2MKDTrainer(Trainer):
 
     Args:
         model (`PreTrainedModel`):
-            The student, an ordinary classifier that `split_into_stages` can cut. Only the stages of `args.pairs` are
-            touched and moved to the device; the others may be on the meta device.
+            The student, an ordinary classifier that `split_into_stages` can cut, as the other networks are. Only the
+            stages of `args.pairs` are touched and moved to the device; the others may be on the meta device.
         args ([`M2MKDConfig`])
         teacher (`PreTrainedModel`, *optional*): Required if `args.alpha > 0`. It is frozen and, under mixed precision,
             cast to the compute dtype, in place; only the stages in use are kept.

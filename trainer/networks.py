@@ -53,10 +53,12 @@ def build_config(spec: NetworkSpec, data: DataConfig, class_names: Sequence[str]
         raise RecipeError(f"A {spec.model_type} configuration has no field {unknown}; look them up in {config_class}.")
     if spec.preset is not None and not hasattr(config_class, "from_preset"):
         raise RecipeError(f"`preset` is for nac and vmoe, not for {spec.model_type}; give the sizes in `config`.")
+    # a DeiT has several classes, of which transformers takes the first that is listed here, or else the plain one
+    fields = {"architectures": [], **spec.config, **own}
     try:
         if spec.preset is not None:
-            return config_class.from_preset(spec.preset, **{**spec.config, **own})
-        return config_class(**{**spec.config, **own})
+            return config_class.from_preset(spec.preset, **fields)
+        return config_class(**fields)
     except Exception as error:
         # the strict dataclasses of huggingface_hub wrap the reason in errors of their own
         raise RecipeError(f"The `config` of the {spec.model_type} is refused: {error.__cause__ or error}") from error
@@ -117,7 +119,7 @@ def load_network_config(source: str | Path) -> PreTrainedConfig:
     except LocalEntryNotFoundError:
         folder = None
     if folder is not None and any(Path(folder).glob("*.safetensors")):
-        load_network(folder, device_map="meta")
+        load_network(source, device_map="meta", local_files_only=True)
     elif config.architectures and not any("ImageClassification" in name for name in config.architectures):
         raise _untrained(source, ["classifier"])
     return config

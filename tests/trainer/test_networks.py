@@ -1,9 +1,11 @@
 """Saved networks: a classifier that was never trained as one is refused wherever it is loaded."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 from testing_utils import vit, vit_config
 from transformers import ViTModel
 
@@ -30,6 +32,18 @@ class TestLoadNetwork:
         model.vit.pooler = ViTModel(vit_config()).pooler
         model.save_pretrained(backbone)
         assert load(backbone)
+
+    def test_a_model_in_the_cache_is_looked_at_too(
+        self, backbone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+        repository = tmp_path / "hub" / "models--alice--backbone"
+        shutil.copytree(backbone, repository / "snapshots" / ("a" * 40))
+        (repository / "refs").mkdir()
+        (repository / "refs" / "main").write_text("a" * 40)
+        with pytest.raises(StageError, match="^alice/backbone is not .* for classifier.bias, classifier.weight"):
+            load_network_config("alice/backbone")
 
     def test_of_a_model_that_is_not_downloaded_the_configuration_tells(self, backbone: Path) -> None:
         (backbone / "model.safetensors").unlink()

@@ -82,6 +82,14 @@ class TestRecipeNetworks:
         with pytest.raises(StageError, match="data set 'train' and the meta model differ in `image_std`"):
             check(parse_recipe(content, "pixels"))
 
+    @pytest.mark.parametrize("heads", [None, ["DeiTForImageClassificationWithTeacher"]], ids=["one head", "two"])
+    def test_a_deit_fits_a_student_without_its_distillation_token(self, tmp_path: Path, heads: list[str]) -> None:
+        content = recipe_content(tmp_path, meta={"init": "from_teacher", "data": "train"})
+        sizes = {**content["teacher"]["model"]["config"], **({"architectures": heads} if heads else {})}
+        content["teacher"]["model"] = {"model_type": "deit", "config": sizes}
+        names = [phase.name for phase in make_plan(parse_recipe(content, "deit")).phases]
+        assert names == ["teacher", "meta", "pair 0", "pair 1", "pairs", "arm e2e", "arm kd", "arm m2mkd"]
+
     def test_an_arm_without_a_teacher_asks_nothing_of_it(self, tmp_path: Path) -> None:
         content = with_published_teacher(tmp_path, ViTModel(config()))
         make_plan(parse_recipe({**content, "arms": ["e2e"]}, "e2e"))
