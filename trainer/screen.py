@@ -44,7 +44,7 @@ class Screen:
             self._advance_by_line(name, step, total, shown)
             return
         if name not in self._bars:
-            self._bars[name] = tqdm(desc=name, initial=step, total=total, dynamic_ncols=True)
+            self._bars[name] = tqdm(desc=name, initial=step, total=total, dynamic_ncols=True, leave=False)
         bar = self._bars[name]
         bar.set_postfix(shown, refresh=False)
         bar.update(step - bar.n)
@@ -65,13 +65,18 @@ class Screen:
             self.say(f"{name}: step {step:,} of {total:,}{values}")
 
     def finish(self, name: str) -> None:
-        """Leave the bar of a phase as it is and make room for the next."""
+        """Turn the bar of a phase into a line above the others."""
         self._last_line.pop(name, None)
         if name in self._bars:
-            self._bars.pop(name).close()
+            bar = self._bars.pop(name)
+            as_line = str(bar)
+            # a bar that tqdm leaves behind moves the others down, and what was drawn of them stays
+            bar.close()
+            # from the start of the line, where tqdm may not have gone back to
+            tqdm.write(f"\r{as_line}", file=sys.stderr)
 
     def finish_all(self) -> None:
-        """Leave all bars, so that an error message stands below them."""
+        """Turn all bars into lines, so that an error message stands below them."""
         for name in list(self._bars):
             self.finish(name)
 

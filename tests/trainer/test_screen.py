@@ -1,11 +1,37 @@
 """What is shown of the phases, and what a worker tells of them."""
 
+import io
 import multiprocessing
+import re
 
 import pytest
 
 from m2mkd.trainer import screen
 from m2mkd.trainer.screen import RemoteScreen, Screen
+
+
+class Terminal(io.StringIO):
+    """What stands on a terminal after all that was written to it."""
+
+    def isatty(self) -> bool:
+        return True
+
+    def lines(self) -> list[str]:
+        screen: list[list[str]] = []
+        row = column = 0
+        for part in re.findall(r"\x1b\[A|.|\n", self.getvalue().replace("\r", "\x00")):
+            if part == "\x1b[A":
+                row -= 1
+            elif part == "\n":
+                row, column = row + 1, 0
+            elif part == "\x00":
+                column = 0
+            else:
+                screen += [[] for _ in range(row + 1 - len(screen))]
+                screen[row] += " " * (column + 1 - len(screen[row]))
+                screen[row][column] = part
+                column += 1
+        return ["".join(line) for line in screen]
 
 
 class TestScreen:
@@ -33,6 +59,23 @@ class TestScreen:
         printed = capsys.readouterr()
         assert printed.out == "a line\n"
         assert "meta" in printed.err and "arm e2e" in printed.err and "3/20" in printed.err
+
+    def test_a_bar_that_ends_leaves_nothing_of_the_others_behind(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        terminal = Terminal()
+        monkeypatch.setattr("sys.stderr", terminal)
+        monkeypatch.setattr("sys.stdout", terminal)
+        shown = Screen()
+        for name in ("meta", "arm e2e", "arm kd"):
+            shown.advance(name, 1, 10, {"loss": "0.5"})
+        for name in ("meta", "arm e2e"):
+            shown.advance(name, 10, 10, {"loss": "0.4"})
+            shown.finish(name)
+            shown.say(f"{name}: done")
+        shown.advance("pairs", 1, 10, {})
+        shown.finish_all()
+        shown.say("END")
+        found = [re.sub(r" *\d+%.*[\]s]$", "", line.rstrip()) for line in terminal.lines() if line.strip()]
+        assert found == ["meta:", "meta: done", "arm e2e:", "arm e2e: done", "arm kd:", "pairs:", "END"]
 
 
 class TestRemoteScreen:
