@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Losses as pure functions: tensors in, a scalar (or one value an image) out."""
+"""Losses as pure functions of tensors. They return a scalar or one value per image."""
 
 from typing import Literal
 
@@ -31,7 +31,7 @@ def per_sample_cross_entropy(logits: torch.Tensor, labels: torch.Tensor, label_s
         logits (`torch.Tensor` of shape `(batch_size, num_labels)`)
         labels (`torch.Tensor`): Class indices of shape `(batch_size,)`, or target distributions (mixup, CutMix) of
             shape `(batch_size, num_labels)`.
-        label_smoothing (`float`): Share of the target spread evenly over all classes.
+        label_smoothing (`float`): Fraction of the target that is spread evenly over all classes.
 
     Returns:
         `torch.Tensor` of shape `(batch_size,)`.
@@ -48,7 +48,7 @@ def per_sample_kl(
 
     Args:
         student_logits, teacher_logits (`torch.Tensor` of shape `(batch_size, num_labels)`)
-        temperature (`float`): tau of the paper. The factor tau^2 keeps the size of the gradient.
+        temperature (`float`): tau in the paper. The factor tau^2 preserves the magnitude of the gradient.
 
     Returns:
         `torch.Tensor` of shape `(batch_size,)`.
@@ -69,10 +69,10 @@ def soft_distillation_loss(
 
     Args:
         student_logits, teacher_logits (`torch.Tensor` of shape `(batch_size, num_labels)`)
-        temperature (`float`): tau of the paper.
-        reduction (`str`): `"batchmean"` averages over the images. `"mean"` averages over images times classes as the
-            official code does, `num_labels` times weaker: with 1,000 classes it all but switches distillation off.
-            Choose it only to reproduce a published number.
+        temperature (`float`): tau in the paper.
+        reduction (`str`): `"batchmean"` averages over the images. `"mean"` averages over images times classes, as the
+            official code does, which is `num_labels` times weaker: with 1,000 classes, distillation has almost no
+            effect. Use it only to reproduce a published number.
     """
     loss = per_sample_kl(student_logits, teacher_logits, temperature).mean()
     return loss / student_logits.shape[-1] if reduction == "mean" else loss
@@ -85,12 +85,13 @@ def hard_distillation_loss(student_logits: torch.Tensor, teacher_logits: torch.T
 
 def boundary_loss(hidden_states: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     r"""
-    How far hidden states are from those of another network, in float32, relative to how much these vary:
-    `mean((h - t)^2) / mean((t - mean(t))^2)`, the mean in the denominator taken for each channel over the batch and
-    the tokens. 1 is what the best constant reaches.
+    Squared distance of hidden states from those of another network, in float32, relative to the variance of the
+    latter: `mean((h - t)^2) / mean((t - mean(t))^2)`. `mean(t)` is taken for each channel over the batch and the
+    tokens. The best constant has a loss of 1.
 
     Args:
-        hidden_states, target (`torch.Tensor` of shape `(..., hidden_size)`): Of one shape; `target` gets no gradient.
+        hidden_states, target (`torch.Tensor` of shape `(..., hidden_size)`): Two tensors of the same shape; `target`
+            gets no gradient.
     """
     target = target.detach().float().flatten(end_dim=-2)
     error = (hidden_states.float().flatten(end_dim=-2) - target).pow(2).mean()
@@ -103,7 +104,7 @@ def importance_loss(router_logits: torch.Tensor) -> torch.Tensor:
     (V-MoE paper, appendix A.2): `(std(Imp) / mean(Imp))^2`, with the population standard deviation.
 
     Args:
-        router_logits (`torch.Tensor` of shape `(num_tokens, num_experts)`): Before noise.
+        router_logits (`torch.Tensor` of shape `(num_tokens, num_experts)`): Logits before the router noise.
     """
     return _squared_variation(F.softmax(router_logits.float(), dim=-1).sum(dim=0))
 
@@ -113,22 +114,20 @@ def load_loss(
 ) -> torch.Tensor:
     r"""
     Squared coefficient of variation of the experts' load (V-MoE paper, appendix A.3). The load of expert `i` is the
-    mean over the tokens of the chance that it is among the chosen when its noise is drawn again:
-    `1 - Phi((threshold_k - logits_i) / noise_std)`, `threshold_k` being the k-th largest noisy logit.
+    mean over the tokens of the probability that it is selected when its noise is drawn again:
+    `1 - Phi((threshold_k - logits_i) / noise_std)`, where `threshold_k` is the k-th largest noisy logit.
 
     Args:
-        router_logits (`torch.Tensor` of shape `(num_tokens, num_experts)`): Before noise.
-        noisy_router_logits (`torch.Tensor` of shape `(num_tokens, num_experts)`): What chose the experts.
+        router_logits (`torch.Tensor` of shape `(num_tokens, num_experts)`): Logits before the router noise.
+        noisy_router_logits (`torch.Tensor` of shape `(num_tokens, num_experts)`): Logits that selected the experts.
         noise_std (`float`): Standard deviation of the noise, in logits.
-        num_experts_per_tok (`int`): k.
+        num_experts_per_tok (`int`): Number of selected experts, k.
 
     Raises:
         `ValueError`: `noise_std` is not positive.
     """
     if noise_std <= 0:
-        raise ValueError(
-            f"The load loss is defined by the router noise; `noise_std` must be positive, not {noise_std}."
-        )
+        raise ValueError(f"The load loss needs router noise, so `noise_std` must be positive, but is {noise_std}.")
     threshold = noisy_router_logits.float().topk(num_experts_per_tok, dim=-1).values[:, -1:]
     chance = 1 - torch.special.ndtr((threshold - router_logits.float()) / noise_std)
     return _squared_variation(chance.mean(dim=0))

@@ -23,7 +23,7 @@ Build = Callable[[], PreTrainedModel]
 
 
 def many_experts() -> VMoEForImageClassification:
-    """Five tokens an image and one expert a token: an image uses five of the eight experts at most."""
+    """Five tokens per image and one expert per token, so an image uses at most five of the eight experts."""
     return vmoe(num_experts=8, num_experts_per_tok=1)
 
 
@@ -39,7 +39,7 @@ def chosen_experts(model: VMoEForImageClassification, pixel_values: torch.Tensor
 
 
 def others_than(model: VMoEForImageClassification, sample: torch.Tensor) -> torch.Tensor:
-    """Images that use experts which the sample does not, in every sparse layer."""
+    """Images that use experts that the sample does not use, in every sparse layer."""
     others = images(8, seed=1)
     pairs = zip(chosen_experts(model, others), chosen_experts(model, sample), strict=True)
     assert all(theirs - its for theirs, its in pairs)
