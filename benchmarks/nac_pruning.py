@@ -17,10 +17,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
 from m2mkd import NACForImageClassification
+from m2mkd.evaluation.predict import evaluate_model
+from m2mkd.experiment.recipe import Recipe
+from m2mkd.experiment.recipe_file import load_recipe
+from m2mkd.experiment.run_data import RunData
 from m2mkd.modeling.latent_pruning import STRATEGIES
-from m2mkd.trainer.evaluation import evaluate_model
-from m2mkd.trainer.recipe import Recipe, load_recipe
-from m2mkd.trainer.run_data import RunData
 
 
 # training images used to measure importance

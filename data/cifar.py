@@ -8,8 +8,8 @@ from typing import Any, overload
 import numpy as np
 from PIL import Image
 
-from m2mkd.data.errors import DataError
 from m2mkd.data.labeled_images import LabeledImages
+from m2mkd.errors import DataError
 
 
 SIDE = 32  # pixels

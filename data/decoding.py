@@ -4,7 +4,7 @@ from io import BytesIO
 
 from PIL import Image, ImageOps
 
-from m2mkd.data.errors import DataError
+from m2mkd.errors import DataError
 
 
 def decode_image(source: str | bytes, name: str) -> Image.Image:

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from m2mkd.data.errors import DataError
 from m2mkd.data.labeled_images import LabeledImages
+from m2mkd.errors import DataError
 
 
 VALIDATION_SHOTS = 3  # images to test on per image to learn from (README of the official code)

@@ -9,8 +9,8 @@ from PIL import Image
 
 from m2mkd.data.config import DataConfig
 from m2mkd.data.decoding import decode_image
-from m2mkd.data.errors import DataError
 from m2mkd.data.labeled_images import LabeledImages
+from m2mkd.errors import DataError
 
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ import numpy as np
 from PIL import Image
 
 from m2mkd.data.decoding import decode_image
-from m2mkd.data.errors import DataError
 from m2mkd.data.labeled_images import LabeledImages
+from m2mkd.errors import DataError
 
 
 JUNK = {"thumbs.db", "desktop.ini", "__macosx"}

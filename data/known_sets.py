@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 
 from m2mkd.data.config import DataConfig
-from m2mkd.data.errors import DataError
 from m2mkd.data.huggingface import load_from_datasets
 from m2mkd.data.imagenet_classes import imagenet_classes
 from m2mkd.data.labeled_images import LabeledImages
 from m2mkd.data.layouts import load_layout, squashed
+from m2mkd.errors import DataError
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import overload
 import numpy as np
 from PIL import Image
 
-from m2mkd.data.errors import DataError
+from m2mkd.errors import DataError
 
 
 class ImageView(Sequence[Image.Image]):

@@ -8,10 +8,10 @@ import numpy as np
 from PIL import Image
 
 from m2mkd.data.cifar import load_cifar
-from m2mkd.data.errors import DataError
 from m2mkd.data.imagefolder import ImageFiles, class_files, image_extensions, is_junk
 from m2mkd.data.imagenet_classes import imagenet_classes
 from m2mkd.data.labeled_images import LabeledImages
+from m2mkd.errors import DataError
 
 
 ARCHIVES = (".tar", ".gz", ".tgz", ".zip")

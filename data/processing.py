@@ -9,7 +9,7 @@ from transformers import ViTImageProcessorPil
 from transformers.image_processing_utils import BaseImageProcessor
 
 from m2mkd.data.config import DataConfig
-from m2mkd.data.errors import DataError
+from m2mkd.errors import DataError
 
 
 def pil_resample(config: DataConfig) -> Image.Resampling:

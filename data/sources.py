@@ -3,12 +3,12 @@
 from m2mkd.data.config import IMAGEFOLDER_PREFIX, DataConfig
 from m2mkd.data.corruption import without_corrupt
 from m2mkd.data.digits import load_mnist5k, load_uci_digits
-from m2mkd.data.errors import DataError
 from m2mkd.data.huggingface import load_from_datasets
 from m2mkd.data.imagefolder import load_imagefolder
 from m2mkd.data.known_sets import KNOWN_SETS, load_known_set
 from m2mkd.data.labeled_images import LabeledImages
 from m2mkd.data.splits import holdout_indices, sample_per_class
+from m2mkd.errors import DataError
 
 
 MNIST5K_HOLDOUT = 0.2  # 100 of the 500 images of each class

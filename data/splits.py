@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from m2mkd.data.errors import DataError
+from m2mkd.errors import DataError
 
 
 # Independent of the seed of a run, so that two runs never test on each other's training images.

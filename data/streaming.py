@@ -15,9 +15,9 @@ from torch.utils.data import IterableDataset, get_worker_info
 from m2mkd.data.config import DataConfig
 from m2mkd.data.dataset import OF_BATCH, Sample, SamplePixels, mix_samples
 from m2mkd.data.decoding import decode_image
-from m2mkd.data.errors import DataError
 from m2mkd.data.imagenet_classes import imagenet_classes
 from m2mkd.data.known_sets import KNOWN_SETS
+from m2mkd.errors import DataError
 
 
 if TYPE_CHECKING:

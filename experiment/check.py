@@ -4,8 +4,8 @@ from collections.abc import Iterable
 
 from transformers.integrations import get_reporting_integration_callbacks
 
+from m2mkd.errors import RecipeError
 from m2mkd.experiment.phases import Phase
-from m2mkd.trainer.recipe import RecipeError
 
 
 def check_arguments(phases: Iterable[Phase]) -> None:

@@ -7,22 +7,17 @@ from typing import Any
 
 from accelerate import PartialState
 
+from m2mkd.errors import RecipeError, RunError
 from m2mkd.experiment.arms import Arm, arm_of_folder
+from m2mkd.experiment.artifact import TRAIN_RESULTS, is_finished, read_noted_recipe
 from m2mkd.experiment.phases import Phase, phases_of
+from m2mkd.experiment.recipe import Recipe
+from m2mkd.experiment.recipe_file import parse_recipe
+from m2mkd.experiment.run_data import RunData
 from m2mkd.experiment.run_folder import RunFolder
 from m2mkd.experiment.session import Session
-from m2mkd.trainer.folders import (
-    TRAIN_RESULTS,
-    RunError,
-    explained_write_errors,
-    is_finished,
-    read_json,
-    read_noted_recipe,
-    write_json,
-)
-from m2mkd.trainer.recipe import Recipe, RecipeError, parse_recipe
-from m2mkd.trainer.run_data import RunData
-from m2mkd.trainer.screen import Screen
+from m2mkd.files import explained_write_errors, read_json, write_json
+from m2mkd.screen import Screen
 
 
 # Can change at any time: arms and seeds can be added, and phases or pairs shared out, without touching what is

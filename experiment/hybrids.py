@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedModel
 
+from m2mkd.distillation.split import split_into_stages
+from m2mkd.errors import RunError
+from m2mkd.evaluation.hybrids import check_teacher, hybrid_accuracies, hybrids_sentence, judge_hybrids
 from m2mkd.experiment.session import Results, Session
-from m2mkd.modeling.stages import split_into_stages
-from m2mkd.trainer.alignment import check_teacher, hybrid_accuracies, hybrids_sentence, judge_hybrids
-from m2mkd.trainer.folders import RunError
 
 
 # Training images that hybrids are measured on where the test set has other classes.

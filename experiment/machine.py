@@ -5,8 +5,8 @@ import os
 import torch
 from accelerate import PartialState
 
-from m2mkd.trainer.folders import RunError
-from m2mkd.trainer.recipe import Recipe
+from m2mkd.errors import RunError
+from m2mkd.experiment.recipe import Recipe
 
 
 def num_processes(recipe: Recipe) -> int:

@@ -5,17 +5,18 @@ from pathlib import Path
 
 import transformers
 
+from m2mkd.errors import RunError, WriteError
 from m2mkd.experiment.check import check_arguments
 from m2mkd.experiment.claim import claim_folder
+from m2mkd.experiment.engines.local import Task, run_tasks
 from m2mkd.experiment.machine import num_processes, use_all_cores
 from m2mkd.experiment.phases import Phase, phases_of
+from m2mkd.experiment.recipe import Recipe
+from m2mkd.experiment.recipe_networks import RecipeNetworks
 from m2mkd.experiment.report import make_report
+from m2mkd.experiment.run_data import RunData
 from m2mkd.experiment.session import Session
-from m2mkd.trainer.recipe import Recipe
-from m2mkd.trainer.recipe_networks import RecipeNetworks
-from m2mkd.trainer.run_data import RunData
-from m2mkd.trainer.schedule import Task, run_tasks
-from m2mkd.trainer.screen import Screen
+from m2mkd.screen import Screen
 
 
 def run(recipe: Recipe) -> Path | None:
@@ -31,6 +32,13 @@ def run(recipe: Recipe) -> Path | None:
     Raises:
         `RunError`: the folder holds a run of another recipe, or cannot be written.
     """
+    try:
+        return _run(recipe)
+    except WriteError as error:
+        raise RunError(f"{error} Finished phases are kept.") from error
+
+
+def _run(recipe: Recipe) -> Path | None:
     _quieten()
     use_all_cores()
     processes = num_processes(recipe)

@@ -13,27 +13,24 @@ from transformers import PreTrainedModel, ProgressCallback, TrainerState
 
 from m2mkd.data.loading import default_workers
 from m2mkd.data.processing import build_image_processor
+from m2mkd.distillation.load import load_network, load_processor
+from m2mkd.distillation.split import new_network
+from m2mkd.evaluation.expert_load import expert_load
+from m2mkd.evaluation.predict import evaluate_model
+from m2mkd.experiment.artifact import EVAL_RESULTS, TRAIN_RESULTS, keep_tracker_files, last_complete_checkpoint
+from m2mkd.experiment.flops import count_parameters, training_flops_per_image
+from m2mkd.experiment.networks import build_config, fit_to_data
+from m2mkd.experiment.progress import ShownProgress
+from m2mkd.experiment.recipe import NetworkSpec, Recipe
+from m2mkd.experiment.recipe_networks import check_pixels
+from m2mkd.experiment.run_data import RunData
 from m2mkd.experiment.run_folder import RunFolder, work_folder
 from m2mkd.experiment.section import Training
-from m2mkd.trainer.callbacks import DataEpoch, ShownProgress, Stopwatch
-from m2mkd.trainer.evaluation import evaluate_model, expert_load
-from m2mkd.trainer.flops import count_parameters, training_flops_per_image
-from m2mkd.trainer.folders import (
-    EVAL_RESULTS,
-    TRAIN_RESULTS,
-    explained_write_errors,
-    keep_tracker_files,
-    last_complete_checkpoint,
-    write_folder,
-    write_json,
-)
+from m2mkd.files import explained_write_errors, write_folder, write_json
+from m2mkd.screen import Screen
+from m2mkd.trainer.callbacks import DataEpoch, Stopwatch
 from m2mkd.trainer.m2mkd_config import M2MKDConfig
 from m2mkd.trainer.m2mkd_trainer import M2MKDTrainer
-from m2mkd.trainer.networks import build_config, fit_to_data, load_network, load_processor, new_network
-from m2mkd.trainer.recipe import NetworkSpec, Recipe
-from m2mkd.trainer.recipe_networks import check_pixels
-from m2mkd.trainer.run_data import RunData
-from m2mkd.trainer.screen import Screen
 
 
 # Defaults of the phases, under those of the recipe.

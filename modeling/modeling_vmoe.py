@@ -33,7 +33,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from m2mkd.configuration.configuration_vmoe import VMoEConfig
-from m2mkd.modeling.losses import importance_loss, load_loss
+from m2mkd.modeling.router_losses import importance_loss, load_loss
 from m2mkd.modeling.stitches import StitchLayer
 from m2mkd.modeling.vmoe_experts import AnyWidthExpertsInterface
 

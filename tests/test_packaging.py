@@ -113,7 +113,9 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
         if (ROOT / name).is_file():
             shutil.copy(ROOT / name, copy)
     for folder in package_folders().values():
-        shutil.copytree(folder, copy / folder.relative_to(ROOT), ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(
+            folder, copy / folder.relative_to(ROOT), ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True
+        )
     command = [sys.executable, "-c", "from setuptools.build_meta import build_wheel; build_wheel('out')"]
     done = subprocess.run(command, check=False, cwd=copy, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -7,17 +7,17 @@ from typing import TYPE_CHECKING
 
 from transformers import PreTrainedModel
 
+from m2mkd.distillation.pair_folder import load_stage, with_stitches
+from m2mkd.distillation.split import split_into_stages
 from m2mkd.experiment.arms import Arm
+from m2mkd.experiment.artifact import TRAIN_RESULTS
+from m2mkd.experiment.flops import training_flops_per_image
 from m2mkd.experiment.phases.phase import Phase
 from m2mkd.experiment.run_folder import work_folder
 from m2mkd.experiment.section import Training
 from m2mkd.experiment.session import NO_TEACHER, Results, Session
-from m2mkd.modeling.pair_files import load_stage
-from m2mkd.modeling.stages import split_into_stages
-from m2mkd.trainer.flops import training_flops_per_image
-from m2mkd.trainer.folders import TRAIN_RESULTS, read_json, write_folder, write_json
+from m2mkd.files import read_json, write_folder, write_json
 from m2mkd.trainer.m2mkd_config import M2MKDConfig
-from m2mkd.trainer.networks import with_stitches
 
 
 if TYPE_CHECKING:

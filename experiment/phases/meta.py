@@ -3,12 +3,13 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from m2mkd.distillation.meta_from_teacher import meta_from_teacher
+from m2mkd.evaluation.hybrids import hybrids_sentence
 from m2mkd.experiment.hybrids import measure_hybrids, say_if_teacher_is_weak
 from m2mkd.experiment.phases.phase import Phase
 from m2mkd.experiment.section import Training
 from m2mkd.experiment.session import NO_TEACHER
-from m2mkd.modeling.meta_from_teacher import meta_from_teacher
-from m2mkd.trainer.alignment import AlignmentTrainer, hybrids_sentence
+from m2mkd.trainer.alignment_trainer import AlignmentTrainer
 
 
 if TYPE_CHECKING:

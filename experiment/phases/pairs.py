@@ -7,16 +7,17 @@ from typing import TYPE_CHECKING, Any
 from accelerate import PartialState
 
 from m2mkd.data.processing import build_image_processor
+from m2mkd.distillation.load import load_network
+from m2mkd.distillation.pair_folder import save_pair
+from m2mkd.experiment.artifact import TRAIN_RESULTS, is_finished, keep_tracker_files
+from m2mkd.experiment.flops import count_parameters
 from m2mkd.experiment.hybrids import check_hybrids
 from m2mkd.experiment.phases.phase import Phase
 from m2mkd.experiment.run_folder import work_folder
 from m2mkd.experiment.section import Training
 from m2mkd.experiment.session import Results
-from m2mkd.modeling.pair_files import save_pair
-from m2mkd.trainer.flops import count_parameters
-from m2mkd.trainer.folders import TRAIN_RESULTS, is_finished, keep_tracker_files, write_folder, write_json
+from m2mkd.files import write_folder, write_json
 from m2mkd.trainer.m2mkd_trainer import M2MKDTrainer
-from m2mkd.trainer.networks import load_network
 
 
 if TYPE_CHECKING:

@@ -4,9 +4,9 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
+from m2mkd.experiment.artifact import is_finished
 from m2mkd.experiment.section import Training
 from m2mkd.experiment.session import Session
-from m2mkd.trainer.folders import is_finished
 
 
 if TYPE_CHECKING:

@@ -3,12 +3,13 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from m2mkd.distillation.load import load_network
+from m2mkd.experiment.artifact import EVAL_RESULTS, TRAIN_RESULTS
+from m2mkd.experiment.flops import count_parameters
 from m2mkd.experiment.phases.phase import Phase
 from m2mkd.experiment.section import Training
 from m2mkd.experiment.session import NO_TEACHER, Results
-from m2mkd.trainer.flops import count_parameters
-from m2mkd.trainer.folders import EVAL_RESULTS, TRAIN_RESULTS, write_folder, write_json
-from m2mkd.trainer.networks import load_network
+from m2mkd.files import write_folder, write_json
 
 
 if TYPE_CHECKING:

@@ -8,8 +8,12 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from m2mkd.data.errors import DataError
 from m2mkd.data.known_sets import KNOWN_SETS
+from m2mkd.distillation.checks import num_special_tokens
+from m2mkd.distillation.split import count_layers, split_into_stages
+from m2mkd.distillation.stage import Stage
+from m2mkd.errors import DataError
+from m2mkd.experiment.flops import count_parameters
 from m2mkd.experiment.plan.step_cost import (
     COUNTED_IMAGES,
     StageCounter,
@@ -17,13 +21,11 @@ from m2mkd.experiment.plan.step_cost import (
     stitched_pairs,
     trained_cost,
 )
+from m2mkd.experiment.recipe import NetworkSpec, Recipe
+from m2mkd.experiment.recipe_networks import RecipeNetworks, class_names_without_images
+from m2mkd.experiment.run_data import RunData, describe_set
 from m2mkd.experiment.section import Training
-from m2mkd.modeling.stages import Stage, count_layers, num_special_tokens, split_into_stages
-from m2mkd.trainer.flops import count_parameters
 from m2mkd.trainer.m2mkd_config import M2MKDConfig
-from m2mkd.trainer.recipe import NetworkSpec, Recipe
-from m2mkd.trainer.recipe_networks import RecipeNetworks, class_names_without_images
-from m2mkd.trainer.run_data import RunData, describe_set
 
 
 # float32 weights, gradients and the two moments of AdamW

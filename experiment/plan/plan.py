@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from m2mkd.experiment.arms import Arm
 from m2mkd.experiment.phases import Phase, phases_of
 from m2mkd.experiment.plan.costs import Costs, PhaseCost
+from m2mkd.experiment.recipe import Recipe
 from m2mkd.experiment.session import Session
-from m2mkd.trainer.recipe import Recipe
-from m2mkd.trainer.screen import Screen
+from m2mkd.screen import Screen
 
 
 _IN_WORDS = {"meta": "meta model", "teacher": "teacher"}

@@ -9,9 +9,10 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
 
-from m2mkd.modeling.stages import Stage
-from m2mkd.modeling.stitched_student import StitchedStudent
-from m2mkd.trainer.flops import count_parameters
+from m2mkd.distillation.split import stage_class
+from m2mkd.distillation.stage import Stage
+from m2mkd.distillation.stitched_student import StitchedStudent
+from m2mkd.experiment.flops import count_parameters
 
 
 # Images of the pass that is counted: a batch of one would hide what grows with it.
@@ -67,9 +68,7 @@ def build_on_meta(config: PreTrainedConfig) -> PreTrainedModel:
     # fused attention and grouped products are the same mathematics
     model.set_attn_implementation("eager")
     model.config._experts_implementation = "batched_mm"
-    if hasattr(model.config, "block_model_coef"):
-        # it orders the latents by their values, which are not there; it has no products of matrices
-        model.config.block_model_coef = 0.0
+    stage_class(type(model)).leave_out_uncountable(model.config)
     return model
 
 

@@ -6,15 +6,16 @@ from pathlib import Path
 
 from accelerate import PartialState
 
+from m2mkd.distillation.split import stage_class_of_type
 from m2mkd.experiment.machine import device_in_words
+from m2mkd.experiment.recipe import Recipe
+from m2mkd.experiment.report.cards import write_cards
 from m2mkd.experiment.report.collect import Histories, Report, collect, plain, read_histories
 from m2mkd.experiment.report.figure import render_figure
 from m2mkd.experiment.report.graph import density, draw_graphs, read_graphs
 from m2mkd.experiment.report.markdown import to_markdown
 from m2mkd.experiment.report.terminal import print_report
 from m2mkd.experiment.run_folder import RunFolder
-from m2mkd.trainer.cards import write_cards
-from m2mkd.trainer.recipe import Recipe
 
 
 def make_report(recipe: Recipe) -> Path:
@@ -27,7 +28,7 @@ def make_report(recipe: Recipe) -> Path:
         content = recipe.model_dump(mode="json")
         report = collect(folder.path, content, recipe.seed, recipe.repeat_seeds, device_in_words(recipe))
         graph = None
-        if recipe.student.model.model_type == "nac":
+        if stage_class_of_type(recipe.student.model.model_type).has_graph:
             arms = {arm: folder.arm(arm, recipe.seed) for arm in report["arms"]}
             affinities = read_graphs(arms, recipe.student.depths, recipe.seed)
             report["graph_density"] = {name: density(affinity) for name, affinity in affinities.items()}

@@ -11,6 +11,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from m2mkd.errors import RunError
 from m2mkd.experiment.arms import Arm, ArmSpec, arm_of_folder, named_specs, reference, resolve
 from m2mkd.experiment.run_folder import RunFolder
 
@@ -23,10 +24,6 @@ REPEAT = "Delete {folder} and run the recipe again: that phase is repeated, the 
 Result = dict[str, Any]
 Report = dict[str, Any]
 Histories = dict[str, dict[str, Any]]
-
-
-class ReportError(ValueError):
-    """A results file of the run is missing or damaged; the message names it and the way out."""
 
 
 # ---- Reading the run ----
@@ -53,7 +50,7 @@ def collect(output_dir: Path, recipe: dict[str, Any], seed: int, repeat_seeds: l
         measured).
 
     Raises:
-        `ReportError`: no arm has run, or a results file is missing or damaged.
+        `RunError`: no arm has run, or a results file is missing or damaged.
     """
     folder = RunFolder(output_dir, seed)
     seeds = {str(own): {"arms": _read_arms(folder, own, recipe)} for own in _seeds(seed, repeat_seeds)}
@@ -91,7 +88,7 @@ def read_histories(output_dir: Path, seed: int, repeat_seeds: list[int]) -> Hist
         seed.
 
     Raises:
-        `ReportError`: a results file is missing or damaged.
+        `RunError`: a results file is missing or damaged.
     """
     folder = RunFolder(output_dir, seed)
     arms: dict[str, dict[str, Any]] = {}
@@ -126,7 +123,7 @@ def _read_arms(folder: RunFolder, seed: int, recipe: dict[str, Any]) -> dict[str
         if name not in arms and (arm := arm_of_folder(name, words)) is not None:
             arms[name] = arm
     if not arms:
-        raise ReportError(f"No arm has run: there is none in {folder.of_seed(seed) / 'arms'}. {RUN_AGAIN}")
+        raise RunError(f"No arm has run: there is none in {folder.of_seed(seed) / 'arms'}. {RUN_AGAIN}")
     results = {name: _read_result(folder.arm(name, seed)) for name in arms}
     for name, result in results.items():
         if result["iid"] is None:
@@ -136,7 +133,7 @@ def _read_arms(folder: RunFolder, seed: int, recipe: dict[str, Any]) -> dict[str
             num_pairs = len((recipe.get("student") or {}).get("depths") or [])
             pairs = [_read_costs(pair / "train_results.json") for pair in _pair_folders(folder, seed, num_pairs)]
             if not pairs:
-                raise ReportError(f"There are no distilled pairs in {folder.pairs(seed)}. {RUN_AGAIN}")
+                raise RunError(f"There are no distilled pairs in {folder.pairs(seed)}. {RUN_AGAIN}")
             _add_distillation(result, pairs)
     return results
 
@@ -213,7 +210,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         way_out = REPEAT.format(folder=path.parent) if path.parent.is_dir() else RUN_AGAIN
-        raise ReportError(f"{path} is missing. {way_out}") from error
+        raise RunError(f"{path} is missing. {way_out}") from error
     except (OSError, ValueError) as error:
         raise _damaged(path, str(error)) from error
     if not isinstance(content, dict):
@@ -221,8 +218,8 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _damaged(path: Path, why: str) -> ReportError:
-    return ReportError(f"{path} is damaged: {why}. {REPEAT.format(folder=path.parent)}")
+def _damaged(path: Path, why: str) -> RunError:
+    return RunError(f"{path} is damaged: {why}. {REPEAT.format(folder=path.parent)}")
 
 
 def _number(content: Any, name: str, path: Path, highest: float = math.inf) -> float:

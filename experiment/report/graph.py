@@ -8,8 +8,9 @@ import matplotlib
 import torch
 from matplotlib.figure import Figure
 
+from m2mkd.distillation.load import load_network
+from m2mkd.distillation.split import new_network
 from m2mkd.modeling.modeling_nac import NACForImageClassification
-from m2mkd.trainer.networks import load_network, new_network
 
 
 @torch.no_grad()

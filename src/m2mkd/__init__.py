@@ -21,18 +21,18 @@ if "m2mkd_cli" not in sys.modules:
         VMoEForImageClassification,
         VMoEModel,
         VMoEPreTrainedModel,
-        split_into_stages,
     )
 
 
 __version__ = "0.1.0"
 
 _LAZY = {
-    "AlignmentTrainer": "m2mkd.trainer.alignment",
+    "AlignmentTrainer": "m2mkd.trainer.alignment_trainer",
     "M2MKDConfig": "m2mkd.trainer.m2mkd_config",
     "M2MKDTrainer": "m2mkd.trainer.m2mkd_trainer",
-    "export_hub_code": "m2mkd.trainer.hub",
-    "meta_from_teacher": "m2mkd.modeling.meta_from_teacher",
+    "export_hub_code": "m2mkd.hub.code_export",
+    "split_into_stages": "m2mkd.distillation.split",
+    "meta_from_teacher": "m2mkd.distillation.meta_from_teacher",
 }
 
 __all__ = [

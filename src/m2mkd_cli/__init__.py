@@ -6,6 +6,6 @@ The console script `m2mkd`. It lies outside of the package, whose import waits s
 
 def main() -> None:
     """Entry point of the console script."""
-    from m2mkd.trainer.cli import main as command_line
+    from m2mkd.cli import main as command_line
 
     command_line()

@@ -8,12 +8,12 @@ import pytest
 from tiny_run import recipe_content
 from transformers import AutoModelForImageClassification
 
+from m2mkd.errors import RecipeError, RunError
 from m2mkd.experiment import runner
 from m2mkd.experiment.arms import PRESETS, ArmSpec, arm_of_folder, colors, named_specs, reference, resolve
 from m2mkd.experiment.plan.plan import make_plan
-from m2mkd.trainer.folders import RunError
-from m2mkd.trainer.push import files_to_push
-from m2mkd.trainer.recipe import RecipeError, parse_recipe
+from m2mkd.experiment.recipe_file import parse_recipe
+from m2mkd.hub.push import files_to_push
 
 
 KD_ALL = {"init": "random", "supervision": "teacher", "data": "train", "training": {"alpha": 1.0}}

@@ -8,10 +8,13 @@ import pytest
 from tiny_run import recipe_content
 from transformers import TrainingArguments
 
+from m2mkd.errors import RunError
 from m2mkd.experiment import claim as claiming
+from m2mkd.experiment.artifact import TRAIN_RESULTS
 from m2mkd.experiment.claim import claim_folder
-from m2mkd.trainer.folders import TRAIN_RESULTS, RunError, read_json, write_json
-from m2mkd.trainer.recipe import Recipe, parse_recipe
+from m2mkd.experiment.recipe import Recipe
+from m2mkd.experiment.recipe_file import parse_recipe
+from m2mkd.files import read_json, write_json
 
 
 @pytest.fixture

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from m2mkd.experiment import runner
+from m2mkd.experiment.miniature import make_miniature
 from m2mkd.experiment.plan.plan import make_plan
-from m2mkd.trainer.miniature import make_miniature
-from m2mkd.trainer.recipe import Recipe, load_recipe
+from m2mkd.experiment.recipe import Recipe
+from m2mkd.experiment.recipe_file import load_recipe
 
 
 RECIPES = Path(__file__).parents[2] / "recipes"

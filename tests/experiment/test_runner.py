@@ -18,13 +18,10 @@ from tiny_run import recipe_content, tiny_recipe, write_images
 from transformers import AutoImageProcessor, AutoModelForImageClassification, TrainerCallback, pipeline
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
-from m2mkd.data.errors import DataError
+from m2mkd.errors import DataError, PairFileError, RecipeError, RunError, StageError
 from m2mkd.experiment import machine, runner
-from m2mkd.modeling.pair_files import PairFileError
-from m2mkd.modeling.stages import StageError
-from m2mkd.trainer.folders import RunError
+from m2mkd.experiment.recipe_file import parse_recipe
 from m2mkd.trainer.m2mkd_trainer import M2MKDTrainer
-from m2mkd.trainer.recipe import RecipeError, parse_recipe
 
 
 def tensors(run: Path) -> dict[str, dict[str, torch.Tensor]]:

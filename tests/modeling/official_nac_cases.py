@@ -10,7 +10,7 @@ import torch
 from official_cases import FOLDER, Case
 
 from m2mkd import NACForImageClassification
-from m2mkd.modeling.conversion_nac import convert_nac, nac_config
+from m2mkd.conversion.official_nac import convert_nac, nac_config
 
 
 SHARED = Path(__file__).parents[3] / "shared" / "fixtures"

@@ -49,12 +49,13 @@ from transformers import (
 )
 
 from m2mkd import M2MKDTrainer, VMoEForImageClassification, split_into_stages
-from m2mkd.data.errors import DataError
-from m2mkd.modeling.meta_from_teacher import meta_from_teacher
-from m2mkd.modeling.pair_files import load_stage, load_stitches
-from m2mkd.modeling.stages import StageError, initialize_stage
-from m2mkd.trainer.assemble import assemble
-from m2mkd.trainer.m2mkd_trainer import COMPLETE_MARKER, STATISTICS, NonFiniteError
+from m2mkd.distillation.meta_from_teacher import meta_from_teacher
+from m2mkd.distillation.pair_folder import load_stage, load_stitches
+from m2mkd.distillation.split import initialize_stage
+from m2mkd.errors import DataError, NonFiniteError, StageError
+from m2mkd.hub.assemble import assemble
+from m2mkd.trainer.statistics_trainer import STATISTICS
+from m2mkd.trainer.student_trainer import COMPLETE_MARKER
 
 
 STOCHASTIC = {"drop_path_rate": 0.4, "router_noise_std": 2.0, "hidden_dropout_prob": 0.1}

@@ -8,11 +8,11 @@ from tiny_run import published, recipe_content
 from torch import nn
 from transformers import Trainer, ViTConfig, ViTForImageClassification
 
-from m2mkd.data.errors import DataError
+from m2mkd.errors import DataError, StageError
 from m2mkd.experiment.plan.plan import Plan, make_plan
-from m2mkd.modeling.stages import StageError
-from m2mkd.trainer.recipe import Recipe, load_recipe, parse_recipe
-from m2mkd.trainer.run_data import RunData
+from m2mkd.experiment.recipe import Recipe
+from m2mkd.experiment.recipe_file import load_recipe, parse_recipe
+from m2mkd.experiment.run_data import RunData
 
 
 RECIPES = Path(__file__).parents[3] / "recipes"

@@ -10,9 +10,10 @@ from testing_utils import nac
 from tiny_run import recipe_content
 
 from m2mkd import NACForImageClassification
+from m2mkd.errors import RecipeError
+from m2mkd.experiment.recipe_file import parse_recipe
 from m2mkd.experiment.report.graph import density, draw_graphs, signature_affinity
 from m2mkd.experiment.runner import run
-from m2mkd.trainer.recipe import RecipeError, parse_recipe
 
 
 NAC = {

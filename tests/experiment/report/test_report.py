@@ -9,8 +9,9 @@ import yaml
 from PIL import Image
 from rich.console import Console
 
+from m2mkd.errors import RunError
 from m2mkd.experiment.report import write_report
-from m2mkd.experiment.report.collect import COSTS, ReportError, collect, read_histories
+from m2mkd.experiment.report.collect import COSTS, collect, read_histories
 from m2mkd.experiment.report.figure import _pair_curves
 from m2mkd.experiment.report.markdown import to_markdown
 from m2mkd.experiment.report.terminal import print_report
@@ -122,13 +123,13 @@ class TestCollect:
         assert (comparison["iid"]["n"], comparison["iid"]["wins"]) == (2, 0)
         assert "70.5 ± 0.7 (2 of 3 seeds)" in to_markdown(report)
         # unless the recipe asks for it
-        with pytest.raises(ReportError, match=r"seeds/2/arms/kd/eval_results.json is missing"):
+        with pytest.raises(RunError, match=r"seeds/2/arms/kd/eval_results.json is missing"):
             collect_all(run_folder, {**RECIPE, "arms": ["e2e", "kd", "m2mkd"]})
 
     def test_equal_compute_arms_that_the_recipe_asks_for(self, tmp_path):
         write_run(tmp_path, arms=("e2e", "m2mkd"))
         assert collect_all(tmp_path, {**RECIPE, "arms": ["e2e", "m2mkd"]})
-        with pytest.raises(ReportError, match="e2e_equal_compute"):
+        with pytest.raises(RunError, match="e2e_equal_compute"):
             collect_all(tmp_path, {**RECIPE, "arms": ["e2e", "m2mkd"], "equal_compute": True})
 
     def test_networks_of_other_classes_are_not_tested(self, run_folder):
@@ -227,7 +228,7 @@ class TestErrors:
         path.unlink()
         if content is not None:
             path.write_text(content)
-        with pytest.raises(ReportError) as caught:
+        with pytest.raises(RunError) as caught:
             collect_all(run_folder)
         assert str(path) in str(caught.value)
         # the runner passes over a phase whose results are there, so its folder has to go
@@ -237,39 +238,39 @@ class TestErrors:
     @pytest.mark.parametrize("value", [None, "1", True, -1, math.nan, math.inf])
     def test_costs_are_numbers(self, run_folder, value):
         write(run_folder / "meta" / "train_results.json", costs(train_flops=value))
-        with pytest.raises(ReportError, match=r"meta/train_results.json is damaged: `train_flops` should be a number"):
+        with pytest.raises(RunError, match=r"meta/train_results.json is damaged: `train_flops` should be a number"):
             collect_all(run_folder)
 
     @pytest.mark.parametrize("accuracy", [61.2, math.nan, None, -0.1])
     def test_accuracy_is_a_share(self, run_folder, accuracy):
         scores = {"accuracy": accuracy, "n": 10}
         write(run_folder / "arms" / "e2e" / "eval_results.json", {"iid": scores, "ood": None})
-        with pytest.raises(ReportError, match="`accuracy` should be a number from 0 up to 1"):
+        with pytest.raises(RunError, match="`accuracy` should be a number from 0 up to 1"):
             collect_all(run_folder)
 
     def test_an_untested_arm(self, run_folder):
         write_phase(run_folder / "arms" / "e2e", iid=None)
-        with pytest.raises(ReportError, match="an arm needs an `iid` result"):
+        with pytest.raises(RunError, match="an arm needs an `iid` result"):
             collect_all(run_folder)
 
     @pytest.mark.parametrize("load", [[0.5], {"1": []}, {"1": ["a"]}, {"1": 0.5}])
     def test_expert_load(self, run_folder, load):
         write_phase(run_folder / "arms" / "e2e", load=load)
-        with pytest.raises(ReportError, match="expert_load"):
+        with pytest.raises(RunError, match="expert_load"):
             collect_all(run_folder)
 
     @pytest.mark.parametrize("index", [0, 1])
     def test_a_missing_pair_is_not_passed_over(self, run_folder, index):
         (run_folder / "pairs" / str(index) / "train_results.json").unlink()
         (run_folder / "pairs" / str(index)).rmdir()
-        with pytest.raises(ReportError, match=rf"pairs/{index}/train_results.json is missing. Run the recipe again"):
+        with pytest.raises(RunError, match=rf"pairs/{index}/train_results.json is missing. Run the recipe again"):
             collect_all(run_folder)
 
     def test_nothing_has_run_and_damaged_history(self, tmp_path):
-        with pytest.raises(ReportError, match="No arm has run"):
+        with pytest.raises(RunError, match="No arm has run"):
             collect_all(tmp_path)
         write_phase(tmp_path / "arms" / "e2e", log_history=[1])
-        with pytest.raises(ReportError, match="log_history"):
+        with pytest.raises(RunError, match="log_history"):
             read_histories(tmp_path, 0, [])
 
 
