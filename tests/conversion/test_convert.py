@@ -22,7 +22,7 @@ from m2mkd.conversion.official_models import convert_vit, without_aliases
 from m2mkd.conversion.official_nac import convert_nac_student
 from m2mkd.distillation.pair_folder import load_stage, load_stitches, read_contract
 from m2mkd.distillation.stitched_student import StitchedStage
-from m2mkd.errors import ConversionError, RunError
+from m2mkd.errors import ConversionError, WriteError
 from m2mkd.modeling import modeling_nac
 
 
@@ -442,7 +442,7 @@ class TestStrictness:
 
         monkeypatch.setattr(NACForImageClassification, "save_pretrained", fail)
         case = nac_case("nac_small_eval")
-        with pytest.raises(RunError, match="No space left"):
+        with pytest.raises(WriteError, match="No space left"):
             convert("nac", case.folder / "config.json", case.folder / "state_dict.safetensors", out)
         assert left(out) == []
 
