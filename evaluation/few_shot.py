@@ -59,8 +59,8 @@ def few_shot(
 ) -> dict[str, Any]:
     """
     Few-shot accuracy of a saved model: for each episode a new linear head is trained on `shots` images of `ways`
-    classes and tested on three times as many others. The model is frozen, and its features are computed once, so there
-    is no augmentation (the official code mixes images in this phase too).
+    classes and tested on three times as many others. The model is frozen, and its features are computed once, without
+    augmentation.
 
     Args:
         folder (`str` or `Path`): A Hugging Face folder or a Hub id, with its image processor.
@@ -83,19 +83,14 @@ def few_shot(
     screen.say(f"Few-shot test of {folder} on {source}: loading")
     model, pixels = load_for_evaluation(folder)
     config, second = _splits(source, pixels, train_split, val_split, partial)
-    train = load_images(config)
-    validation = None if second is None else load_images(second)
+    train, validation = load_images(config), None if second is None else load_images(second)
     drawn = list(draw_episodes(train, validation, ways, shots, episodes, seed))
     model = model.to(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu").eval()
 
     pool = train if validation is None else validation
-    learnt, tested = (
-        _features(model, ImageDataset(images, config, False), indices, batch_size, screen)
-        for images, indices in (
-            (train, [each.train for each in drawn]),
-            (pool, [each.validation for each in drawn]),
-        )
-    )
+    needed = ((train, [each.train for each in drawn]), (pool, [each.validation for each in drawn]))
+    sets = ((ImageDataset(images, config, False), indices) for images, indices in needed)
+    learnt, tested = (_features(model, dataset, indices, batch_size, screen) for dataset, indices in sets)
     how = HEADS[stage_class(type(model)).few_shot_head]
     accuracies = [
         _accuracy(episode, learnt, tested, ways, how, seed + number)
