@@ -116,6 +116,7 @@ class TestAttentionBackends:
         model.set_attn_implementation("sdpa")
         assert_close(result(model, images()), expected, atol=2e-5)
 
+    @pytest.mark.slow
     @torch.no_grad()
     def test_flex_attention_gives_the_outputs_of_eager(self) -> None:
         # heads of at least 16; torch has no backward of it on the CPU
