@@ -14,6 +14,7 @@ from official_files import config_file, left, save, with_stitches
 from official_nac_cases import nac_case
 from safetensors.torch import load_file, save_file
 from testing_utils import assert_equal
+from torch import nn
 from transformers import AutoModelForImageClassification, ViTForImageClassification
 
 from m2mkd import NACForImageClassification, VMoEForImageClassification, split_into_stages
@@ -160,6 +161,46 @@ class TestNACStudents:
         stage = split_into_stages(fresh, [1] * 4)[index].distilled()
         assert load_stage(stage, out) == []
         assert_equal(stage.state_dict(), tensors)
+
+    def test_a_read_out_whose_head_is_pooled(self, tmp_path: Path, out: Path) -> None:
+        case = nac_case("nac_student_readout")
+        share, own = case.config["share_kwargs"], case.config["role_kwargs"]
+        sizes = {"use_head": True, "pre_output_layernorm": True, "output_dim": 7}
+        own = {**own, **sizes, "tokenizer_kwargs": {"softmax_type": "vanilla", "state_dim": 7, "output_dim": 11}}
+        head = {
+            "head.0.module.weight": (48,),
+            "head.0.module.bias": (48,),
+            "head.1.native_weight": (7, 48),
+            "head.1.native_bias": (7,),
+            "head.1.scale.weight": (48, 32),
+            "head.1.scale_gain": (),
+            "tokenizer.confidence_scorer.weight": (1, 7),
+            "tokenizer.confidence_scorer.bias": (1,),
+            "tokenizer.to_logits.weight": (11, 7),
+            "tokenizer.to_logits.bias": (11,),
+        }
+        tensors = {**case.state_dict, **{name: torch.randn(shape) for name, shape in head.items()}}
+        checkpoint = save(tmp_path / "ReadOutStudent.pth", {"model": tensors})
+        config = config_file(tmp_path, {"share_kwargs": share, "readout": own, "stitch_dim": 56})
+        convert("nac-student", config, checkpoint, out, num_stages=4)
+        model = NACForImageClassification.from_pretrained(out)
+        assert (model.config.latent_head_size, model.config.num_labels) == (7, 11)
+        stage = split_into_stages(model, [1] * 4)[3].distilled()
+        assert load_stage(stage, out) == []
+        # before the head it is the student of the case
+        plain, _ = convert_nac_student(case.state_dict, 3, 4)
+        assert_equal({name: value for name, value in stage.state_dict().items() if "read_out" in name}, {
+            name: value for name, value in plain.items() if "read_out" in name
+        })  # fmt: skip
+        states, codes, norm = torch.randn(3, 2, 48), torch.randn(2, 32), nn.functional.layer_norm
+        inputs = norm(states, (48,), tensors["head.0.module.weight"], tensors["head.0.module.bias"])
+        scale = tensors["head.1.scale_gain"] * norm(codes @ tensors["head.1.scale.weight"].T, (48,)) + 1
+        latents = (inputs * scale) @ tensors["head.1.native_weight"].T + tensors["head.1.native_bias"]
+        weights = (latents @ tensors["tokenizer.confidence_scorer.weight"][0]).softmax(-1)
+        pooled = (latents * weights[..., None]).sum(1)
+        expected = pooled @ tensors["tokenizer.to_logits.weight"].T + tensors["tokenizer.to_logits.bias"]
+        with torch.no_grad():
+            assert_close(model.classify(states, codes), expected, "logits")
 
     @pytest.fixture
     def official_yaml(self, tmp_path: Path) -> Path:
