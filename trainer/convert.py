@@ -50,6 +50,7 @@ from m2mkd.modeling.modeling_vmoe import VMoEForImageClassification
 from m2mkd.modeling.pair_files import CONTRACT_FILE, STAGE_FILE, STITCHES_FILE, make_contract
 from m2mkd.modeling.stages import split_into_stages
 from m2mkd.trainer.folders import explained_write_errors
+from m2mkd.trainer.official_pixels import M2MKD_PIXELS, VMOE_JAX_PIXELS, OfficialPixels
 
 
 Tensors = dict[str, torch.Tensor]
@@ -375,7 +376,7 @@ def _vmoe_jax(content: dict[str, Any], checkpoint: Checkpoint) -> tuple[Callable
     model = _on_meta(VMoEForImageClassification, lambda: vmoe_jax_config(arrays, content))
     converted = convert_vmoe_jax(arrays)
     check_vmoe_jax(converted, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()})
-    return _whole(model, converted)
+    return _whole(model, converted, VMOE_JAX_PIXELS)
 
 
 def _model_of(checkpoint: Checkpoint, depths: list[int] | None = None) -> dict[str, Any]:
@@ -523,9 +524,16 @@ def _on_meta(model_class: type[PreTrainedModel], config: Callable[[], PreTrained
         raise ConversionError(f"the configuration describes no {model_class.__name__} ({reason}).") from error
 
 
-def _whole(model: PreTrainedModel, tensors: Tensors) -> tuple[Callable[[Path], None], str]:
+def _whole(
+    model: PreTrainedModel, tensors: Tensors, pixels: OfficialPixels = M2MKD_PIXELS
+) -> tuple[Callable[[Path], None], str]:
     model.load_state_dict(own_memory(tensors), strict=True, assign=True)
-    return model.save_pretrained, f"{type(model).__name__} of {model.num_parameters() / 1e6:.1f} M parameters"
+
+    def write(folder: Path) -> None:
+        model.save_pretrained(folder)
+        pixels.processor(model.config).save_pretrained(folder)
+
+    return write, f"{type(model).__name__} of {model.num_parameters() / 1e6:.1f} M parameters"
 
 
 def _part(
@@ -540,6 +548,7 @@ def _part(
 
     def write(folder: Path) -> None:
         config.save_pretrained(folder)
+        M2MKD_PIXELS.processor(config).save_pretrained(folder)
         save_file(own_memory(tensors), folder / STAGE_FILE, metadata={"format": "pt"})
         save_file(own_memory(stitches), folder / STITCHES_FILE, metadata={"format": "pt"})
         (folder / CONTRACT_FILE).write_text(json.dumps(contract, indent=2) + "\n")
