@@ -1,11 +1,11 @@
 .PHONY: style quality test test-slow build
 
-# Rewrite what a tool can rewrite.
+# Fix everything that a tool can fix.
 style:
 	ruff check --fix .
 	ruff format .
 
-# The checks of CI that run no code of ours.
+# The checks of CI that do not run our code.
 quality:
 	ruff check .
 	ruff format --check .
@@ -17,6 +17,6 @@ test:
 test-slow:
 	pytest -m slow
 
-# The wheel, into dist/.
+# Build the wheel in dist/.
 build:
 	python -m pip wheel --no-deps --wheel-dir dist .

@@ -1,13 +1,13 @@
 """
-One training step of m2mKD, measured side by side in one process:
+Benchmark of one training step of m2mKD. It compares these variants in one process:
 
-- all pairs together (one pass through the meta model) against the pairs one after the other;
-- each experts implementation against the plain loop.
+- all pairs together (one pass through the meta model) and the pairs one after the other;
+- each experts implementation and the plain loop.
 
     python benchmarks/distillation_step.py --size small --batch-size 16 --json result.json
 
-Seconds are medians over the repeats, which alternate between the variants; only the ratios mean anything on a shared
-machine.
+Seconds are medians over the repeats, which alternate between the variants. On a shared machine, only the ratios are
+meaningful.
 """
 
 import argparse
@@ -24,19 +24,20 @@ from transformers import ViTConfig, ViTForImageClassification
 from m2mkd import M2MKDConfig, M2MKDTrainer, VMoEConfig, VMoEForImageClassification
 
 
-# width of teacher and meta model, teacher layers a stage, student width, student layers a stage, image and patch size
+# Width of teacher and meta model, teacher layers per stage, student width, student layers per stage, image size, patch
+# size.
 SIZES = {"tiny": (96, 2, 64, 1, 28, 7), "small": (384, 3, 192, 2, 64, 8), "base": (1024, 6, 768, 3, 224, 16)}
 NUM_PAIRS = 4
 
 
 def main() -> None:
-    """Measure, print a table, and write JSON if asked."""
+    """Measure, print a table, and write JSON if requested."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="tiny")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--experts", nargs="+", default=["eager", "grouped_mm"], help="experts implementations")
-    parser.add_argument("--json", type=Path, help="where to write the figures")
+    parser.add_argument("--json", type=Path, help="file to write the results to")
     options = parser.parse_args()
 
     together = trainer_for(options.size, "all")
@@ -60,7 +61,7 @@ def main() -> None:
 
 
 def trainer_for(size: str, pairs: list[int] | str) -> M2MKDTrainer:
-    """A trainer with fresh networks of a size."""
+    """Build a trainer with new networks of a size."""
     width, teacher_layers, student_width, student_layers, image_size, patch_size = SIZES[size]
     common = {"image_size": image_size, "patch_size": patch_size, "num_labels": 10}
     vit = {"hidden_size": width, "intermediate_size": 4 * width, "num_attention_heads": width // 32, **common}
@@ -87,7 +88,7 @@ def trainer_for(size: str, pairs: list[int] | str) -> M2MKDTrainer:
 
 
 def images(size: str, batch_size: int, device: torch.device) -> dict[str, torch.Tensor]:
-    """A batch of noise."""
+    """Make a batch of noise."""
     side = SIZES[size][4]
     return {
         "pixel_values": torch.randn(batch_size, 3, side, side, device=device),
@@ -96,7 +97,7 @@ def images(size: str, batch_size: int, device: torch.device) -> dict[str, torch.
 
 
 def step(trainer: M2MKDTrainer, batch: dict[str, torch.Tensor]) -> None:
-    """Forward and backward pass of the pairs of a trainer."""
+    """Run a forward and backward pass of the pairs of a trainer."""
     trainer.model.zero_grad()
     trainer.compute_loss(trainer.model, batch).backward()
     if torch.cuda.is_available():
@@ -104,7 +105,7 @@ def step(trainer: M2MKDTrainer, batch: dict[str, torch.Tensor]) -> None:
 
 
 def with_experts(trainer: M2MKDTrainer, name: str, batch: dict[str, torch.Tensor]) -> Callable[[], None]:
-    """A step with one experts implementation."""
+    """Return a function that runs a step with one experts implementation."""
 
     def run() -> None:
         trainer.student.set_experts_implementation(name)
@@ -114,7 +115,7 @@ def with_experts(trainer: M2MKDTrainer, name: str, batch: dict[str, torch.Tensor
 
 
 def measure(variants: dict[str, Callable[[], None]], repeats: int) -> dict[str, float]:
-    """Median seconds of each variant; the variants take turns, so that a busy moment hits all of them."""
+    """Median seconds of each variant; the variants take turns, so that a busy moment affects all of them."""
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for repeat in range(repeats + 1):
         for name, run in variants.items():

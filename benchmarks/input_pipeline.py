@@ -1,13 +1,14 @@
 """
-The input pipeline by itself, on JPEG files that it makes:
+Benchmark of the input pipeline without a model, on JPEG files that it generates:
 
-- images a second that one core decodes and augments, for each augmentation, and what each step of it takes;
-- the share of a training step's time that is spent waiting for images, with more and more workers.
+- images per second that one core decodes and augments, for each augmentation, and the time of each step of it;
+- the fraction of the training time that is spent waiting for images, for several numbers of workers.
 
     python benchmarks/input_pipeline.py --image-size 224 --source-size 500 375 --workers 0 1 2 --json result.json
 
-The second part takes a step of `--step-seconds` (the device's work for a batch, here a sleep): give that of your own
-training. `needed workers` is what the first part says: images a second that the device takes over those of one core.
+The second part simulates the device's work for a batch by a sleep of `--step-seconds`: set it to the value of your own
+training. `needed workers` follows from the first part: images per second that the device consumes, divided by images
+per second of one core.
 """
 
 import argparse
@@ -41,7 +42,7 @@ AUGMENTATIONS: dict[str, dict[str, Any]] = {
 
 
 def main() -> None:
-    """Measure, print tables, and write JSON if asked."""
+    """Measure, print tables, and write JSON if requested."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--image-size", type=int, default=224, help="side of the model's input, in pixels")
     parser.add_argument("--source-size", type=int, nargs=2, default=[500, 375], help="width and height of the files")
@@ -50,8 +51,10 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=16, help="steps for each number of workers")
-    parser.add_argument("--step-seconds", type=float, help="work of the device for a batch; default: a core's speed")
-    parser.add_argument("--json", type=Path, help="where to write the figures")
+    parser.add_argument(
+        "--step-seconds", type=float, help="seconds of device work per batch; default: the speed of one core"
+    )
+    parser.add_argument("--json", type=Path, help="file to write the results to")
     options = parser.parse_args()
 
     torch.set_num_threads(1)
@@ -62,9 +65,9 @@ def main() -> None:
         device = options.step_seconds or options.batch_size / rates["imagenet"]
         waits = {workers: waiting_share(data, options, workers, device) for workers in options.workers}
     for name, rate in rates.items():
-        print(f"{name:28} {rate:8.0f} images/s a core")
+        print(f"{name:28} {rate:8.0f} images/s per core")
     for name, seconds in steps.items():
-        print(f"  {name:26} {1000 * seconds:8.2f} ms an image")
+        print(f"  {name:26} {1000 * seconds:8.2f} ms per image")
     workers_needed = needed(rates, options, device)
     print(f"steps of {device:.3f} s for {options.batch_size} images; needed workers: {workers_needed:.1f}")
     for workers, share in waits.items():
@@ -76,14 +79,14 @@ def main() -> None:
 
 
 def needed(rates: dict[str, float], options: argparse.Namespace, device: float) -> float:
-    """Workers whose images keep the device busy."""
+    """Number of workers that keeps the device busy."""
     return options.batch_size / device / rates["imagenet"]
 
 
 def photos(folder: Path, count: int, width: int, height: int) -> LabeledImages:
     """
-    Smooth noise with grain as JPEG files, in two classes. 500 x 375 pixels take some 110 kB, as in ImageNet (138 GB
-    for 1.28 million files).
+    Generate smooth noise with grain as JPEG files, in two classes. A file of 500 x 375 pixels has about 110 kB, as in
+    ImageNet (138 GB for 1.28 million files).
     """
     rng = np.random.default_rng(0)
     for index in range(count):
@@ -97,12 +100,12 @@ def photos(folder: Path, count: int, width: int, height: int) -> LabeledImages:
 
 
 def config(options: argparse.Namespace, **changes: Any) -> DataConfig:
-    """A data set's configuration for one augmentation."""
+    """Configuration of a data set for one augmentation."""
     return DataConfig(source="x", image_size=options.image_size, **changes)
 
 
 def median_seconds(work: Callable[[], object], repeats: int) -> float:
-    """Median over the repeats, after one that warms up, of the time that the core worked: others may share it."""
+    """Median CPU seconds over the repeats, after one warm-up. CPU time is used because others may share the core."""
     work()
     taken = []
     for _ in range(repeats):
@@ -113,7 +116,7 @@ def median_seconds(work: Callable[[], object], repeats: int) -> float:
 
 
 def images_per_second(data: LabeledImages, options: argparse.Namespace) -> dict[str, float]:
-    """What one core does, from the file to the pixels of a mixed batch."""
+    """Images per second of one core, from the file to the pixels of a mixed batch."""
     rates = {}
     for name, changes in AUGMENTATIONS.items():
         dataset = ImageDataset(data, config(options, **changes), train=name != "evaluation")
@@ -128,7 +131,7 @@ def images_per_second(data: LabeledImages, options: argparse.Namespace) -> dict[
 
 
 def step_seconds(data: LabeledImages, options: argparse.Namespace) -> dict[str, float]:
-    """Seconds an image of each step of `imagenet`."""
+    """Seconds per image of each step of the augmentation `imagenet`."""
     size, bicubic, rng = options.image_size, Image.Resampling.BICUBIC, np.random.default_rng(0)
     to_pixels = PixelTransform(config(options), is_cropped=True)
     decoded = [data.images[index] for index in range(len(data))]
@@ -150,12 +153,12 @@ def step_seconds(data: LabeledImages, options: argparse.Namespace) -> dict[str, 
 
 
 def waiting_share(data: LabeledImages, options: argparse.Namespace, workers: int, device: float) -> float:
-    """Share of the time of a loop of steps that the device has no batch."""
+    """Fraction of the time of a training loop in which the device waits for a batch."""
     dataset = ImageDataset(data, config(options, augmentation="imagenet"), train=True)
     loader = DataLoader(
         dataset,
         batch_size=options.batch_size,
-        # one long epoch: between two, workers stand still
+        # one long epoch, because workers are idle between two epochs
         sampler=[index % len(data) for index in range((options.steps + 1) * options.batch_size)],
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),

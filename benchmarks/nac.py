@@ -1,19 +1,20 @@
 """
-A Neural Attentive Circuit measured: speed and memory of the two sizes of m2mKD (64 px and 224 px images), or, of a
-trained one, accuracy against latency over the number of mediator latents that are kept.
+Benchmark of a Neural Attentive Circuit (NAC): speed and memory of the two sizes of m2mKD (64 px and 224 px images), or
+accuracy and latency of a trained NAC for different numbers of kept mediator latents.
 
     python benchmarks/nac.py --json result.json
     python benchmarks/nac.py --attention sdpa eager --autocast --compile
-    python benchmarks/nac.py --official ../m2mKD             the official code beside ours, in the same run
+    python benchmarks/nac.py --official ../m2mKD             compare with the official code in the same run
     python benchmarks/nac.py --prune runs/nac_digits --figure pruning.png     a finished run: see nac_pruning.py
 
-Variants take turns, so that a busy moment hits all of them, and each turn is a new process: two steps of each mode to
-warm up, then some measured ones; seconds are medians over all turns.
-`forward` is in evaluation without gradients, `training` is forward and backward in train mode with all its noise.
-Memory is the peak of the first step above the built model: later ones find memory that was freed and not given back.
-The floor is the time that the step's matrix products and convolutions alone would take at the speed that a large
-product reaches on this machine, timed right before the step; products of branches that an image drops count, though
-they may be left out. Signatures are random here: fitting a graph takes long and changes no shape.
+Variants take turns, so that a busy moment affects all of them. Each turn is a new process with two warm-up steps of
+each mode, followed by measured steps. Seconds are medians over all turns.
+`forward` runs in evaluation mode without gradients. `training` is forward and backward in train mode with all noise.
+Memory is the peak of the first step above the built model, because later steps reuse memory that was freed but not
+returned to the system.
+The floor is the time that only the step's matrix products and convolutions would take at the speed of a large matrix
+product on this machine, timed right before the step. It includes the products of branches that an image drops, even
+though the model may skip them. The signatures are random here: fitting a graph takes long and changes no shape.
 """
 
 import argparse
@@ -56,7 +57,7 @@ PRUNING_BATCH = 64
 
 
 def main() -> None:
-    """Measure, print a table, and write JSON if asked."""
+    """Measure, print a table, and write JSON if requested."""
     options = parse_arguments()
     results = pruning(options) if options.prune else speed(options)
     if options.json:
@@ -66,12 +67,14 @@ def main() -> None:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line."""
+    """Parse and check the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="where to write the figures")
+    parser.add_argument("--json", type=Path, help="file to write the results to")
     parser.add_argument("--repeats", type=int, default=3, help="measured turns of each variant")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads of torch")
-    parser.add_argument("--batch-size", type=int, help="images a step (speed: 32 of 64 px, 2 of 224 px; pruning: 64)")
+    parser.add_argument(
+        "--batch-size", type=int, help="images per step (speed: 32 of 64 px, 2 of 224 px; pruning: 64)"
+    )
     group = parser.add_argument_group("speed and memory")
     group.add_argument("--image-size", type=int, nargs="+", choices=PRESETS, default=list(PRESETS))
     group.add_argument("--attention", nargs="+", default=["sdpa"], help="attention implementations of transformers")
@@ -84,25 +87,27 @@ def parse_arguments() -> argparse.Namespace:
     group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     group = parser.add_argument_group("accuracy against latency")
     group.add_argument("--prune", type=Path, metavar="RUN_FOLDER", help="a finished run of a NAC recipe")
-    group.add_argument("--arm", default="m2mkd", help="which arm of it")
-    group.add_argument("--keep", type=float, nargs="+", default=list(KEEP), help="shares of the mediators, in (0, 1]")
-    group.add_argument("--figure", type=Path, help="where to draw the curve, e.g. pruning.png")
+    group.add_argument("--arm", default="m2mkd", help="arm of the run")
+    group.add_argument(
+        "--keep", type=float, nargs="+", default=list(KEEP), help="fractions of the mediators to keep, in (0, 1]"
+    )
+    group.add_argument("--figure", type=Path, help="file to save the figure to, e.g. pruning.png")
     options = parser.parse_args()
     if options.official and importlib.util.find_spec("einops") is None:
         parser.error("--official needs einops, which the official code imports: pip install einops")
     if options.official and not (options.official / OFFICIAL_CONFIGS[64]).is_file():
         parser.error(
-            f"--official is no checkout of the official code: {options.official / OFFICIAL_CONFIGS[64]} is missing"
+            f"--official is not a checkout of the official code: {options.official / OFFICIAL_CONFIGS[64]} is missing"
         )
     if options.prune and not (options.prune / "arms" / options.arm).is_dir():
         parser.error(f"--prune: {options.prune / 'arms' / options.arm} is missing; give the folder of a finished run")
     if not all(0 < share <= 1 for share in options.keep):
-        parser.error(f"--keep are shares in (0, 1], but they are {options.keep}")
+        parser.error(f"--keep must be fractions in (0, 1], but is {options.keep}")
     return options
 
 
 def pruning(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Accuracy against latency; see nac_pruning.py."""
+    """Measure accuracy and latency; see nac_pruning.py."""
     torch.set_num_threads(options.threads)
     batch_size = options.batch_size or PRUNING_BATCH
     points = prune_curve(options.prune, options.arm, options.keep, batch_size, options.repeats)
@@ -117,7 +122,7 @@ def pruning(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 @dataclass
 class Variant:
-    """One way to run a circuit."""
+    """One way to run a NAC."""
 
     name: str
     image_size: int
@@ -149,7 +154,7 @@ def variants_of(options: argparse.Namespace, image_size: int) -> list[Variant]:
 
 
 def speed(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """Figures by image size and variant."""
+    """Measure speed and memory; returns the results by image size and variant."""
     results = {}
     for image_size in options.image_size:
         variants = variants_of(options, image_size)
@@ -164,7 +169,7 @@ def speed(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
 
 
 def ratios(official: dict[str, Any], ours: dict[str, Any]) -> dict[str, float | None]:
-    """How much faster than the official code, and the share of its memory."""
+    """Speed-up over the official code, and fraction of its memory."""
     share = ours["mib"] / official["mib"] if ours["mib"] and official["mib"] else None
     return {"speed_up": official["seconds"] / ours["seconds"], "memory_share": share}
 
@@ -187,7 +192,7 @@ def take_turns(variants: list[Variant], flops: dict[str, int], repeats: int) -> 
 
 
 def in_a_process(function: Callable[..., Any], *arguments: Any) -> Any:
-    """What a function returns in a new process, whose memory nobody has used before and nobody will after."""
+    """Run a function in a new process, so that the measured memory was not used before, and return its result."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
 
@@ -205,7 +210,7 @@ def summary(turns: list[dict[str, Any]], mode: str) -> dict[str, Any]:
 
 
 def take_turn(variant: Variant, flops: dict[str, int]) -> dict[str, Any]:
-    """Builds the model and makes the steps of each mode; its number of parameters, too."""
+    """Build the model and run the steps of each mode. The result includes the number of parameters."""
     torch.set_num_threads(variant.threads)
     torch.manual_seed(0)
     model = official_model(variant) if variant.official else our_model(variant)
@@ -224,12 +229,12 @@ def take_turn(variant: Variant, flops: dict[str, int]) -> dict[str, Any]:
 
 
 def noise_images(variant: Variant) -> torch.Tensor:
-    """A batch of noise."""
+    """Make a batch of noise."""
     return torch.randn(variant.batch_size, 3, variant.image_size, variant.image_size, device=variant.device)
 
 
 def our_model(variant: Variant) -> NACForImageClassification:
-    """The preset with random signatures."""
+    """Build the preset with random signatures."""
     config = NACConfig.from_preset(
         PRESETS[variant.image_size],
         graph_prior=None,
@@ -243,8 +248,8 @@ def our_model(variant: Variant) -> NACForImageClassification:
 
 def official_model(variant: Variant) -> nn.Module:
     """
-    The same model of the official code, which imports packages that it does not need (`speedrun`, `timm`) or that are
-    gone (old names of `transformers`): empty modules stand in for them.
+    Build the same model of the official code. That code imports packages that it does not need (`speedrun`, `timm`)
+    and names that no longer exist in `transformers`. Empty modules replace both.
     """
 
     def stand_in(name: str, **attributes: Any) -> types.ModuleType:
@@ -296,19 +301,19 @@ def logits_of(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
 
 
 def step(model: nn.Module, images: torch.Tensor, mode: str) -> None:
-    """One step of a mode."""
+    """Run one step of a mode."""
     if mode == "forward":
         with torch.no_grad():
             logits_of(model, images)
         return
-    # what the loss is makes no difference to the model
+    # any loss will do, because it makes no difference to the model
     logits_of(model, images).float().logsumexp(-1).mean().backward()
 
 
 def count_flops(variant: Variant) -> dict[str, int]:
     """
-    Those of matrix products and convolutions, by mode. The counter does not see into fused attention, and what is
-    computed again or left out on purpose is no matter: they are counted with eager attention and no checkpoints.
+    FLOPs of matrix products and convolutions, by mode. The counter does not see into fused attention, and recomputed
+    or deliberately skipped products should make no difference, so this uses eager attention without checkpointing.
     """
     model = our_model(replace(variant, attention="eager")).to(variant.device)
     images = noise_images(variant)
@@ -342,7 +347,7 @@ def gemm_rate(variant: Variant) -> float:
 
 
 class Memory:
-    """Peak memory above that at construction: of the GPU, or resident memory as Linux counts it."""
+    """Peak memory above the memory at construction: GPU memory, or resident memory as reported by Linux."""
 
     def __init__(self, device: str):
         self.device = device
@@ -365,7 +370,7 @@ class Memory:
         return 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
 
     def peak_mib(self) -> float | None:
-        """The peak since `restart`; `None` where it cannot be told."""
+        """The peak since `restart`; `None` where it cannot be measured."""
         peak = self._read()
         return None if peak is None else (peak - self.base) / MIB
 
@@ -373,7 +378,7 @@ class Memory:
 def measure(
     model: nn.Module, images: torch.Tensor, mode: str, variant: Variant, flops: dict[str, int], memory: Memory
 ) -> dict[str, float | None]:
-    """One timed step."""
+    """Time one step."""
     rate = gemm_rate(variant)
     model.train(mode == "training")
     model.zero_grad()
@@ -388,7 +393,7 @@ def measure(
 
 
 def show_speed(title: str, figures: dict[str, dict[str, Any]]) -> None:
-    """One row a mode and variant."""
+    """Print a table with one row per mode and variant."""
     table = Table(title=title)
     for heading in ("mode", "variant", "seconds", "peak MiB", "x floor", "x faster than official", "of its memory"):
         table.add_column(heading, justify="left" if heading in ("mode", "variant") else "right")

@@ -1,6 +1,6 @@
 """
-Accuracy against latency of a trained circuit over the number of mediator latents that are kept, without any training
-after they are gone. `python benchmarks/nac.py --prune RUN_FOLDER` calls it.
+Accuracy and latency of a trained NAC for different numbers of kept mediator latents, without training after the
+pruning. `python benchmarks/nac.py --prune RUN_FOLDER` calls it.
 """
 
 import statistics
@@ -17,13 +17,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
 from m2mkd import NACForImageClassification
+from m2mkd.evaluation.predict import evaluate_model
+from m2mkd.experiment.recipe import Recipe
+from m2mkd.experiment.recipe_file import load_recipe
+from m2mkd.experiment.run_data import RunData
 from m2mkd.modeling.latent_pruning import STRATEGIES
-from m2mkd.trainer.evaluation import evaluate_model
-from m2mkd.trainer.recipe import Recipe, load_recipe
-from m2mkd.trainer.run_data import RunData
 
 
-# training images that importance is measured on
+# training images used to measure importance
 NUM_CALIBRATION_IMAGES = 256
 KEEP = (1.0, 0.75, 0.5, 0.375, 0.25, 0.125)
 EVALUATION_BATCH = 250
@@ -33,15 +34,15 @@ def prune_curve(
     run_folder: Path, arm: str, keep: list[float] | None, batch_size: int, repeats: int
 ) -> list[dict[str, Any]]:
     """
-    One point for each strategy and number of mediators: accuracy on the test sets of the run's recipe, seconds of a
-    forward pass (the median; models take turns, in this one process), FLOPs an image, and the parameters.
+    One point for each strategy and number of mediators: accuracy on the test sets of the run's recipe, median seconds
+    of a forward pass (the models take turns in this process), FLOPs per image, and number of parameters.
 
     Args:
-        run_folder (`Path`): A finished run of a NAC recipe.
-        arm (`str`): Which of its arms.
-        keep (`list[float]`, *optional*): Shares of the mediators, in (0, 1].
-        batch_size (`int`): Images of a timed forward pass.
-        repeats (`int`): Timed passes of each model.
+        run_folder (`Path`): Folder of a finished run of a NAC recipe.
+        arm (`str`): Name of one of its arms.
+        keep (`list[float]`, *optional*): Fractions of the mediators to keep, in (0, 1].
+        batch_size (`int`): Number of images in a timed forward pass.
+        repeats (`int`): Number of timed passes of each model.
     """
     recipe = load_recipe(run_folder / "recipe.json")
     data = RunData(recipe)
@@ -65,7 +66,7 @@ def prune_curve(
         point["parameters"] = model.num_parameters()
         for split, dataset in tests.items():
             point[split] = evaluate_model(model, dataset, EVALUATION_BATCH, use_cpu=True)["accuracy"]
-    # which mediators are kept makes no difference to the time, only how many
+    # The time depends only on the number of mediators that are kept, not on which ones.
     by_number = {model.config.num_mediator_latents: model for model in models}
     seconds = dict(zip(by_number, latencies(list(by_number.values()), images, repeats), strict=True))
     for point in points:
@@ -74,18 +75,18 @@ def prune_curve(
 
 
 def like(recipe: Recipe, data: RunData) -> tuple[str, list[str]]:
-    """The training set whose pixels and classes the arms know, for `RunData.test_set`."""
+    """Name and classes of the training set that the arms were trained on, for `RunData.test_set`."""
     return recipe.finetune.data, data.class_names(recipe.finetune.data)
 
 
 def first_images(dataset: torch.utils.data.Dataset, number: int) -> torch.Tensor:
-    """Pixels of shape `(number, 3, image_size, image_size)`; fewer if there are no more."""
+    """Pixels of shape `(number, 3, image_size, image_size)`; fewer images if the data set has fewer."""
     return next(iter(DataLoader(dataset, batch_size=number, shuffle=False)))["pixel_values"]
 
 
 @torch.no_grad()
 def latencies(models: list[NACForImageClassification], images: torch.Tensor, repeats: int) -> list[float]:
-    """Median seconds of a forward pass of each model; they take turns, so that a busy moment hits all of them."""
+    """Median seconds of a forward pass of each model; they take turns, so that a busy moment affects all of them."""
     seconds: list[list[float]] = [[] for _ in models]
     for _ in tqdm(range(repeats + 1), desc="latency"):
         for model, measured in zip(models, seconds, strict=True):
@@ -97,8 +98,8 @@ def latencies(models: list[NACForImageClassification], images: torch.Tensor, rep
 
 
 def show_curve(points: list[dict[str, Any]], batch_size: int) -> None:
-    """One row a point."""
-    table = Table(title=f"Mediators kept, no training afterwards; ms and MFLOPs an image, batch {batch_size}")
+    """Print a table with one row per point."""
+    table = Table(title=f"Mediators kept, no training afterwards; ms and MFLOPs per image, batch {batch_size}")
     columns = ("strategy", "kept", "IID %", "OOD %", "ms", "x faster", "MFLOPs", "parameters")
     for heading in columns:
         table.add_column(heading, justify="left" if heading == "strategy" else "right")
@@ -118,7 +119,7 @@ def show_curve(points: list[dict[str, Any]], batch_size: int) -> None:
 
 
 def draw_curve(points: list[dict[str, Any]], batch_size: int, path: Path) -> None:
-    """Accuracy against milliseconds an image, a line for each strategy and test set; points carry the mediators."""
+    """Plot accuracy against ms per image, one line per strategy and test set, with the mediators at each point."""
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.add_subplot()
     for strategy, color in zip(STRATEGIES, ("#0072B2", "#D55E00"), strict=True):
@@ -136,7 +137,9 @@ def draw_curve(points: list[dict[str, Any]], batch_size: int, path: Path) -> Non
                     str(point["mediators"]), (x, y), xytext=(0, 5), textcoords="offset points", ha="center", fontsize=8
                 )
     axes.set(
-        xlabel=f"ms an image, batch {batch_size}", ylabel="accuracy, %", title="Mediators kept, no training afterwards"
+        xlabel=f"ms per image, batch {batch_size}",
+        ylabel="accuracy, %",
+        title="Mediators kept, no training afterwards",
     )
     axes.grid(alpha=0.3)
     axes.legend()

@@ -22,7 +22,7 @@ from transformers.utils import auto_docstring
 from m2mkd.configuration.graph_prior_rules import check_graph_prior
 
 
-# The two sizes of m2mKD (its configs/nac_scale_*.yml) with their scale-free graph, and a small one.
+# The two sizes of m2mKD (its configs/nac_scale_*.yml) with their scale-free graph, and a small size for tests.
 NAC_PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {
         "image_size": 32,
@@ -56,15 +56,15 @@ NAC_PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 
-# Pixels that one token covers: the stem cuts patches of 4, every further stage halves the grid.
+# Stride of the stem in pixels: it cuts patches of 4 x 4, and every further stage halves the grid.
 STEM_STRIDE = 4
 
 
 @auto_docstring(
     custom_intro="""
     Configuration of a Neural Attentive Circuit ([Neural Attentive Circuits](https://huggingface.co/papers/2210.08031)):
-    input latents read the image, mediator latents exchange messages along a learned sparse graph, output latents are
-    pooled into logits. The defaults are the NAC for Tiny-ImageNet of
+    input latents read the image, mediator latents exchange messages along a learned sparse graph, and output latents
+    are pooled into logits. The defaults are those of the NAC for Tiny-ImageNet of
     [m2mKD](https://huggingface.co/papers/2402.16918), without its graph prior.
     """
 )
@@ -72,44 +72,44 @@ STEM_STRIDE = 4
 class NACConfig(PreTrainedConfig):
     r"""
     code_size (`int`, *optional*, defaults to 384):
-        Width of the codes, the vectors that modulate what each latent computes.
+        Width of the codes, the vectors that modulate the computation of each latent.
     signature_size (`int`, *optional*, defaults to 64):
-        Width of the signatures, the vectors whose cosine distances are the graph.
+        Width of the signatures, the vectors whose cosine distances define the graph.
     num_input_latents (`int`, *optional*, defaults to 64):
-        Latents that attend to the image.
+        Number of latents that attend to the image.
     num_mediator_latents (`int`, *optional*, defaults to 256):
-        Latents that exchange messages.
+        Number of latents that exchange messages.
     num_output_latents (`int`, *optional*, defaults to 64):
-        Latents that the logits are pooled from.
+        Number of latents that the logits are pooled from.
     num_hidden_layers (`int`, *optional*, defaults to 8):
-        Propagators: rounds of messages.
+        Number of propagators. Each one is a round of messages.
     head_dim (`int`, *optional*):
-        Width of an attention head; `hidden_size // num_attention_heads` if not given, and it can be nothing else.
+        Width of an attention head; `hidden_size // num_attention_heads` if not given. No other value is allowed.
     use_geglu (`bool`, *optional*, defaults to `True`):
         Whether the feed-forward gates its hidden units (`a * gelu(gate)`) or is a plain two-layer perceptron.
     layer_scale_init_value (`float`, *optional*, defaults to 0.1):
-        Start of the layer scale of propagators, read-out and all feed-forwards.
+        Initial value of the layer scale of propagators, read-out and all feed-forwards.
     read_in_layer_scale_init_value (`float`, *optional*, defaults to 1.0):
-        Start of the layer scale of the read-in attention.
+        Initial value of the layer scale of the read-in attention.
     drop_path_rate (`float`, *optional*, defaults to 0.1):
-        Stochastic depth of every propagator.
+        Stochastic depth rate of every propagator.
     read_in_drop_path_rate (`float`, *optional*, defaults to 0.0):
-        Stochastic depth of the read-in's feed-forward.
+        Stochastic depth rate of the read-in's feed-forward.
     read_out_drop_path_rate (`float`, *optional*, defaults to 0.0):
-        Stochastic depth of the read-out.
+        Stochastic depth rate of the read-out.
     tokenizer_depths (`list[int]`, *optional*, defaults to `[3, 3]`):
-        ConvNeXt blocks of each stage of the image tokenizer; the grid is `image_size / 4`, halved by every further
-        stage.
+        Number of ConvNeXt blocks in each stage of the image tokenizer. The grid is `image_size / 4`, halved by every
+        further stage.
     tokenizer_hidden_sizes (`list[int]`, *optional*):
         Channels of each stage; `hidden_size // 4, hidden_size // 2, ...` if not given.
     tokenizer_layer_scale_init_value (`float`, *optional*, defaults to 1e-06):
-        Start of the layer scale of the ConvNeXt blocks.
+        Initial value of the layer scale of the ConvNeXt blocks.
     position_embedding_size (`int`, *optional*, defaults to 64):
-        Channels of the learned positional grid that follow those of the image in every token; 0: no grid.
+        Channels of the learned positional grid, which follow the image channels in every token; 0: no grid.
     learnable_signatures (`bool`, *optional*, defaults to `True`):
-        Whether training moves the signatures, and with them the graph.
+        Whether training changes the signatures, and with them the graph.
     code_scale_gain (`float`, *optional*, defaults to 0.1):
-        How strongly a code modulates the inputs of a linear layer, at the start.
+        Initial strength with which a code modulates the inputs of a linear layer.
     learnable_code_scale_gain (`bool`, *optional*, defaults to `True`):
         Whether each linear layer learns its gain.
     code_scale_normalization (`str`, *optional*, defaults to `"layer_norm"`):
@@ -118,22 +118,22 @@ class NACConfig(PreTrainedConfig):
     add_one_to_code_scale (`bool`, *optional*, defaults to `True`):
         Whether a modulated linear layer starts from the identity modulation.
     code_noise_scale (`float`, *optional*, defaults to 0.05):
-        Uniform noise on the codes in training, relative to their size.
+        Scale of the uniform noise on the codes in training, relative to their size.
     use_code_noise_in_latent_seeder (`bool`, *optional*, defaults to `True`):
-        Whether the seeder sees noisy codes, too.
+        Whether the seeder also sees the noisy codes.
     kernel_truncation (`float`, *optional*, defaults to 0.9):
         Cosine distance (0 to 2) beyond which two latents are not connected; `None` connects all.
     kernel_truncation_type (`str`, *optional*, defaults to `"direct"`):
-        `"direct"` passes no gradient through the edges it cuts; `"masked"` passes it straight through to the block
-        model loss, and cuts at the truncation itself, too.
+        `"direct"` passes no gradient through the edges that it cuts. `"masked"` passes the gradient of the block model
+        loss straight through, and also cuts edges exactly at the truncation.
     kernel_bandwidth (`float`, *optional*, defaults to 1.0):
-        Start of the bandwidth of the affinity `exp(-distance / bandwidth)`. A learned one counts as at least 0.01.
+        Initial bandwidth of the affinity `exp(-distance / bandwidth)`. A learned bandwidth counts as at least 0.01.
     learnable_bandwidth (`bool`, *optional*, defaults to `True`):
         Whether each propagator learns its bandwidth.
     stochastic_kernel (`bool`, *optional*, defaults to `True`):
-        Whether training draws the edges of every image from a relaxed Bernoulli of the affinity.
+        Whether training draws the edges for every image from a relaxed Bernoulli distribution of the affinity.
     kernel_temperature (`float`, *optional*, defaults to 0.5):
-        Temperature of the relaxed Bernoulli.
+        Temperature of the relaxed Bernoulli distribution.
     share_layernorm (`bool`, *optional*, defaults to `True`):
         Whether senders and receivers of a propagator share a layer norm.
     share_propagators (`bool`, *optional*, defaults to `False`):
@@ -141,44 +141,45 @@ class NACConfig(PreTrainedConfig):
     share_codes_between_layers (`bool`, *optional*, defaults to `True`):
         Whether a mediator keeps its code over the rounds.
     use_latent_seeder (`bool`, *optional*, defaults to `True`):
-        Whether the first state of a latent is computed from its code, or learned by itself.
+        Whether the initial state of a latent is computed from its code. Otherwise it is a learned parameter.
     use_state_noise (`bool`, *optional*, defaults to `True`):
-        Whether the seeder adds learned Gaussian noise to the first states in training.
+        Whether the seeder adds learned Gaussian noise to the initial states in training.
     input_to_mediator (`str`, *optional*, defaults to `"all"`):
         Rounds in which input latents send to the mediators: `"all"`, `"first"` or `"none"`.
     input_to_output (`bool`, *optional*, defaults to `True`):
-        Whether the read-out sees the input latents beside the mediators.
+        Whether the read-out sees the input latents in addition to the mediators.
     mediators_start_as_inputs (`bool`, *optional*, defaults to `False`):
-        Whether the read-in's result is the first state of the mediators (as many as input latents).
+        Whether the result of the read-in is the initial state of the mediators. It needs as many mediators as input
+        latents.
     read_in_residual (`bool`, *optional*, defaults to `True`):
         Whether the read-in attention adds to the input latents or replaces them.
     read_out_residual (`bool`, *optional*, defaults to `False`):
         Whether the read-out attention adds to the output latents or replaces them.
     pooling (`str`, *optional*, defaults to `"gumbel"`):
-        How confidences weigh the output latents: `"gumbel"`, `"gumbel_hard"` (one latent an image), `"softmax"`, or
-        `"first"`, where the first output latent gives the logits by a modulated head.
+        How confidences weigh the output latents: `"gumbel"`, `"gumbel_hard"` (one latent per image) or `"softmax"`.
+        With `"first"`, a modulated head computes the logits from the first output latent.
     pooling_temperature (`float`, *optional*, defaults to 1.0):
-        Temperature of that softmax.
+        Temperature of the pooling softmax.
     latent_head_size (`int`, *optional*):
-        Channels that a modulated head gives every output latent before they are pooled; no such head if not given.
-        With `pooling="first"` the head gives the logits, and this is not for it.
+        Output width of a modulated head that is applied to every output latent before the pooling; no such head if not
+        given. With `pooling="first"`, the head computes the logits, and this must not be given.
     head_layernorm (`bool`, *optional*, defaults to `True`):
         Whether a modulated head, of `pooling="first"` or of `latent_head_size`, begins with a layer norm.
     sample_in_eval (`bool`, *optional*, defaults to `False`):
-        Whether evaluation draws seeder and Gumbel noise, as the official code does (defects of section 2 of its
-        analysis: two evaluations of one model differ).
+        Whether evaluation draws seeder and Gumbel noise, as the official code does (two evaluations of one
+        model then differ).
     graph_prior (`str`, *optional*):
-        Graph that the signatures of the mediators are fitted to when a new model is made: `"barabasi_albert"`
+        Graph that the signatures of the mediators are fitted to when a new model is created: `"barabasi_albert"`
         (scale-free), `"planted_partition"`, `"ring_of_cliques"`, `"erdos_renyi"`, `"watts_strogatz"`, `"grid"`,
         `"balanced_tree"`, `"barbell"`, `"hypercube"` or `"complete"`. `None`: random signatures.
     graph_prior_kwargs (`dict`, *optional*):
-        Arguments of that graph, named as in networkx, without the number of nodes.
+        Arguments of the graph prior, named as in networkx, without the number of nodes.
     graph_prior_seed (`int`, *optional*, defaults to 0):
         Seed of the graph.
     graph_prior_truncation (`float`, *optional*):
         Distance at which the fitted signatures reproduce the graph; `kernel_truncation` if not given. The official
-        code fits at 0.8 and cuts at 0.9, which turns a graph of 1.6 % density into one of 21 % (defect 17): 0.8 only
-        to reproduce that.
+        code fits at 0.8 and cuts at 0.9, which turns a graph of 1.6 % density into one of 21 %. Set 0.8
+        only to reproduce that.
     signature_repulsion_coef (`float`, *optional*, defaults to 0.0):
         Weight of the hinge repulsion of all signatures in `aux_loss`.
     signature_repulsion_hinge (`float`, *optional*, defaults to 0.4):
@@ -186,7 +187,7 @@ class NACConfig(PreTrainedConfig):
     block_model_coef (`float`, *optional*, defaults to 0.0):
         Weight of the stochastic block model loss of the mediators in `aux_loss`.
     block_model_num_clusters (`int`, *optional*, defaults to 8):
-        Blocks of that model.
+        Number of blocks of the stochastic block model.
     block_model_p_in (`float`, *optional*, defaults to 0.9):
         Link probability within a block.
     block_model_p_out (`float`, *optional*, defaults to 0.2):
@@ -294,15 +295,15 @@ class NACConfig(PreTrainedConfig):
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> "NACConfig":
         """
-        A configuration of a known size: `"tiny"` (for tests and laptops), or the paper's `"tiny_imagenet"` and
-        `"imagenet"`, with the scale-free graph; set `graph_prior` and `graph_prior_kwargs` for another one.
+        Create a configuration of a known size: `"tiny"` (for tests and laptops), or the paper's `"tiny_imagenet"` and
+        `"imagenet"` with the scale-free graph. Set `graph_prior` and `graph_prior_kwargs` for another graph.
 
         Args:
-            name (`str`): The size.
+            name (`str`): Name of the preset.
             overrides: Fields that differ from the preset, e.g. `num_labels=200`.
 
         Raises:
-            `ValueError`: there is no preset of that name.
+            `ValueError`: there is no preset with this name.
         """
         if name not in NAC_PRESETS:
             raise ValueError(f"There is no NAC preset '{name}'; choose one of {sorted(NAC_PRESETS)}.")
@@ -310,17 +311,17 @@ class NACConfig(PreTrainedConfig):
 
     @property
     def token_stride(self) -> int:
-        """Pixels between two tokens of the image tokenizer."""
+        """Distance between two tokens of the image tokenizer, in pixels."""
         return STEM_STRIDE * 2 ** (len(self.tokenizer_depths) - 1)
 
     @property
     def num_propagators(self) -> int:
-        """Propagators with weights of their own."""
+        """Number of propagators with their own weights."""
         return 1 if self.share_propagators else self.num_hidden_layers
 
     @property
     def first_output_sender(self) -> int:
-        """The first of the latents (inputs, then mediators) that send to the read-out."""
+        """Index of the first latent (inputs, then mediators) that sends to the read-out."""
         return 0 if self.input_to_output else self.num_input_latents
 
     @property
@@ -334,7 +335,7 @@ class NACConfig(PreTrainedConfig):
         return self.tokenizer_hidden_sizes[-1] + self.position_embedding_size
 
     def validate_sizes(self) -> None:
-        """Sizes that must be positive or fit each other."""
+        """Check the sizes that must be positive or match each other."""
         positive = (
             "hidden_size code_size signature_size num_hidden_layers num_attention_heads intermediate_size "
             "num_channels num_input_latents num_mediator_latents num_output_latents"
@@ -359,29 +360,29 @@ class NACConfig(PreTrainedConfig):
             )
 
     def validate_tokenizer(self) -> None:
-        """The image tokenizer: stages with channels, whole tokens."""
+        """Check the image tokenizer: every stage needs channels, and an image must consist of whole tokens."""
         depths, sizes = self.tokenizer_depths, self.tokenizer_hidden_sizes
         if not depths or any(depth < 0 for depth in depths):
-            raise ValueError(f"`tokenizer_depths` must name at least one stage of 0 or more blocks, but is {depths}.")
+            raise ValueError(f"`tokenizer_depths` must have at least one stage of 0 or more blocks, but is {depths}.")
         if len(sizes) != len(depths) or any(size < 1 for size in sizes):
             raise ValueError(
-                f"`tokenizer_hidden_sizes` must give every stage of `tokenizer_depths` {depths} its channels, at "
-                f"least 1, but is {sizes}."
+                "`tokenizer_hidden_sizes` must have a number of channels, at least 1, for every stage of "
+                f"`tokenizer_depths` {depths}, but is {sizes}."
             )
         if self.position_embedding_size < 0:
             raise ValueError(f"`position_embedding_size` must not be negative, but is {self.position_embedding_size}.")
         image_size = self.image_size if isinstance(self.image_size, list | tuple) else [self.image_size]
         if any(size < 1 or size % self.token_stride for size in image_size):
             raise ValueError(
-                f"`image_size` must be a positive multiple of {self.token_stride}, the pixels between two tokens, but "
-                f"is {self.image_size}."
+                f"`image_size` must be a positive multiple of {self.token_stride}, the distance between two tokens in "
+                f"pixels, but is {self.image_size}."
             )
 
     def validate_rates(self) -> None:
-        """Probabilities, noise and temperatures."""
+        """Check the probabilities, the noise and the temperatures."""
         for field in ("drop_path_rate", "read_in_drop_path_rate", "read_out_drop_path_rate"):
             if not 0 <= getattr(self, field) < 1:
-                raise ValueError(f"`{field}` must lie in [0, 1), but is {getattr(self, field)}.")
+                raise ValueError(f"`{field}` must be in [0, 1), but is {getattr(self, field)}.")
         for field in ("code_noise_scale", "signature_repulsion_coef", "block_model_coef"):
             if not getattr(self, field) >= 0:
                 raise ValueError(f"`{field}` must not be negative, but is {getattr(self, field)}.")
@@ -390,11 +391,11 @@ class NACConfig(PreTrainedConfig):
                 raise ValueError(f"`{field}` must be positive, but is {getattr(self, field)}.")
 
     def validate_graph(self) -> None:
-        """Truncations are cosine distances; the graph has as many nodes as there are mediators."""
+        """Check the truncations, which are cosine distances, and the graph, which has one node per mediator."""
         for field in ("kernel_truncation", "graph_prior_truncation", "signature_repulsion_hinge"):
             value = getattr(self, field)
             if value is not None and not 0 < value <= 2:
-                raise ValueError(f"`{field}` is a cosine distance and must lie in (0, 2], but is {value}.")
+                raise ValueError(f"`{field}` is a cosine distance and must be in (0, 2], but is {value}.")
         check_graph_prior(self.graph_prior, self.graph_prior_kwargs, self.num_mediator_latents)
         if self.graph_prior not in (None, "complete") and self.fit_truncation is None:
             raise ValueError(
@@ -403,13 +404,13 @@ class NACConfig(PreTrainedConfig):
             )
         for field in ("block_model_p_in", "block_model_p_out"):
             if not 0 <= getattr(self, field) <= 1:
-                raise ValueError(f"`{field}` is a probability and must lie in [0, 1], but is {getattr(self, field)}.")
+                raise ValueError(f"`{field}` is a probability and must be in [0, 1], but is {getattr(self, field)}.")
         if self.block_model_coef > 0 and (
             self.block_model_num_clusters < 1 or self.num_mediator_latents % self.block_model_num_clusters
         ):
             raise ValueError(
                 "`num_mediator_latents` must be a multiple of `block_model_num_clusters`, but "
-                f"{self.num_mediator_latents} is no multiple of {self.block_model_num_clusters}."
+                f"{self.num_mediator_latents} is not a multiple of {self.block_model_num_clusters}."
             )
 
     @property

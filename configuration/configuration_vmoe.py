@@ -21,7 +21,7 @@ from transformers.backbone_utils import BackboneConfigMixin
 from transformers.utils import auto_docstring
 
 
-# The sizes of m2mKD (arXiv 2402.16918, section 4 and its code): ViT sizes with every MLP replaced by 8 experts, top-2.
+# The sizes of m2mKD (arXiv 2402.16918, section 4 and its code): ViT sizes with 8 experts (top-2) instead of every MLP.
 VMOE_PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {
         "hidden_size": 32,
@@ -46,7 +46,7 @@ VMOE_PRESETS: dict[str, dict[str, Any]] = {
 
 @auto_docstring(
     custom_intro="""
-    Configuration of a V-MoE: a Vision Transformer in which chosen layers hold a sparse mixture of experts instead of
+    Configuration of a V-MoE: a Vision Transformer in which some layers have a sparse mixture of experts instead of
     the MLP ([Scaling Vision with Sparse Mixture of Experts](https://huggingface.co/papers/2106.05974)). The defaults
     are V-MoE-Base as distilled in [m2mKD](https://huggingface.co/papers/2402.16918): 12 layers, all of them sparse,
     8 experts, top-2.
@@ -56,16 +56,16 @@ VMOE_PRESETS: dict[str, dict[str, Any]] = {
 class VMoEConfig(BackboneConfigMixin, PreTrainedConfig):
     r"""
     drop_path_rate (`float`, *optional*, defaults to 0.0):
-        Stochastic depth of the last layer; it grows linearly from 0 at the first layer.
+        Stochastic depth rate of the last layer; the rate grows linearly from 0 at the first layer.
     moe_layers (`list[int]`, *optional*):
-        Indices of the layers that hold experts instead of an MLP. `None` means every layer; `[]` is a plain ViT.
+        Indices of the layers that have experts instead of an MLP. `None` means every layer; `[]` is a plain ViT.
     num_experts (`int`, *optional*, defaults to 8):
-        Experts in each sparse layer.
+        Number of experts in each sparse layer.
     num_experts_per_tok (`int`, *optional*, defaults to 2):
-        Experts that each token is sent to.
+        Number of experts that each token is sent to.
     norm_topk_prob (`bool`, *optional*, defaults to `True`):
-        Whether the weights of the chosen experts are normalised among themselves (m2mKD), or are their shares in the
-        softmax over all experts (the V-MoE paper, equation 1).
+        Whether the weights of the selected experts are normalized among themselves (m2mKD), or taken from the softmax
+        over all experts (the V-MoE paper, equation 1).
     router_noise_std (`float`, *optional*, defaults to 0.0):
         Standard deviation, in units of `1 / num_experts`, of the normal noise added to the router logits in training
         (V-MoE paper, section 2.2, uses 1.0; m2mKD uses none).
@@ -74,19 +74,19 @@ class VMoEConfig(BackboneConfigMixin, PreTrainedConfig):
     router_load_loss_coef (`float`, *optional*, defaults to 0.0):
         Weight of the load loss (V-MoE paper, appendix A.3).
     stitch_size (`int`, *optional*):
-        Width of the hidden states outside the stitch layers that are kept in the model (a student fine-tuned with the
-        stitches of its distillation). `None`: there are none.
+        Width of the hidden states outside the stitch layers, for a model that keeps stitch layers (a student
+        fine-tuned with the stitches of its distillation). `None`: the model has no stitch layers.
     pre_stitch_layers (`list[int]`, *optional*):
-        Layers before which a stitch maps `stitch_size` to `hidden_size`.
+        Indices of the layers before which a stitch maps `stitch_size` to `hidden_size`.
     post_stitch_layers (`list[int]`, *optional*):
-        Layers after which a stitch maps `hidden_size` to `stitch_size`.
+        Indices of the layers after which a stitch maps `hidden_size` to `stitch_size`.
     output_router_logits (`bool`, *optional*, defaults to `False`):
         Whether the model returns the router logits of its sparse layers.
     out_features (`list[str]`, *optional*):
         Stages whose feature maps [`VMoEBackbone`] returns, in their order: `"stem"` (the embeddings), `"stage1"` (the
-        first layer), and so on. `None` means the last.
+        first layer), and so on. `None` means the last stage.
     out_indices (`list[int]`, *optional*):
-        The same by number: 0 is the stem, -1 the last stage.
+        Indices of the same stages: 0 is the stem, -1 the last stage.
 
     Example:
 
@@ -153,40 +153,40 @@ class VMoEConfig(BackboneConfigMixin, PreTrainedConfig):
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> "VMoEConfig":
         """
-        A configuration of a known size: `"tiny"` (for tests and laptops), `"base"`, `"large"` or `"huge"`.
+        Create a configuration of a known size: `"tiny"` (for tests and laptops), `"base"`, `"large"` or `"huge"`.
 
         Args:
-            name (`str`): The size.
+            name (`str`): Name of the preset.
             overrides: Fields that differ from the preset, e.g. `num_labels=10`.
 
         Raises:
-            `ValueError`: there is no preset of that name.
+            `ValueError`: there is no preset with this name.
         """
         if name not in VMOE_PRESETS:
             raise ValueError(f"There is no V-MoE preset '{name}'; choose one of {sorted(VMOE_PRESETS)}.")
         return cls(**{**VMOE_PRESETS[name], **overrides})
 
     def validate_sizes(self) -> None:
-        """Sizes that must be positive or divide each other."""
+        """Check the sizes that must be positive or divide each other."""
         for field in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "num_channels"):
             if getattr(self, field) < 1:
                 raise ValueError(f"`{field}` must be at least 1, but is {getattr(self, field)}.")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
-                f"`hidden_size` must be a multiple of `num_attention_heads`, but {self.hidden_size} is no multiple of "
-                f"{self.num_attention_heads}."
+                f"`hidden_size` must be a multiple of `num_attention_heads`, but {self.hidden_size} is not a multiple "
+                f"of {self.num_attention_heads}."
             )
         for size, patch in zip(_pair(self.image_size), _pair(self.patch_size), strict=True):
             if size < 1 or patch < 1 or size % patch:
                 raise ValueError(
                     f"`image_size` must be a positive multiple of `patch_size`, but is {self.image_size} with "
-                    f"`patch_size` {self.patch_size}: the image would not be covered by whole patches."
+                    f"`patch_size` {self.patch_size}: whole patches would not cover the image."
                 )
         if not 0 <= self.drop_path_rate < 1:
-            raise ValueError(f"`drop_path_rate` must lie in [0, 1), but is {self.drop_path_rate}.")
+            raise ValueError(f"`drop_path_rate` must be in [0, 1), but is {self.drop_path_rate}.")
 
     def validate_experts(self) -> None:
-        """Which layers are sparse, and how tokens are routed in them."""
+        """Check the indices of the sparse layers and the routing in them."""
         self._validate_layer_indices("moe_layers")
         if not 1 <= self.num_experts_per_tok <= self.num_experts:
             raise ValueError(
@@ -199,12 +199,12 @@ class VMoEConfig(BackboneConfigMixin, PreTrainedConfig):
         if self.router_load_loss_coef > 0 and self.router_noise_std == 0:
             raise ValueError(
                 f"`router_load_loss_coef` is {self.router_load_loss_coef}, but `router_noise_std` is 0: the load loss "
-                "is the chance to be chosen when the router noise is drawn again. Set `router_noise_std` (the V-MoE "
-                "paper uses 1.0), or use `router_importance_loss_coef` alone."
+                "uses the probability that an expert is selected when the router noise is drawn again. Set "
+                "`router_noise_std` (the V-MoE paper uses 1.0), or use only `router_importance_loss_coef`."
             )
 
     def validate_stitches(self) -> None:
-        """Stitches kept in the model come with their width and sit at existing layers."""
+        """Check that stitches kept in the model have a width and are at existing layers."""
         self._validate_layer_indices("pre_stitch_layers")
         self._validate_layer_indices("post_stitch_layers")
         if (self.pre_stitch_layers or self.post_stitch_layers) and self.stitch_size is None:

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The graphs that a NAC may start from, and the rules on their arguments; the drawing is in `modeling`."""
+"""The graph priors of a NAC and the rules for their arguments. The graphs are drawn in `modeling`."""
 
 import math
 from collections.abc import Mapping
@@ -20,13 +20,13 @@ from typing import Any, Literal, NamedTuple
 
 class GraphPriorArgument(NamedTuple):
     """
-    One keyword argument of a graph prior.
+    Rule for one keyword argument of a graph prior.
 
     Args:
         kind (`str`): `"count"` (a whole number), `"probability"` (a number from 0 to 1), `"sizes"` (two whole numbers)
             or `"flag"`.
-        minimum (`int`): The least count or size.
-        required (`bool`): Whether it has no default.
+        minimum (`int`): The smallest count or size.
+        required (`bool`): Whether the argument has no default.
     """
 
     kind: Literal["count", "probability", "sizes", "flag"]
@@ -34,7 +34,7 @@ class GraphPriorArgument(NamedTuple):
     required: bool = True
 
 
-# Names and arguments are networkx's own; the number of nodes is always `num_mediator_latents`.
+# The names and arguments are those of networkx; the number of nodes is always `num_mediator_latents`.
 GRAPH_PRIORS: dict[str, dict[str, GraphPriorArgument]] = {
     "barabasi_albert": {"m": GraphPriorArgument("count")},
     "planted_partition": {
@@ -65,12 +65,12 @@ GRAPH_PRIORS: dict[str, dict[str, GraphPriorArgument]] = {
 
 def check_graph_prior(name: str | None, kwargs: Mapping[str, Any], num_latents: int) -> None:
     """
-    Refuse a graph prior that cannot be drawn over `num_latents` mediator latents.
+    Check that a graph prior can be drawn for `num_latents` mediator latents.
 
     Args:
         name (`str`, *optional*): A key of `GRAPH_PRIORS`; `None` for random signatures, without a graph.
         kwargs (`Mapping`): The arguments of the prior.
-        num_latents (`int`): The number of mediator latents, hence of nodes.
+        num_latents (`int`): The number of mediator latents, which is the number of nodes.
 
     Raises:
         `ValueError`: the prior is unknown, an argument is unknown, missing, of the wrong type or out of range, or the
@@ -84,7 +84,7 @@ def check_graph_prior(name: str | None, kwargs: Mapping[str, Any], num_latents: 
         if kwargs:
             raise ValueError(
                 f"`graph_prior_kwargs` is {dict(kwargs)}, but `graph_prior` is None: there is no graph to draw. "
-                f"Leave it empty, or set `graph_prior` to one of {sorted(GRAPH_PRIORS)}."
+                f"Leave `graph_prior_kwargs` empty, or set `graph_prior` to one of {sorted(GRAPH_PRIORS)}."
             )
         return
     _check_names(name, kwargs, num_latents)
@@ -95,8 +95,8 @@ def check_graph_prior(name: str | None, kwargs: Mapping[str, Any], num_latents: 
 
 def resolve_graph_prior_kwargs(name: str, kwargs: Mapping[str, Any], num_latents: int) -> dict[str, Any]:
     """
-    The arguments of a graph prior with the defaults of those left out: `k` of `"watts_strogatz"` is a tenth of the
-    latents and `p` 0.4 (the official code's choice); `"grid"` is not periodic; `m2` of `"barbell"` is 0.
+    The arguments of a graph prior, completed with defaults. For `"watts_strogatz"`, `k` is a tenth of the latents and
+    `p` is 0.4 (as in the official code); `"grid"` is not periodic; `m2` of `"barbell"` is 0.
     """
     defaults: dict[str, dict[str, Any]] = {
         "watts_strogatz": {"k": round(0.1 * num_latents), "p": 0.4},
@@ -107,13 +107,13 @@ def resolve_graph_prior_kwargs(name: str, kwargs: Mapping[str, Any], num_latents
 
 
 def num_tree_nodes(r: int, h: int) -> int:
-    """Nodes of a balanced tree: `1 + r + … + r^h`."""
+    """Number of nodes of a balanced tree: `1 + r + … + r^h`."""
     return h + 1 if r == 1 else (r ** (h + 1) - 1) // (r - 1)
 
 
 def _check_names(name: str, kwargs: Mapping[str, Any], num_latents: int) -> None:
     arguments = GRAPH_PRIORS[name]
-    takes = "takes " + ", ".join(f"`{key}`" for key in arguments) if arguments else "takes none"
+    takes = "takes " + ", ".join(f"`{key}`" for key in arguments) if arguments else "takes no arguments"
     for key in kwargs:
         if key == "n":
             raise ValueError(
@@ -122,7 +122,8 @@ def _check_names(name: str, kwargs: Mapping[str, Any], num_latents: int) -> None
             )
         if key not in arguments:
             raise ValueError(
-                f"`graph_prior_kwargs[{key!r}]` is no argument of `graph_prior` '{name}', which {takes}. Leave it out."
+                f"`graph_prior_kwargs[{key!r}]` is not an argument of `graph_prior` '{name}', which {takes}. Leave it "
+                "out."
             )
     for key, argument in arguments.items():
         if argument.required and key not in kwargs:
@@ -157,8 +158,9 @@ def _check_size(name: str, kwargs: dict[str, Any], num_latents: int) -> None:
             _check_product(math.prod(kwargs["dim"]), "['dim'][0] * graph_prior_kwargs['dim'][1]", num_latents)
             if kwargs["periodic"] and min(kwargs["dim"]) < 2:
                 raise ValueError(
-                    f"`graph_prior_kwargs['dim']` is {kwargs['dim']}: a periodic grid needs sizes of at least 2, or "
-                    "its nodes are linked to themselves. Set `graph_prior_kwargs['periodic']` to False."
+                    f"`graph_prior_kwargs['dim']` is {kwargs['dim']}, but a periodic grid needs sizes of at least 2: "
+                    "otherwise its nodes are linked to themselves. Increase the sizes, or set "
+                    "`graph_prior_kwargs['periodic']` to False."
                 )
         case "barbell":
             _check_product(2 * kwargs["m1"] + kwargs["m2"], "['m1'] * 2 + graph_prior_kwargs['m2']", num_latents)
@@ -176,7 +178,7 @@ def _check_product(nodes: int, rule: str, num_latents: int) -> None:
     if nodes != num_latents:
         raise ValueError(
             f"`graph_prior_kwargs{rule}` must be `num_mediator_latents`, but the graph has {nodes} nodes and "
-            f"`num_mediator_latents` is {num_latents}. Change one to fit the other."
+            f"`num_mediator_latents` is {num_latents}. Change one of them to match the other."
         )
 
 
@@ -184,7 +186,7 @@ def _check_below(key: str, value: int, num_latents: int) -> None:
     if value >= num_latents:
         raise ValueError(
             f"`graph_prior_kwargs['{key}']` must be less than `num_mediator_latents`, but is {value} and "
-            f"`num_mediator_latents` is {num_latents}. Lower it, or take more latents."
+            f"`num_mediator_latents` is {num_latents}. Lower it, or increase `num_mediator_latents`."
         )
 
 
@@ -192,21 +194,21 @@ def _check_neighbours(k: int, num_latents: int) -> None:
     if k < 2:
         raise ValueError(
             f"`graph_prior_kwargs['k']` must be at least 2, but its default, a tenth of `num_mediator_latents` "
-            f"({num_latents}), is {k}. Set it."
+            f"({num_latents}), is {k}. Set `graph_prior_kwargs['k']`."
         )
     _check_below("k", k, num_latents)
 
 
 def _check_tree(r: int, h: int, num_latents: int) -> None:
-    # a tree of two branches or more has over 2^h nodes: 2^(bits of num_latents) is too many already, and the power
-    # of a mistyped height would take for ever
+    # With two or more branches per node, a tree has more than 2^h nodes, so a height above the bit length of
+    # num_latents is always too large. Its nodes are not counted: the power of a mistyped height would take forever.
     nodes = num_tree_nodes(r, h) if r == 1 or h <= num_latents.bit_length() else None
     if nodes not in (num_latents, num_latents - 1):
         has = "more" if nodes is None else nodes
         raise ValueError(
             f"`graph_prior_kwargs['r']` {r} and `graph_prior_kwargs['h']` {h} must make a tree of "
-            "`num_mediator_latents` nodes, or of one less (one more leaf then hangs on its last node), but the tree "
-            f"has {has} nodes and `num_mediator_latents` is {num_latents}. Change one to fit the others."
+            "`num_mediator_latents` nodes, or of one node less (a leaf is then added to its last node), but the tree "
+            f"has {has} nodes and `num_mediator_latents` is {num_latents}. Change one of them to match the others."
         )
 
 
@@ -214,8 +216,8 @@ def _check_power_of_two(num_latents: int) -> None:
     if num_latents < 2 or num_latents & (num_latents - 1):
         below = max(2 ** (num_latents.bit_length() - 1), 2)
         raise ValueError(
-            "`num_mediator_latents` must be a power of two, from 2 on, for `graph_prior` 'hypercube', but is "
-            f"{num_latents}. Take {below} or {2 * below}."
+            "`num_mediator_latents` must be a power of two, at least 2, for `graph_prior` 'hypercube', but is "
+            f"{num_latents}. Use {below} or {2 * below}."
         )
 
 

@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING
 
 from m2mkd.data.augmentation import random_affine, random_resized_crop_flip
 from m2mkd.data.config import DataConfig
-from m2mkd.data.errors import DataError
 from m2mkd.data.labeled_images import LabeledImages, class_counts
 from m2mkd.data.sources import load_images
+from m2mkd.errors import DataError
 
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def __getattr__(name: str) -> object:
     """Import the module behind a lazy name at its first use.
 
     Raises:
-        AttributeError: `name` is no public name of this package.
+        AttributeError: `name` is not a public name of this package.
     """
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

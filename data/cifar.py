@@ -1,4 +1,4 @@
-"""The Python files of CIFAR-10 and CIFAR-100, read without running what a pickle may hold."""
+"""The Python files of CIFAR-10 and CIFAR-100, read without executing code that a pickle may contain."""
 
 import pickle
 from collections.abc import Sequence
@@ -8,12 +8,12 @@ from typing import Any, overload
 import numpy as np
 from PIL import Image
 
-from m2mkd.data.errors import DataError
 from m2mkd.data.labeled_images import LabeledImages
+from m2mkd.errors import DataError
 
 
 SIDE = 32  # pixels
-# name of the set: its folder, the files of each split, the key of the labels, the file and the key of the class names
+# Set name -> its folder, the files of each split, the key of the labels, the file and the key of the class names.
 FILES: dict[str, tuple[str, dict[str, list[str]], bytes, str, bytes]] = {
     "cifar10": (
         "cifar-10-batches-py",
@@ -30,7 +30,7 @@ FILES: dict[str, tuple[str, dict[str, list[str]], bytes, str, bytes]] = {
         b"fine_label_names",
     ),
 }
-# Every name that such a file needs: arrays of numbers, written by Python 2 or 3 and by numpy 1 or 2.
+# All names that such a file needs for its arrays of numbers, written by Python 2 or 3 and by numpy 1 or 2.
 _ALLOWED = {
     ("numpy.core.multiarray", "_reconstruct"),
     ("numpy._core.multiarray", "_reconstruct"),
@@ -64,11 +64,11 @@ class ArrayImages(Sequence[Image.Image]):
 
 
 class _NumbersOnly(pickle.Unpickler):
-    """Reads lists, dictionaries, strings and arrays of numbers, and refuses to look up anything else."""
+    """A restricted unpickler that reads lists, dictionaries, strings and arrays of numbers, and nothing else."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _ALLOWED:
-            raise pickle.UnpicklingError(f"it wants to load {module}.{name}, which no CIFAR file needs")
+            raise pickle.UnpicklingError(f"it tries to load {module}.{name}, which a CIFAR file never needs")
         return super().find_class(module, name)
 
 
@@ -81,7 +81,7 @@ def _read(path: Path, keys: tuple[bytes, ...]) -> dict[bytes, Any]:
         raise DataError(f"{path} is missing: unpack the Python version of the set again") from error
     except Exception as error:  # a damaged or foreign pickle raises almost any type
         raise DataError(
-            f"{path} is no Python file of CIFAR ({type(error).__name__}: {error}): unpack the Python version again"
+            f"{path} is not a Python file of CIFAR ({type(error).__name__}: {error}): unpack the Python version again"
         ) from error
 
 
@@ -90,11 +90,11 @@ def load_cifar(name: str, folder: Path, split: str) -> LabeledImages:
 
     Args:
         name: `"cifar10"` or `"cifar100"`.
-        folder: holds the batches: `cifar-10-batches-py` or `cifar-100-python`.
+        folder: folder with the batches, `cifar-10-batches-py` or `cifar-100-python`.
         split: `"train"` or `"test"`.
 
     Raises:
-        DataError: a file is missing, damaged, or holds something else than arrays, lists and text.
+        DataError: a file is missing, damaged, or contains anything other than arrays, lists and text.
     """
     _, files, label_key, meta, names_key = FILES[name]
     pixels, labels = [], []
@@ -103,8 +103,8 @@ def load_cifar(name: str, folder: Path, split: str) -> LabeledImages:
         data = np.asarray(content[b"data"])
         if data.dtype != np.uint8 or data.ndim != 2 or data.shape != (len(content[label_key]), 3 * SIDE**2):
             raise DataError(
-                f"{folder / file} has data {data.dtype} {data.shape} and {len(content[label_key])} labels, but images "
-                f"are rows of {3 * SIDE**2} bytes with a label each: unpack it again"
+                f"{folder / file} has data {data.dtype} {data.shape} and {len(content[label_key])} labels, but each "
+                f"image should be a row of {3 * SIDE**2} bytes with one label: unpack it again"
             )
         pixels.append(data.reshape(-1, 3, SIDE, SIDE).transpose(0, 2, 3, 1))
         labels.extend(content[label_key])

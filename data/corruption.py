@@ -1,4 +1,4 @@
-"""Finds the images of a set that cannot be decoded."""
+"""Detection of images that cannot be decoded."""
 
 import logging
 import os
@@ -6,22 +6,22 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from m2mkd.data.errors import DataError
 from m2mkd.data.labeled_images import LabeledImages
+from m2mkd.errors import DataError
 
 
 logger = logging.getLogger(__name__)
 
 
 def without_corrupt(data: LabeledImages, max_share: float) -> LabeledImages:
-    """The samples whose images can be decoded. Every image is decoded once, on all cores; each bad one is logged.
+    """The samples whose images can be decoded. Every image is decoded once, on all cores; each corrupt one is logged.
 
     Args:
         data: any set.
-        max_share: of corrupt images, in (0, 1).
+        max_share: largest allowed fraction of corrupt images, in (0, 1).
 
     Raises:
-        DataError: more images are corrupt than that.
+        DataError: more images are corrupt than `max_share` allows.
     """
 
     def error_of(index: int) -> str | None:
@@ -36,8 +36,8 @@ def without_corrupt(data: LabeledImages, max_share: float) -> LabeledImages:
     bad = [index for index, error in enumerate(errors) if error is not None]
     if len(bad) > max_share * len(data):
         raise DataError(
-            f"{len(bad)} of {len(data)} images are corrupt, more than max_corrupt_share={max_share} allows: mend them "
-            f"or raise it. The first: {errors[bad[0]]}"
+            f"{len(bad)} of {len(data)} images are corrupt, more than max_corrupt_share={max_share} allows: fix the "
+            f"images or raise max_corrupt_share. The first error: {errors[bad[0]]}"
         )
     for index in bad:
         logger.warning("left out: %s", errors[index])

@@ -1,4 +1,4 @@
-"""Labelled images as the data set that a Trainer reads."""
+"""The data set of labeled images that a Trainer reads."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -23,7 +23,7 @@ from m2mkd.data.rand_augment import rand_augment
 
 Augmentation = Callable[[Image.Image, np.random.Generator], Image.Image]
 Sample = dict[str, torch.Tensor | int]
-OF_BATCH = 1  # ends the seed of what is drawn once a batch
+OF_BATCH = 1  # last element of the seed of everything that is drawn once per batch
 
 
 def _augmentation(config: DataConfig) -> Augmentation | None:
@@ -44,10 +44,12 @@ def _imagenet(image: Image.Image, rng: np.random.Generator, config: DataConfig) 
 
 
 class SamplePixels:
-    """An image to the pixels that a network takes: augmented in training, as the image processor has it otherwise.
+    """Transform from an image to the input pixels of a network.
+
+    In training the image is augmented. Otherwise the pixels are those of the image processor.
 
     Args:
-        config: size, normalisation and augmentation.
+        config: size, normalization and augmentation.
         train: whether to augment.
     """
 
@@ -57,13 +59,16 @@ class SamplePixels:
         self._pixels = PixelTransform(config, is_cropped=train and config.augmentation in ("crop_flip", "imagenet"))
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> torch.Tensor:
-        """A `PIL.Image` of mode RGB and any size to float32 (3, image_size, image_size); `rng` is of the sample."""
+        """Convert a `PIL.Image` of mode RGB and any size to float32 (3, image_size, image_size).
+
+        `rng` is the generator of this sample.
+        """
         pixel_values = self._pixels(image if self._augment is None else self._augment(image, rng))
         return random_erasing(pixel_values, self.erasing, rng) if self.erasing else pixel_values
 
 
 def mix_samples(samples: list[Sample], num_labels: int, config: DataConfig, rng: np.random.Generator) -> list[Sample]:
-    """The samples mixed with each other (see `mix_batch`), their labels float32 (num_labels,)."""
+    """Mix the samples with each other (see `mix_batch`). Their labels become float32 (num_labels,)."""
     pixel_values, labels = mix_batch(
         torch.stack([sample["pixel_values"] for sample in samples]),
         torch.tensor([sample["labels"] for sample in samples]),
@@ -78,18 +83,18 @@ def mix_samples(samples: list[Sample], num_labels: int, config: DataConfig, rng:
 class ImageDataset(Dataset[Sample]):
     """Samples `{"pixel_values": float32 (3, image_size, image_size), "labels": int}`.
 
-    A training sample is augmented by a pure function of (seed, epoch, index): the order of access, the number of
-    workers and an interrupted run change nothing. An index is a position or, where images are repeated, a pair
+    A training sample is augmented by a pure function of (seed, epoch, index), so the order of access, the number of
+    workers and an interrupted run change nothing. An index is a position or, if images are repeated, a pair
     (position, repeat). An evaluation sample is never augmented.
 
-    Mixup and CutMix happen where a `DataLoader` fetches a whole batch; its samples then have float32 labels
-    (classes,), which sum to 1. They are drawn by the index of the batch's first sample.
+    Mixup and CutMix are applied when a `DataLoader` fetches a whole batch; its samples then have float32 labels
+    (classes,), which sum to 1. Their random numbers depend on the index of the first sample of the batch.
 
     Args:
         data: the images and labels.
-        config: size, normalisation and augmentation.
+        config: size, normalization and augmentation.
         train: whether to augment.
-        seed: of the augmentation, at least 0.
+        seed: seed of the augmentation, at least 0.
 
     Raises:
         ValueError: a negative seed.
@@ -97,17 +102,17 @@ class ImageDataset(Dataset[Sample]):
 
     def __init__(self, data: LabeledImages, config: DataConfig, train: bool, seed: int = 0) -> None:
         if seed < 0:
-            raise ValueError(f"seed={seed}: it must be at least 0")
+            raise ValueError(f"seed={seed} must be at least 0")
         self.data = data
         self.config = config
         self.train = train
         self.seed = seed
         self._pixels = SamplePixels(config, train)
-        # Shared memory: persistent workers hold copies of this object, made long before the epoch changes.
+        # Shared memory, because persistent workers have copies of this object that were made before the epoch changes.
         self._epoch = torch.zeros((), dtype=torch.long).share_memory_()
 
     def __setstate__(self, state: dict) -> None:
-        """After pickling and deep copies the epoch is an ordinary tensor: move it back to shared memory."""
+        """Move the epoch back to shared memory: after pickling or a deep copy it is an ordinary tensor."""
         self.__dict__.update(state)
         self._epoch.share_memory_()
 
@@ -116,29 +121,30 @@ class ImageDataset(Dataset[Sample]):
 
     @property
     def possible(self) -> np.ndarray | None:
-        """Labels that a sample can have, rising, if these are not all; see `LabeledImages`."""
+        """Labels that a sample can have, in ascending order, or `None` for all; see `LabeledImages`."""
         return self.data.possible
 
     @property
     def epoch(self) -> int:
-        """The epoch whose augmentation the next sample gets."""
+        """The epoch that determines the augmentation of the next sample."""
         return int(self._epoch)
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the augmentation of an epoch, also for workers that already run. Call it between two epochs.
+        """Set the epoch of the augmentation, also for workers that already run. Call it between two epochs.
 
-        In one process a Trainer calls it. In several it does not: accelerate finds a seedable sampler first and stops
-        there (`DataLoaderShard.set_epoch`), so a distributed run needs a callback that calls it at each epoch's start.
+        With one process a Trainer calls it. With several it does not: accelerate finds a seedable sampler first and
+        stops there (`DataLoaderShard.set_epoch`), so a distributed run needs a callback that calls it at the start of
+        each epoch.
 
         Raises:
             ValueError: a negative epoch.
         """
         if epoch < 0:
-            raise ValueError(f"epoch={epoch}: it must be at least 0")
+            raise ValueError(f"epoch={epoch} must be at least 0")
         self._epoch.fill_(epoch)
 
     def __getitem__(self, index: int | tuple[int, int]) -> Sample:
-        """The sample at `index`, or at the position and repeat `index`; a position may be negative as in a list.
+        """The sample at `index`, a position or a pair (position, repeat). A position may be negative, as in a list.
 
         Raises:
             IndexError: `index` is outside the data set.
@@ -150,7 +156,7 @@ class ImageDataset(Dataset[Sample]):
         return {"pixel_values": self._pixels(image, rng), "labels": int(self.data.labels[position])}
 
     def __getitems__(self, indices: Sequence[int | tuple[int, int]]) -> list[Sample]:
-        """The samples of a batch, mixed with each other if the configuration says so. A `DataLoader` calls it.
+        """The samples of a batch, mixed with each other if the configuration asks for it. A `DataLoader` calls it.
 
         Raises:
             IndexError, DataError: as for a single sample.
@@ -166,5 +172,5 @@ class ImageDataset(Dataset[Sample]):
         position, repeat = index if isinstance(index, tuple) else (int(index), 0)
         place = position + len(self) if position < 0 else position
         if not 0 <= place < len(self):
-            raise IndexError(f"index {position} into {len(self)} samples")
+            raise IndexError(f"index {position} is out of range for {len(self)} samples")
         return place, repeat

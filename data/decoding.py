@@ -1,23 +1,23 @@
-"""Bytes of an image file to an RGB image, with errors that name the sample."""
+"""Decoding of an image file to an RGB image, with errors that name the sample."""
 
 from io import BytesIO
 
 from PIL import Image, ImageOps
 
-from m2mkd.data.errors import DataError
+from m2mkd.errors import DataError
 
 
 def decode_image(source: str | bytes, name: str) -> Image.Image:
-    """Decode a whole image and bring it to mode RGB, upright by its EXIF orientation.
+    """Decode a whole image and convert it to mode RGB, rotated upright according to its EXIF orientation.
 
     Transparency is dropped, as `transformers.image_utils.load_image` (and so a pipeline) does.
 
     Args:
         source: path of the file, or its bytes.
-        name: what the error calls the image.
+        name: name of the image in an error.
 
     Raises:
-        DataError: the file is missing, truncated, no image, or has more than 8 bits a channel.
+        DataError: the file is missing, is truncated, is not an image, or has more than 8 bits per channel.
     """
     try:
         with Image.open(BytesIO(source) if isinstance(source, bytes) else source) as image:
@@ -29,6 +29,6 @@ def decode_image(source: str | bytes, name: str) -> Image.Image:
             f"cannot decode the image {name} ({type(error).__name__}: {error}): replace or remove it"
         ) from error
     if mode.startswith(("I", "F")):
-        # Pillow cuts such values at 255, which makes most 16-bit images plain white.
-        raise DataError(f"the image {name} has mode {mode}, more than 8 bits a channel: convert it to 8 bits")
+        # Pillow clips such values at 255, which makes most 16-bit images plain white.
+        raise DataError(f"the image {name} has mode {mode}, more than 8 bits per channel: convert it to 8 bits")
     return rgb

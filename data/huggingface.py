@@ -9,8 +9,8 @@ from PIL import Image
 
 from m2mkd.data.config import DataConfig
 from m2mkd.data.decoding import decode_image
-from m2mkd.data.errors import DataError
 from m2mkd.data.labeled_images import LabeledImages
+from m2mkd.errors import DataError
 
 
 if TYPE_CHECKING:
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 
 class EncodedImages(Sequence[Image.Image]):
-    """Encoded images of a `datasets` column, decoded to RGB at access by us, so that an error names the sample.
+    """Encoded images of a `datasets` column, decoded to RGB at access here, so that an error names the sample.
 
     `images[i]` raises `DataError` with the name of the sample if it cannot be decoded.
 
     Args:
-        encoded: data set whose rows hold `{"bytes": bytes | None, "path": str | None}` in `column`.
+        encoded: data set whose rows have `{"bytes": bytes | None, "path": str | None}` in `column`.
         column: the image column.
         names: name of each row, for errors.
     """
@@ -47,12 +47,12 @@ class EncodedImages(Sequence[Image.Image]):
         row = self.encoded[index][self.column]
         source = row and (row["bytes"] or row["path"])
         if not source:
-            raise DataError(f"{self.names[index]} has no image in column {self.column!r}: drop the row")
+            raise DataError(f"{self.names[index]} has no image in column {self.column!r}: remove the row")
         return decode_image(source, self.names[index])
 
 
 def _open(config: DataConfig) -> "datasets.Dataset | datasets.DatasetDict":
-    """The source as `datasets` gives it, split chosen where it can choose."""
+    """Open the source with `datasets`, which also selects the split if it can."""
     import datasets
 
     saved = [os.path.join(config.source, name) for name in ("state.json", "dataset_dict.json")]
@@ -66,22 +66,31 @@ def _open(config: DataConfig) -> "datasets.Dataset | datasets.DatasetDict":
         raise DataError(
             f"datasets cannot open source={config.source!r}, config_name={config.config_name!r}, "
             f"split={config.split!r} ({type(error).__name__}: {error}): check the id, the split and the network, or "
-            "give 'imagefolder:PATH', 'mnist5k', 'uci_digits' or a folder written by save_to_disk"
+            "use 'imagefolder:PATH', 'mnist5k', 'uci_digits' or a folder written by save_to_disk"
         ) from error
 
 
 def _one_split(found: "datasets.Dataset | datasets.DatasetDict", config: DataConfig) -> "datasets.Dataset":
-    """The split that the configuration names, or the data set itself where it has no splits."""
+    """The split that the configuration names, or the data set itself if it has no splits."""
     import datasets
 
     if isinstance(found, datasets.DatasetDict):
         if config.split not in found:
-            raise DataError(f"{config.source} has no split {config.split!r}: set split to one of {sorted(found)}")
+            problem = (
+                f"no split of {config.source} is chosen"
+                if config.split is None
+                else f"{config.source} has no split {config.split!r}"
+            )
+            is_plain = os.path.isdir(config.source) and not os.path.isfile(
+                os.path.join(config.source, "dataset_dict.json")
+            )
+            folder = f", or give 'imagefolder:{config.source}' if its sub-folders are classes" if is_plain else ""
+            raise DataError(f"{problem}: set split to one of {sorted(found)}{folder}")
         return found[config.split]
-    # load_dataset has obeyed `split` already (also "train[:10%]"); load_from_disk takes no split.
+    # load_dataset has already applied `split` (also "train[:10%]"); load_from_disk takes no split.
     saved = os.path.isfile(os.path.join(config.source, "state.json"))
     if saved and config.split is not None and str(found.split) != config.split:
-        raise DataError(f"{config.source} is one data set, not split {config.split!r} of several: leave split out")
+        raise DataError(f"{config.source} is a single data set without a split {config.split!r}: leave split out")
     return found
 
 
@@ -93,7 +102,7 @@ def _labels(dataset: "datasets.Dataset", config: DataConfig) -> tuple[np.ndarray
     feature = dataset.features[column]
     values = dataset.select_columns(column).with_format("arrow")[:][column]
     if values.null_count:
-        raise DataError(f"{values.null_count} rows of {config.source} have no {column!r}: drop them")
+        raise DataError(f"{values.null_count} rows of {config.source} have no {column!r}: remove them")
     if isinstance(feature, datasets.ClassLabel):
         return values.to_numpy().astype(np.int64), list(feature.names)
     kind = getattr(feature, "dtype", "")
@@ -114,8 +123,8 @@ def load_from_datasets(config: DataConfig) -> LabeledImages:
     Class names are those of a ClassLabel column, "0", "1", … for integers, and the sorted values for strings.
 
     Raises:
-        DataError: the source cannot be opened, the split or a column is missing, there are no rows, or a column has
-            a type that is no image or no label.
+        DataError: the source cannot be opened, the split or a column is missing, there are no rows, or a column does
+            not have the type of an image or a label.
     """
     import datasets
 

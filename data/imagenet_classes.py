@@ -1,4 +1,4 @@
-"""Which classes ImageNet and the sets drawn from it have."""
+"""The classes of ImageNet and of the sets drawn from it."""
 
 from functools import cache
 from importlib import resources
@@ -13,9 +13,9 @@ def _marks() -> dict[str, set[str]]:
 
 
 def imagenet_classes(*marks: str) -> list[str]:
-    """WordNet ids of ImageNet-1k in the order of their labels, or of those only that bear all `marks`.
+    """WordNet ids of the classes of ImageNet-1k that have all `marks`, in the order of their labels.
 
-    `imagenet_classes()` has 1,000, `("tiny")` the 200 of Tiny-ImageNet, `("r")` the 200 of ImageNet-R, and
-    `("tiny", "r")` the 62 of Tiny-ImageNet-R (Weiss et al., arXiv 2210.08031: those that both sets have).
+    Without marks these are all 1,000 classes. `"tiny"` selects the 200 of Tiny-ImageNet, `"r"` the 200 of ImageNet-R,
+    and `"tiny", "r"` the 62 of Tiny-ImageNet-R (Weiss et al., arXiv 2210.08031: the classes that both sets have).
     """
     return [wnid for wnid, own in _marks().items() if own.issuperset(marks)]

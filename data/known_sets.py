@@ -1,13 +1,13 @@
-"""The data sets that a recipe can call by a short name."""
+"""The data sets that a recipe can select by a short name."""
 
 from dataclasses import dataclass
 
 from m2mkd.data.config import DataConfig
-from m2mkd.data.errors import DataError
 from m2mkd.data.huggingface import load_from_datasets
 from m2mkd.data.imagenet_classes import imagenet_classes
 from m2mkd.data.labeled_images import LabeledImages
 from m2mkd.data.layouts import load_layout, squashed
+from m2mkd.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -16,9 +16,9 @@ class KnownSet:
 
     Attributes:
         hub: id on the Hub.
-        columns: of images and labels there.
+        columns: names of the image and label columns on the Hub.
         splits: our name of each split, its name on the Hub, and its number of images (`None`: not published).
-        marks: for a set of ImageNet classes, which ones (see `imagenet_classes`).
+        marks: for a set of ImageNet classes, the marks that select its classes (see `imagenet_classes`).
     """
 
     hub: str
@@ -53,9 +53,9 @@ KNOWN_SETS = {
 
 
 def load_known_set(config: DataConfig) -> LabeledImages:
-    """A set by its short name, from the Hub (`NAME`) or from a local copy (`NAME:PATH`).
+    """Load a set by its short name, from the Hub (`NAME`) or from a local copy (`NAME:PATH`).
 
-    The classes of the ImageNet sets are WordNet ids in rising order, wherever the images come from.
+    The classes of the ImageNet sets are WordNet ids in ascending order, regardless of where the images come from.
 
     Raises:
         DataError: the split, the folder, a file or images are missing, or the Hub cannot be reached.
@@ -72,7 +72,7 @@ def load_known_set(config: DataConfig) -> LabeledImages:
     if count is not None and len(data) < count and not config.partial:
         raise DataError(
             f"{name}: split {split!r} in {path} has {len(data):,} images, but the published set has {count:,}: unpack "
-            "it again, or set partial: true to use the images that are there"
+            "it again, or set partial: true to use the images that are present"
         )
     return data
 
@@ -83,18 +83,19 @@ def _from_hub(name: str, known: KnownSet, config: DataConfig, split: str) -> Lab
     try:
         data = load_from_datasets(config.model_copy(update=own))
     except DataError as error:
-        raise DataError(f"{error}; or give a local copy, '{name}:PATH'") from error
+        raise DataError(f"{error}; or use a local copy, '{name}:PATH'") from error
     return data if known.marks is None else _with_wnids(name, data, imagenet_classes(*known.marks))
 
 
 def _with_wnids(name: str, data: LabeledImages, classes: list[str]) -> LabeledImages:
-    """Name the classes by WordNet ids and take those of `classes` only."""
+    """Name the classes by WordNet ids and keep only those in `classes`."""
     names = data.class_names
     if not set(imagenet_classes()).issuperset(names):
-        # names in words: the order of the labels is that of the ids
+        # The class names are words instead of ids; the labels are in the order of the ids.
         if len(names) != len(classes):
             raise DataError(
-                f"{name} on the Hub has {len(names)} classes instead of {len(classes)}: give '{name}:PATH'"
+                f"{name} on the Hub has {len(names)} classes instead of {len(classes)}: use a local copy, "
+                f"'{name}:PATH'"
             )
         return LabeledImages(data.images, data.labels, classes, data.names)
     part = data.of_classes(classes)

@@ -1,4 +1,4 @@
-"""Images with their labels, whatever they came from."""
+"""Images with their labels, regardless of their source."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -8,14 +8,14 @@ from typing import overload
 import numpy as np
 from PIL import Image
 
-from m2mkd.data.errors import DataError
+from m2mkd.errors import DataError
 
 
 class ImageView(Sequence[Image.Image]):
-    """Some elements of a sequence of images, decoded no earlier than in the sequence itself.
+    """View of some elements of a sequence of images. It decodes an image only at access, as the sequence does.
 
     Args:
-        images: the sequence to look into.
+        images: the underlying sequence.
         indices: int64 array (n,) of positions in `images`.
     """
 
@@ -44,12 +44,12 @@ class LabeledImages:
         images: `images[i]` is a `PIL.Image` of mode RGB and any size; it may be decoded at access.
         labels: int64 array (n,) with values in [0, len(class_names)).
         class_names: name of each class.
-        names: what an error calls each sample: its file path, or for example `mnist5k[17]`.
-        possible: labels that a sample of this set can have, rising, where its own label space is a part of
+        names: name of each sample in an error: its file path, or for example `mnist5k[17]`.
+        possible: labels that a sample of this set can have, ascending, if the set has only some of the classes in
             `class_names` (a set of 62 classes for a model of 200); `None`: all.
 
     Raises:
-        DataError: lengths that differ, labels out of range, or two classes of the same name.
+        DataError: the lengths differ, a label is out of range, or two classes have the same name.
     """
 
     images: Sequence[Image.Image]
@@ -69,18 +69,18 @@ class LabeledImages:
         if len(self.labels) and not 0 <= self.labels.min() <= self.labels.max() < len(self.class_names):
             wrong = int(np.flatnonzero((self.labels < 0) | (self.labels >= len(self.class_names)))[0])
             raise DataError(
-                f"{self.names[wrong]} has label {self.labels[wrong]}, outside the {len(self.class_names)} classes: "
-                "use a labelled split"
+                f"{self.names[wrong]} has label {self.labels[wrong]}, but there are {len(self.class_names)} classes: "
+                "use a labeled split"
             )
         repeated = [name for name, count in Counter(self.class_names).items() if count > 1]
         if repeated:
-            raise DataError(f"class names must differ from each other; repeated: {', '.join(repeated)}")
+            raise DataError(f"class names must be unique, but these are repeated: {', '.join(repeated)}")
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def select(self, indices: Iterable[int] | np.ndarray) -> "LabeledImages":
-        """The samples at `indices` (any integers in [0, n), in that order), over the same classes.
+        """The samples at `indices` (any integers in [0, n), in that order), with the same classes.
 
         Raises:
             IndexError: an index outside [0, n).
@@ -88,24 +88,25 @@ class LabeledImages:
         chosen = np.asarray(indices if isinstance(indices, np.ndarray) else list(indices), dtype=np.int64)
         if len(chosen) and not 0 <= chosen.min() <= chosen.max() < len(self):
             raise IndexError(
-                f"indices {chosen.min()}..{chosen.max()} into {len(self)} samples: use 0..{len(self) - 1}"
+                f"indices {chosen.min()}..{chosen.max()} are out of range for {len(self)} samples: use "
+                f"0..{len(self) - 1}"
             )
         names = [self.names[index] for index in chosen.tolist()]
         images = ImageView(self.images, chosen)
         return LabeledImages(images, self.labels[chosen], self.class_names, names, self.possible)
 
     def of_classes(self, class_names: Sequence[str]) -> "LabeledImages":
-        """The samples of some classes, relabelled to these alone.
+        """The samples of some classes, relabeled to only these classes.
 
         Args:
-            class_names: in the order of their labels; those that this set lacks stay without samples.
+            class_names: names of the classes in the order of their labels; a class that this set lacks has no samples.
         """
         known = set(class_names)
         wanted = np.array([name in known for name in self.class_names], dtype=bool)
         return self.select(np.flatnonzero(wanted[self.labels])).relabel(class_names)
 
     def relabel(self, class_names: Sequence[str]) -> "LabeledImages":
-        """The same samples over another list of classes (a model's, say), matched by name and not by number.
+        """The same samples over another list of classes (for example, those of a model), matched by name.
 
         Args:
             class_names: names of the target classes, in the order of their labels.
@@ -121,7 +122,7 @@ class LabeledImages:
                 f"the model was trained without the classes {', '.join(missing)} ({len(missing)} of the "
                 f"{len(present)} of this data): leave their samples out, or train on data that has these classes"
             )
-        # A class without samples may be absent from the target; its place in the table is never read.
+        # A class without samples may be absent from the target; its entry in the table is never read.
         table = np.array([target.get(name, -1) for name in self.class_names], dtype=np.int64)
         reachable = table if self.possible is None else table[self.possible]
         possible = np.sort(reachable[reachable >= 0])

@@ -1,4 +1,4 @@
-"""Local copies of published data sets, in the folders that their archives unpack to."""
+"""Loading of local copies of published data sets, in the folder layout of their archives."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -8,23 +8,23 @@ import numpy as np
 from PIL import Image
 
 from m2mkd.data.cifar import load_cifar
-from m2mkd.data.errors import DataError
 from m2mkd.data.imagefolder import ImageFiles, class_files, image_extensions, is_junk
 from m2mkd.data.imagenet_classes import imagenet_classes
 from m2mkd.data.labeled_images import LabeledImages
+from m2mkd.errors import DataError
 
 
 ARCHIVES = (".tar", ".gz", ".tgz", ".zip")
 TINY_SIDE = 64  # pixels
-NAMED_AT_MOST = 5  # in an error
+NAMED_AT_MOST = 5  # names that an error lists
 
 
 class SquashedImages(Sequence[Image.Image]):
-    """Images brought to a square, whatever their ratio, by Pillow's default filter (bicubic).
+    """Images resized to a square regardless of their aspect ratio, with Pillow's default filter (bicubic).
 
     Args:
-        images: of any size.
-        side: pixels.
+        images: images of any size.
+        side: side of the square, in pixels.
     """
 
     def __init__(self, images: Sequence[Image.Image], side: int) -> None:
@@ -64,39 +64,40 @@ def _text(path: Path) -> list[list[str]]:
 
 
 def _by_class(labels: dict[str, list[str]]) -> LabeledImages:
-    """Labelled files from the paths of each class, in the order of the classes."""
+    """Build a set of labeled files from the paths of each class, in the order of the classes."""
     paths = [path for class_paths in labels.values() for path in class_paths]
     numbers = np.repeat(np.arange(len(labels), dtype=np.int64), [len(each) for each in labels.values()])
     return LabeledImages(ImageFiles(paths), numbers, list(labels), paths)
 
 
 def _class_folders(root: Path, classes: Sequence[str], partial: bool, inner: str = "") -> LabeledImages:
-    """One folder a class, its images below `inner`; the labels are those of `classes`, or of the folders present.
+    """Load one folder per class, with its images below `inner`. The labels follow `classes`, without absent folders.
 
     Raises:
-        DataError: archives that were not unpacked, images beside the folders, or folders that are missing or no class.
+        DataError: archives are still packed, images are outside the class folders, class folders are missing, or a
+            folder is not a class.
     """
-    folder = _folder(root, "which holds one folder a class")
+    folder = _folder(root, "which should contain one folder per class")
     entries = [entry for entry in sorted(folder.iterdir()) if not is_junk(entry.name)]
     packed = [entry.name for entry in entries if entry.name.endswith(ARCHIVES)]
     if packed:
-        raise DataError(f"{root} holds archives ({_some(packed)}): unpack each into a folder of its name")
+        raise DataError(f"{root} contains archives ({_some(packed)}): unpack each into a folder of the same name")
     extensions = image_extensions()
     loose = [entry.name for entry in entries if entry.is_file() and entry.suffix.lower() in extensions]
     if loose:
         raise DataError(
-            f"{root} holds {len(loose)} images beside the class folders ({_some(loose)}): move each into the folder "
-            "of its class"
+            f"{root} contains {len(loose)} images outside the class folders ({_some(loose)}): move each into the "
+            "folder of its class"
         )
     present = {entry.name for entry in entries if entry.is_dir()}
     unknown = sorted(present - set(classes) - set(imagenet_classes()))
     if unknown:
-        raise DataError(f"{root} holds folders that are no class of the set ({_some(unknown)}): move them away")
+        raise DataError(f"{root} contains folders that are not a class of the set ({_some(unknown)}): move them away")
     missing = [name for name in classes if name not in present]
     if len(missing) == len(classes) or (missing and not partial):
         raise DataError(
             f"{root} lacks {len(missing)} of the {len(classes)} class folders ({_some(missing)}): unpack the rest, or "
-            "set partial: true to use the classes that are there"
+            "set partial: true to use the classes that are present"
         )
     found = [name for name in classes if name in present]
     return _by_class({name: class_files(str(root / name / inner), extensions) for name in found})
@@ -116,15 +117,15 @@ def _tiny_imagenet(root: Path, split: str, partial: bool) -> LabeledImages:
         return _class_folders(root / "train", classes, partial, inner="images")
     annotations = root / "val" / "val_annotations.txt"
     if not annotations.is_file() and any((root / "val").glob("n*")):
-        # sorted into class folders, as the official code wants it
+        # sorted into class folders, as the official code expects
         nested = next((root / "val").glob("n*/images"), None)
         return _class_folders(root / "val", classes, partial, inner="images" if nested else "")
     found: dict[str, list[str]] = {name: [] for name in classes}
     for file, wnid, *_ in _text(annotations):
         if wnid not in found:
-            raise DataError(f"{annotations} gives {file} the class {wnid}, which is none of Tiny-ImageNet's")
+            raise DataError(f"{annotations} gives {file} the class {wnid}, which is not a class of Tiny-ImageNet")
         found[wnid].append(str(root / "val" / "images" / file))
-    folder = _folder(root / "val" / "images", "which holds the validation images")
+    folder = _folder(root / "val" / "images", "which should contain the validation images")
     here = set(_names(folder))
     absent = sorted({Path(path).name for paths in found.values() for path in paths} - here)
     if absent and not partial:
@@ -138,14 +139,14 @@ def _names(folder: Path) -> list[str]:
 
 
 def _tiny_imagenet_r(root: Path, split: str, partial: bool) -> LabeledImages:
-    """The published copy (62 folders of 64 x 64 pixels), or the same made from a copy of ImageNet-R."""
+    """Load the published copy (62 folders of 64 x 64 pixels), or make the same set from a copy of ImageNet-R."""
     data = _class_folders(root, imagenet_classes("tiny", "r"), partial)
     is_imagenet_r = any((root / name).is_dir() for name in set(imagenet_classes("r")) - set(imagenet_classes("tiny")))
     return squashed(data) if is_imagenet_r else data
 
 
 def squashed(data: LabeledImages) -> LabeledImages:
-    """Images of ImageNet-R as Tiny-ImageNet-R has them: squashed to 64 x 64 pixels."""
+    """Resize images of ImageNet-R to 64 x 64 pixels regardless of their aspect ratio, as in Tiny-ImageNet-R."""
     return LabeledImages(SquashedImages(data.images, TINY_SIDE), data.labels, data.class_names, data.names)
 
 
@@ -157,10 +158,10 @@ def _cub(root: Path, split: str, partial: bool) -> LabeledImages:
     if not files.keys() == labels.keys() == is_train.keys():
         raise DataError(
             f"{root}: images.txt, image_class_labels.txt and train_test_split.txt list {len(files)}, {len(labels)} "
-            f"and {len(is_train)} images, which should be the same"
+            f"and {len(is_train)} images, but they should list the same images"
         )
     chosen = [number for number in files if is_train[number] == (split == "train")]
-    images = _folder(root / "images", "which holds the images")
+    images = _folder(root / "images", "which should contain the images")
     here = {f"{name}/{file}" for name in _names(images) for file in _names(images / name)}
     absent = [files[number] for number in chosen if files[number] not in here]
     if absent and not partial:
@@ -172,7 +173,7 @@ def _cub(root: Path, split: str, partial: bool) -> LabeledImages:
 
 
 def _cifar(name: str) -> "Loader":
-    """The published Python files, or images in {train,test}/CLASS/."""
+    """Return a loader of the published Python files, or of images in {train,test}/CLASS/."""
 
     def load(root: Path, split: str, partial: bool) -> LabeledImages:
         if (root / split).is_dir():  # the classes of both sets are in alphabetical order
@@ -182,9 +183,9 @@ def _cifar(name: str) -> "Loader":
     return load
 
 
-# (folder of the set, split, whether a part of it will do) to images
+# (folder of the set, split, whether a partial copy is accepted) -> images
 Loader = Callable[[Path, str, bool], LabeledImages]
-# Name of each set: the folder that its archive unpacks to, what lies in it, and what reads it.
+# Name of each set -> the folder that its archive unpacks to, the expected contents of this folder, and the loader.
 LAYOUTS: dict[str, tuple[str, str, Loader]] = {
     "imagenet-1k": ("imagenet", "{train,val}/nXXXXXXXX/*.JPEG", _imagenet),
     "imagenet-r": ("imagenet-r", "nXXXXXXXX/*.jpg", _imagenet_r),
@@ -209,16 +210,17 @@ LAYOUTS: dict[str, tuple[str, str, Loader]] = {
 
 
 def load_layout(name: str, path: str, split: str, partial: bool) -> LabeledImages:
-    """One split of a local copy of a published set.
+    """Load one split of a local copy of a published set.
 
     Args:
-        name: one of `LAYOUTS`.
-        path: the folder of the set, or the one that its archive was unpacked in; `~` is expanded.
-        split: of the set.
-        partial: take a copy with some of its classes or images; its classes are then those that are there.
+        name: a key of `LAYOUTS`.
+        path: the folder of the set, or the folder in which its archive was unpacked; `~` is expanded.
+        split: split of the set.
+        partial: accept a copy with only some of the classes or images; the classes are then those that are present.
 
     Raises:
-        DataError: something is missing or only half unpacked; the message says what was expected where.
+        DataError: something is missing or only partly unpacked. The message says which files are expected in which
+            folder.
     """
     folder, layout, load = LAYOUTS[name]
     given = Path(path).expanduser()
@@ -226,4 +228,4 @@ def load_layout(name: str, path: str, split: str, partial: bool) -> LabeledImage
     try:
         return load(_folder(root, f"where a copy of {name} should be"), split, partial)
     except DataError as error:
-        raise DataError(f"{name}: {error}. In {root} is expected: {layout}") from error
+        raise DataError(f"{name}: {error}. Expected contents of {root}: {layout}") from error

@@ -1,17 +1,17 @@
-"""How many processes read images."""
+"""The number of processes that read images."""
 
 import os
 
 
-SMALL_IMAGE = 32  # pixels; up to here a batch is ready sooner than it is handed over
+SMALL_IMAGE = 32  # pixels; up to this size, making a batch takes less time than passing it between processes
 
 
 def default_workers(image_size: int, use_cpu: bool) -> int:
-    """Worker processes of a data loader where nobody says how many.
+    """Default number of worker processes of a data loader.
 
-    With a GPU a core each, shared by the processes of this machine: at 224 pixels and the paper's augmentation a core
-    makes some 200 images a second (benchmarks/input_pipeline.py) and a GPU takes more, so no core is too many.
-    None on a CPU, where training needs the cores itself, nor for images of up to 32 pixels.
+    With a GPU, one worker per core, divided among the processes of this machine: at 224 pixels with the paper's
+    augmentation, a core prepares about 200 images per second (benchmarks/input_pipeline.py) and a GPU consumes more,
+    so every core helps. Zero on a CPU, where training needs the cores itself, and for images of up to 32 pixels.
 
     Args:
         image_size: side of the model's input, in pixels.

@@ -14,16 +14,16 @@ RANKED_AT_ONCE = 4096  # rows; bounds the memory of the sort
 
 
 class _InMemoryMetric(evaluate.Metric):
-    """A metric that leaves no file: processes that evaluate at once cannot meet in a cache folder."""
+    """A metric that writes no files, so that processes that evaluate at the same time do not share a cache folder."""
 
     def __init__(self) -> None:
-        # The constructor makes a cache folder that a metric in memory never uses; let it go at once.
+        # The constructor creates a cache folder that a metric in memory never uses; delete it at once.
         with tempfile.TemporaryDirectory() as folder:
             super().__init__(keep_in_memory=True, cache_dir=folder)
 
 
 class Accuracy(_InMemoryMetric):
-    """Share of the predicted classes that are right.
+    """Fraction of the predicted classes that are correct.
 
     `Accuracy().compute(predictions=…, references=…)` takes integers (n,) twice and returns `{"accuracy": float}` in
     [0, 1]. `add_batch` works as for every metric of `evaluate`.
@@ -31,7 +31,7 @@ class Accuracy(_InMemoryMetric):
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
-            description="Share of the predicted classes that are right.",
+            description="Fraction of the predicted classes that are correct.",
             citation="",
             inputs_description="predictions: integers (n,). references: integers (n,).",
             features=datasets.Features(
@@ -45,11 +45,11 @@ class Accuracy(_InMemoryMetric):
 
 
 class TopKAccuracy(_InMemoryMetric):
-    """Share of the samples whose class is among the k best predictions.
+    """Fraction of the samples whose class is among the k best predictions.
 
     `TopKAccuracy().compute(predictions=…, references=…, k=5)` takes the classes that the model ranks best, best first,
     integers (n, K) with K >= k (see `rank_classes`), and integers (n,); it returns `{"top5_accuracy": float}` in
-    [0, 1]. Ranks and not scores: `evaluate` makes a Python object of every number that it is given.
+    [0, 1]. It takes ranked classes instead of scores because `evaluate` makes a Python object of every number it gets.
 
     Raises:
         ValueError: from `compute`, if k is not in 1..K.
@@ -58,7 +58,7 @@ class TopKAccuracy(_InMemoryMetric):
     def _info(self) -> evaluate.MetricInfo:
         ranked = datasets.Sequence(datasets.Value("int64"))
         return evaluate.MetricInfo(
-            description="Share of the samples whose class is among the k best predictions.",
+            description="Fraction of the samples whose class is among the k best predictions.",
             citation="",
             inputs_description="predictions: ranked classes (n, K), best first. references: integers (n,). k: int.",
             features=datasets.Features({"predictions": ranked, "references": datasets.Value("int64")}),
@@ -67,13 +67,13 @@ class TopKAccuracy(_InMemoryMetric):
     def _compute(self, predictions: list[list[int]], references: list[int], k: int = 5) -> dict[str, float]:
         ranked = np.asarray(predictions)
         if not 1 <= k <= ranked.shape[1]:
-            raise ValueError(f"k={k} with {ranked.shape[1]} ranked classes: rank more classes or lower k")
+            raise ValueError(f"k={k} must be between 1 and the number of ranked classes, {ranked.shape[1]}")
         right = (ranked[:, :k] == np.asarray(references)[:, None]).any(axis=1)
         return {f"top{k}_accuracy": float(right.mean())}
 
 
 class PerClassAccuracy(_InMemoryMetric):
-    """Accuracy of each class by itself.
+    """Accuracy of each class.
 
     `PerClassAccuracy().compute(predictions=…, references=…, num_classes=C)` takes integers (n,) twice and returns
     `{"accuracy": [float or None] * C, "n": [int] * C}`; a class without samples has `None`.
@@ -81,7 +81,7 @@ class PerClassAccuracy(_InMemoryMetric):
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
-            description="Accuracy of each class by itself.",
+            description="Accuracy of each class.",
             citation="",
             inputs_description="predictions: integers (n,). references: integers (n,). num_classes: int.",
             features=datasets.Features(
@@ -102,13 +102,13 @@ class PerClassAccuracy(_InMemoryMetric):
 
 
 def effective_robustness(ood_accuracy: float, iid_accuracy: float, baselines: Sequence[tuple[float, float]]) -> float:
-    """How much better a model is under a shift than baselines of its accuracy without one would be.
+    """Effective robustness: the OOD accuracy of a model above what the baselines predict from its IID accuracy.
 
-    `rho = ood - beta(iid)` (Taori et al., arXiv 2007.00644), where beta is the straight line through the baselines
-    with both accuracies on a logit scale, by least squares; through a single baseline it has slope 1.
+    `rho = ood - beta(iid)` (Taori et al., arXiv 2007.00644), where beta is a straight line that is fitted to the
+    baselines by least squares, with both accuracies on a logit scale. With a single baseline its slope is 1.
 
     Args:
-        ood_accuracy, iid_accuracy: of the model, in (0, 1).
+        ood_accuracy, iid_accuracy: accuracies of the model, in (0, 1).
         baselines: (IID, OOD) accuracies of other models, in (0, 1).
 
     Raises:
@@ -117,8 +117,8 @@ def effective_robustness(ood_accuracy: float, iid_accuracy: float, baselines: Se
     values = [ood_accuracy, iid_accuracy, *(value for pair in baselines for value in pair)]
     if not baselines or not all(0 < value < 1 for value in values):
         raise ValueError(
-            f"accuracies {values} and {len(baselines)} baselines: effective robustness needs at least one baseline, "
-            "and accuracies between 0 and 1"
+            f"effective robustness needs at least one baseline, and accuracies between 0 and 1 (both excluded), not "
+            f"{len(baselines)} baselines and accuracies {values}"
         )
     iid, ood = (np.array([_logit(pair[side]) for pair in baselines]) for side in (0, 1))
     spread = float(((iid - iid.mean()) ** 2).sum())
@@ -132,14 +132,14 @@ def _logit(share: float) -> float:
 
 
 def rank_classes(logits: np.ndarray, k: int) -> np.ndarray:
-    """The k classes of the largest logits, best first; among equal ones the lower class, as `argmax` has it.
+    """The k classes with the largest logits, best first. Ties go to the lower class, as in `argmax`.
 
     Args:
         logits: floats (n, C).
-        k: at most C.
+        k: number of classes, at most C.
 
     Returns:
-        int64 (n, k). A row with NaN is all -1, which is no class: a model that diverged is never right by chance.
+        int64 (n, k). A row with NaN is all -1, which is not a class, so a diverged model is never right by chance.
     """
     chunks = [logits[start : start + RANKED_AT_ONCE] for start in range(0, len(logits), RANKED_AT_ONCE)]
     ranked = np.concatenate([np.argsort(-chunk, axis=1, kind="stable")[:, :k] for chunk in chunks])
@@ -153,7 +153,7 @@ def compute_metrics(eval_prediction: EvalPrediction) -> dict[str, float]:
     With fewer than 5 classes `top5_accuracy` counts all of them. A row with NaN counts as wrong.
 
     Args:
-        eval_prediction: logits (n, C), or a tuple whose first element is these, and integer labels (n,).
+        eval_prediction: logits (n, C), or a tuple that starts with the logits, and integer labels (n,).
 
     Raises:
         ValueError: no samples, or logits and labels that are not (n, C) and (n,).
@@ -163,8 +163,8 @@ def compute_metrics(eval_prediction: EvalPrediction) -> dict[str, float]:
     labels = np.asarray(eval_prediction.label_ids)
     if logits.ndim != 2 or labels.shape != logits.shape[:1] or not len(logits):
         raise ValueError(
-            f"logits of shape {logits.shape} and labels of shape {labels.shape}: accuracy needs (samples, classes) "
-            "and (samples,), at least one sample"
+            f"logits of shape {logits.shape} and labels of shape {labels.shape}: accuracy needs the shapes "
+            "(samples, classes) and (samples,), with at least one sample"
         )
     k = min(5, logits.shape[1])
     ranked = rank_classes(logits, k)

@@ -1,4 +1,4 @@
-"""The evaluation transform, twice: fast for our data sets, and as the image processor that is saved with a model."""
+"""The evaluation transform in two forms: a fast one for our data sets, and the image processor saved with a model."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from transformers import ViTImageProcessorPil
 from transformers.image_processing_utils import BaseImageProcessor
 
 from m2mkd.data.config import DataConfig
-from m2mkd.data.errors import DataError
+from m2mkd.errors import DataError
 
 
 def pil_resample(config: DataConfig) -> Image.Resampling:
@@ -18,10 +18,10 @@ def pil_resample(config: DataConfig) -> Image.Resampling:
 
 
 def build_image_processor(config: DataConfig) -> ViTImageProcessorPil:
-    """The Hugging Face image processor that does to an image what `PixelTransform` does.
+    """Build the Hugging Face image processor that gives the same pixels as `PixelTransform`.
 
-    It is the Pillow backend by name, so that its numbers are ours whether or not torchvision is installed. It is
-    saved as an ordinary `ViTImageProcessor`.
+    It is explicitly the Pillow backend, so that its output is the same with and without torchvision. It is saved as an
+    ordinary `ViTImageProcessor`.
     """
     square = {"height": config.image_size, "width": config.image_size}
     pixels = {
@@ -37,22 +37,23 @@ def build_image_processor(config: DataConfig) -> ViTImageProcessorPil:
 
 
 def _short_side(image_size: int, center_crop: float) -> int:
-    """Pixels of the shorter side before the centre is cut out: 256 for 224 at 0.875, 73 for 64."""
+    """Length of the shorter side in pixels before the center is cut out: 256 for 224 at 0.875, 73 for 64."""
     return int(image_size / center_crop + 1e-9)  # 64 / (64 / 73) must be 73 again
 
 
 def pixels_of_processor(processor: BaseImageProcessor, source: str) -> dict[str, Any]:
-    """What a `DataConfig` says about pixels, so that they come out as this image processor makes them.
+    """Settings of a `DataConfig` that give the same pixels as an image processor.
 
     Args:
-        processor: of a saved model: a square resize, or a resize of the shorter side and a centre crop.
-        source: what the error calls it.
+        processor: image processor of a saved model. It must apply a square resize, or a resize of the shorter side and
+            a center crop.
+        source: name of the model in an error.
 
     Returns:
         `image_size`, `center_crop`, `resample`, `mean` and `std`.
 
     Raises:
-        DataError: the processor does something else.
+        DataError: the processor applies any other transform.
     """
     said = processor.to_dict()
     size, crop = dict(said["size"]), dict(said.get("crop_size") or {})
@@ -64,8 +65,8 @@ def pixels_of_processor(processor: BaseImageProcessor, source: str) -> dict[str,
     if not fits or not said.get("do_rescale") or abs(said["rescale_factor"] * 255 - 1) > 1e-6:
         raise DataError(
             f"the image processor of {source} resizes to {size}, crops to {crop}, resample={said.get('resample')}, "
-            f"rescale_factor={said.get('rescale_factor')}: a square (bilinear or bicubic), or the centre of a resized "
-            "shorter side, of pixels in [0, 1] is what can be reproduced here"
+            f"rescale_factor={said.get('rescale_factor')}. Only these can be reproduced here: a resize to a square "
+            "(bilinear or bicubic), or a resize of the shorter side and a center crop, with pixels in [0, 1]"
         )
     normalize = said.get("do_normalize")
     return {
@@ -78,32 +79,32 @@ def pixels_of_processor(processor: BaseImageProcessor, source: str) -> dict[str,
 
 
 class PixelTransform:
-    """Resize to (image_size, image_size), or resize and cut out the centre, scale to [0, 1] and normalise.
+    """Resize to (image_size, image_size), or resize and cut out the center, scale to [0, 1] and normalize.
 
-    Bit-equal to `build_image_processor(config)`, and several times faster: a byte has 256 values, so the arithmetic
-    of each channel is done once, for a table.
+    It is bit-equal to `build_image_processor(config)`, and several times faster: a byte has 256 values, so the
+    arithmetic of each channel is done once, for a table.
 
     Args:
-        config: gives image_size, center_crop, resample, mean and std.
-        is_cropped: the images have been brought to their size already, by an augmentation.
+        config: configuration with image_size, center_crop, resample, mean and std.
+        is_cropped: whether an augmentation has already brought the images to their size.
     """
 
     def __init__(self, config: DataConfig, is_cropped: bool = False) -> None:
         self.center_crop = None if is_cropped else config.center_crop
         self.size = (config.image_size, config.image_size)
         self.resample = pil_resample(config)
-        # The precisions are those of transformers: scale in float64, round to float32, normalise in float32.
+        # Same precisions as transformers: scale in float64, round to float32, normalize in float32.
         unit = (np.arange(256).astype(np.float64) * (1 / 255)).astype(np.float32)
         mean = np.array(config.mean, dtype=np.float32)[:, None]
         std = np.array(config.std, dtype=np.float32)[:, None]
         self.tables = (unit - mean) / std
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
-        """A `PIL.Image` of mode RGB and any size to float32 (3, image_size, image_size)."""
+        """Convert a `PIL.Image` of mode RGB and any size to float32 (3, image_size, image_size)."""
         pixels = np.asarray(self._sized(image))
         out = np.empty((3, *self.size), dtype=np.float32)
         for channel, table in enumerate(self.tables):
-            # "clip" never clips a byte; it only spares numpy a copy of the output.
+            # "clip" never clips a byte; it only saves numpy a copy of the output.
             np.take(table, pixels[:, :, channel], out=out[channel], mode="clip")
         return torch.from_numpy(out)
 

@@ -1,4 +1,4 @@
-"""RandAugment as timm's `rand-m9-mstd0.5-inc1` has it, image by image (Cubuk et al., arXiv 1909.13719)."""
+"""RandAugment of single images, as in timm's `rand-m9-mstd0.5-inc1` (Cubuk et al., arXiv 1909.13719)."""
 
 from collections.abc import Callable
 
@@ -6,18 +6,18 @@ import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
 
-NUM_OPERATIONS = 2  # drawn for each image, with replacement
-CHANCE = 0.5  # that a drawn operation is applied
+NUM_OPERATIONS = 2  # operations drawn for each image, with replacement
+CHANCE = 0.5  # probability that a drawn operation is applied
 MAGNITUDE, MAGNITUDE_STD, MAX_MAGNITUDE = 9.0, 0.5, 10.0
 
 # Values at the largest magnitude.
 MAX_ROTATION = 30.0  # degrees
 MAX_SHEAR = 0.3
-MAX_SHIFT = 0.45  # share of the side
-MAX_ENHANCEMENT = 0.9  # distance of the factor from 1, which changes nothing
+MAX_SHIFT = 0.45  # fraction of the side
+MAX_ENHANCEMENT = 0.9  # distance of the factor from 1; a factor of 1 changes nothing
 SOLARIZE_ADD_BELOW = 128
 
-# (image, share of the largest magnitude, sign, filter, fill colour) to image
+# (image, fraction of the largest magnitude, sign, filter, fill color) -> image
 Operation = Callable[[Image.Image, float, int, Image.Resampling, tuple[int, ...]], Image.Image]
 
 
@@ -39,7 +39,7 @@ def _enhanced(kind: Callable[[Image.Image], ImageEnhance._Enhance]) -> Operation
 def _posterize(
     image: Image.Image, share: float, sign: int, resample: Image.Resampling, fill: tuple[int, ...]
 ) -> Image.Image:
-    """Keep 4 to 0 of 8 bits. Pillow's own refuses 0, a black image, which the largest magnitude asks for."""
+    """Keep 4 to 0 of 8 bits. Pillow's version does not accept 0 (a black image), which the largest magnitude needs."""
     dropped = 4 + int(share * 4)
     return image.point([value >> dropped << dropped for value in range(256)] * len(image.getbands()))
 
@@ -53,8 +53,8 @@ def _solarize_add(
     return image.point(table * len(image.getbands()))
 
 
-# "inc1": the operations get stronger with the magnitude. Solarize inverts what is above a threshold, Posterize keeps
-# so many bits; both go down to zero.
+# "inc1": the operations get stronger with the magnitude. Solarize inverts values above a threshold and Posterize keeps
+# a number of bits; both the threshold and the number of bits go down to zero.
 OPERATIONS: dict[str, Operation] = {
     "auto_contrast": lambda image, share, sign, resample, fill: ImageOps.autocontrast(image),
     "equalize": lambda image, share, sign, resample, fill: ImageOps.equalize(image),
@@ -86,10 +86,10 @@ _NAMES = tuple(OPERATIONS)
 
 
 def draw_operations(rng: np.random.Generator) -> list[tuple[str, float, int]]:
-    """What happens to one image: name, share of the largest magnitude in [0, 1] and sign of each operation.
+    """Draw the operations for one image: name, fraction of the largest magnitude in [0, 1], and sign of each.
 
     Args:
-        rng: a fixed number of draws.
+        rng: random generator; the number of draws is fixed.
     """
     drawn = []
     for _ in range(NUM_OPERATIONS):
@@ -104,13 +104,13 @@ def draw_operations(rng: np.random.Generator) -> list[tuple[str, float, int]]:
 def rand_augment(
     image: Image.Image, resample: Image.Resampling, fill: tuple[int, ...], rng: np.random.Generator
 ) -> Image.Image:
-    """Two of fifteen operations, each applied with chance 1/2 at a magnitude of 9 ± 0.5 of 10.
+    """Draw two of fifteen operations and apply each with probability 1/2, at a magnitude of 9 ± 0.5 out of 10.
 
     Args:
-        image: mode RGB, any size.
-        resample: filter of what moves pixels.
-        fill: colour (R, G, B) in 0..255 of what moves in from outside; timm takes the mean of the data.
-        rng: a fixed number of draws, whatever the image.
+        image: image of mode RGB and any size.
+        resample: filter of the operations that move pixels.
+        fill: color (R, G, B) in 0..255 of areas that move in from outside; timm takes the mean of the data.
+        rng: random generator; the number of draws does not depend on the image.
 
     Returns:
         An image of the same mode and size.

@@ -1,4 +1,4 @@
-"""The order of a training set whose images come several times an epoch, each time augmented anew."""
+"""The order of a training set whose images are repeated within an epoch, each time with another augmentation."""
 
 from collections.abc import Iterator
 
@@ -11,18 +11,19 @@ from m2mkd.data.dataset import ImageDataset
 class RepeatedSampler(Sampler[tuple[int, int]]):
     """Repeated augmentation (Hoffer et al., arXiv 1901.09335; Berman et al., arXiv 1902.05509), as DeiT does it.
 
-    An epoch keeps its length n: it takes n / repeated of the images, chosen anew each epoch, `repeated` times each.
-    Entry k of the shuffled, repeated sequence goes to process k mod `num_processes`, so that the copies of an image
-    fall on different processes. (DeiT rounds an epoch down to a multiple of 256; we take all n.)
+    An epoch keeps its length n: it takes n / repeated of the images, drawn again for each epoch, `repeated` times
+    each. Entry k of the shuffled, repeated sequence goes to process k mod `num_processes`, so that the copies of an
+    image go to different processes. (DeiT rounds an epoch down to a multiple of 256; we take all n.)
 
-    Its order is that of the whole batches of all processes, one process after the other, which is what accelerate
-    hands out. It depends on the seed and on the data set's epoch alone: a resumed run goes on with the same images.
+    The indices are ordered by whole batches, one process after the other, because that is how accelerate distributes
+    them. The order depends only on the seed and on the epoch of the data set, so a resumed run continues with the same
+    images.
 
     Args:
-        dataset: gives the length, the repeats (`config.repeated`) and the epoch.
-        seed: of the order, at least 0.
-        num_processes: processes that share the batches.
-        batch_size: images a process and batch.
+        dataset: data set that gives the length, the repeats (`config.repeated`) and the epoch.
+        seed: seed of the order, at least 0.
+        num_processes: number of processes that share the batches.
+        batch_size: number of images per process and batch.
     """
 
     def __init__(self, dataset: ImageDataset, seed: int, num_processes: int = 1, batch_size: int = 1) -> None:
@@ -35,14 +36,14 @@ class RepeatedSampler(Sampler[tuple[int, int]]):
         return len(self.dataset)
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        """Yield (position, repeat), the index of a sample of an `ImageDataset`."""
+        """Yield pairs (position, repeat), which are indices of an `ImageDataset`."""
         repeated, length = self.dataset.config.repeated, len(self.dataset)
         order = np.random.default_rng((self.seed, self.dataset.epoch)).permutation(length)
         for entry in self._entries(length):
             yield int(order[entry // repeated]), int(entry % repeated)
 
     def _entries(self, length: int) -> Iterator[int]:
-        """Numbers 0..length-1 in the order in which the processes' batches follow each other."""
+        """Yield 0..length-1, ordered batch by batch and process by process."""
         step = self.num_processes * self.batch_size
         for start in range(0, length, step):
             stop = min(start + step, length)

@@ -1,14 +1,14 @@
-"""From the `source` of a configuration to labelled images."""
+"""Loading of labeled images from the `source` of a configuration."""
 
 from m2mkd.data.config import IMAGEFOLDER_PREFIX, DataConfig
 from m2mkd.data.corruption import without_corrupt
 from m2mkd.data.digits import load_mnist5k, load_uci_digits
-from m2mkd.data.errors import DataError
 from m2mkd.data.huggingface import load_from_datasets
 from m2mkd.data.imagefolder import load_imagefolder
 from m2mkd.data.known_sets import KNOWN_SETS, load_known_set
 from m2mkd.data.labeled_images import LabeledImages
 from m2mkd.data.splits import holdout_indices, sample_per_class
+from m2mkd.errors import DataError
 
 
 MNIST5K_HOLDOUT = 0.2  # 100 of the 500 images of each class
@@ -22,8 +22,8 @@ def _check_split(config: DataConfig, allowed: tuple[str | None, ...]) -> None:
 
 
 def _held_out(data: LabeledImages, config: DataConfig, share: float) -> LabeledImages:
-    """The training or the held-out part of a source without splits of its own."""
-    # No split would mean both parts: a run that trains on its own test images.
+    """The training or the held-out part of a source that has no splits of its own."""
+    # Without a split, both parts would be used: the run would train on its own test images.
     _check_split(config, ("train", "test"))
     train, test = holdout_indices(data.labels, data.class_names, share)
     return data.select(train if config.split == "train" else test)
@@ -51,14 +51,14 @@ def _load_split(config: DataConfig) -> LabeledImages:
 
 
 def load_images(config: DataConfig) -> LabeledImages:
-    """The labelled images that a configuration describes, before any resize or augmentation.
+    """The labeled images that a configuration describes, before any resize or augmentation.
 
     The same configuration gives the same samples in the same order, in every run and on every machine.
 
     Raises:
-        DataError: the source, its split, a class or a column is not there (see the function of each source), or more
+        DataError: the source, its split, a class or a column is missing (see the function of each source), or more
             images are corrupt than `max_corrupt_share` allows.
-        ImportError: a packaged set whose package is not installed.
+        ImportError: the package of a packaged set is not installed.
     """
     data = _load_split(config)
     if config.max_corrupt_share:

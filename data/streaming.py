@@ -1,4 +1,4 @@
-"""A `datasets` source read while it comes in, for sets that do not fit the disk."""
+"""Streaming of a `datasets` source, for sets that do not fit on the disk."""
 
 import copy
 import logging
@@ -15,9 +15,9 @@ from torch.utils.data import IterableDataset, get_worker_info
 from m2mkd.data.config import DataConfig
 from m2mkd.data.dataset import OF_BATCH, Sample, SamplePixels, mix_samples
 from m2mkd.data.decoding import decode_image
-from m2mkd.data.errors import DataError
 from m2mkd.data.imagenet_classes import imagenet_classes
 from m2mkd.data.known_sets import KNOWN_SETS
+from m2mkd.errors import DataError
 
 
 if TYPE_CHECKING:
@@ -25,27 +25,27 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-SHUFFLE_BUFFER = 1000  # rows that wait encoded for their turn, beside the shuffled order of the files
-MIXED_AT_ONCE = 64  # samples that share a lambda; the size of a batch is not known here
+SHUFFLE_BUFFER = 1000  # encoded rows in the shuffle buffer; the files are shuffled too
+MIXED_AT_ONCE = 64  # samples that share a lambda; the batch size is not known here
 
 
 class StreamedImages(IterableDataset[Sample]):
     """The samples of an `ImageDataset`, from a stream.
 
-    In training, files are shuffled anew each epoch, and rows within a buffer of 1,000. How a sample is augmented
-    depends on (seed, epoch, its bytes) alone. Mixup and CutMix happen in blocks of 64 samples. An epoch ends after as
-    many samples as there are rows, also where images are repeated. Workers take different files where there are
-    enough; in several processes accelerate lets the first read for all.
+    In training, the files are shuffled again for each epoch, and the rows within a buffer of 1,000. The augmentation
+    of a sample depends only on (seed, epoch, its bytes). Mixup and CutMix are applied to blocks of 64 samples. An
+    epoch has as many samples as there are rows, also if images are repeated. Workers read different files if there
+    are enough. With several processes, accelerate lets the first one read for all.
 
     Args:
         rows: encoded images and labels of one split.
         length: number of rows.
         labels: the label of each value of the label column.
         class_names: name of each label.
-        config: columns, pixels and augmentation; `max_corrupt_share` of the images may be undecodable, and these are
-            named in a log.
+        config: columns, pixels and augmentation. A fraction `max_corrupt_share` of the images may be undecodable;
+            these are logged and left out.
         train: whether to shuffle, augment and mix.
-        seed: of all three, at least 0.
+        seed: seed of the shuffling, the augmentation and the mixing, at least 0.
     """
 
     def __init__(
@@ -67,18 +67,18 @@ class StreamedImages(IterableDataset[Sample]):
         self.seed = seed
         self.possible: np.ndarray | None = None
         self._pixels = SamplePixels(config, train)
-        # Shared memory: workers that live on hold copies of this object.
+        # Shared memory, because persistent workers have copies of this object.
         self._epoch = torch.zeros((), dtype=torch.long).share_memory_()
 
     def __len__(self) -> int:
         return self.length
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose order and augmentation of an epoch, also for workers that already run. Call it between two epochs."""
+        """Set the epoch of order and augmentation, also for workers that already run. Call it between two epochs."""
         self._epoch.fill_(epoch)
 
     def relabel(self, class_names: Sequence[str]) -> "StreamedImages":
-        """The same stream over another list of classes (a model's, say), matched by name.
+        """The same stream over another list of classes (for example, those of a model), matched by name.
 
         Raises:
             DataError: a class of this set is not in `class_names`.
@@ -88,7 +88,7 @@ class StreamedImages(IterableDataset[Sample]):
         if missing:
             raise DataError(
                 f"the model was trained without {len(missing)} of the {len(self.class_names)} classes of this stream, "
-                f"{missing[0]} for one"
+                f"for example {missing[0]}"
             )
         other = copy.copy(self)
         other.labels = {value: target[self.class_names[label]] for value, label in self.labels.items()}
@@ -98,10 +98,10 @@ class StreamedImages(IterableDataset[Sample]):
         return other
 
     def __iter__(self) -> Iterator[Sample]:
-        """Yield `{"pixel_values", "labels"}` as an `ImageDataset` does.
+        """Yield samples `{"pixel_values", "labels"}`, as in an `ImageDataset`.
 
         Raises:
-            DataError: a value that is no label, or more images are corrupt than allowed.
+            DataError: a value is not a label, or more images are corrupt than allowed.
         """
         samples = self._samples()
         if not self.train or not (self.config.mixup or self.config.cutmix):
@@ -117,14 +117,15 @@ class StreamedImages(IterableDataset[Sample]):
             yield from mix_samples(block, len(self.class_names), self.config, rng)
 
     def _samples(self) -> Iterator[Sample]:
-        """Decoded and augmented samples of this worker; `datasets` gives it files of its own."""
+        """Yield the decoded and augmented samples of this worker; `datasets` gives each worker its own files."""
         worker = get_worker_info()
         number, workers = (worker.id, min(worker.num_workers, self.rows.num_shards)) if worker else (0, 1)
         if number >= workers:
             return  # more workers than files
         epoch, repeats = int(self._epoch), self.config.repeated if self.train else 1
         share = len(range(number, self.length, workers))
-        # files differ in length: in training, who had the shorter ones begins again and no one goes on for longer
+        # Files differ in length. In training, a worker whose files run out starts them again, and every worker yields
+        # exactly its part of the rows.
         left = share if self.train else math.inf
         may_fail = self.config.max_corrupt_share * share
         while left > 0:
@@ -150,10 +151,10 @@ class StreamedImages(IterableDataset[Sample]):
         return rows
 
     def _sample(self, row: dict[str, Any], epoch: int, repeat: int, may_fail: float) -> Sample | None:
-        """One sample, or `None` if its image is corrupt and may be."""
+        """One sample, or `None` if its image is corrupt and `may_fail` allows it."""
         image, value = row[self.config.image_column], row[self.config.label_column]
         if value not in self.labels:
-            raise DataError(f"{self.config.source} has a row with label {value!r}: use a labelled split")
+            raise DataError(f"{self.config.source} has a row with label {value!r}: use a labeled split")
         source = (image and (image["bytes"] or image["path"])) or b""
         name = f"{self.config.source}:{(image or {}).get('path') or 'an image'} of class {value!r}"
         try:
@@ -161,7 +162,7 @@ class StreamedImages(IterableDataset[Sample]):
         except DataError as error:
             if may_fail < 1:
                 raise DataError(
-                    f"{error}. No more may be corrupt with max_corrupt_share={self.config.max_corrupt_share}"
+                    f"{error}. max_corrupt_share={self.config.max_corrupt_share} allows no more corrupt images"
                 ) from error
             logger.warning("left out: %s", error)
             return None
@@ -171,10 +172,11 @@ class StreamedImages(IterableDataset[Sample]):
 
 
 def open_stream(config: DataConfig, train: bool, seed: int = 0) -> StreamedImages:
-    """The split that a configuration describes, as a stream.
+    """Open the split that a configuration describes as a stream.
 
     Raises:
-        DataError: the source cannot be opened, a column or the number of rows is not known, or labels have no names.
+        DataError: the source cannot be opened, a column is missing, the number of rows is unknown, or the labels have
+            no names.
     """
     import datasets
 
@@ -190,7 +192,7 @@ def open_stream(config: DataConfig, train: bool, seed: int = 0) -> StreamedImage
         if length is None:
             raise DataError(
                 f"{config.source} is a part of another set and cannot be streamed: download it (streaming: false), or "
-                f"give a local copy, '{config.source}:PATH'"
+                f"use a local copy, '{config.source}:PATH'"
             )
         image_column, label_column = known.columns
         own = {"source": known.hub, "image_column": image_column, "label_column": label_column}
@@ -221,7 +223,7 @@ def _labels(feature: Any, marks: tuple[str, ...] | None, config: DataConfig) -> 
         if names is None:
             raise DataError(
                 f"label column {config.label_column!r} of {config.source} is {feature}: a stream needs a ClassLabel, "
-                "for its classes are not known before it ends"
+                "because otherwise its classes are unknown until its end"
             )
         return {label: label for label in range(len(names))}, names
     classes = imagenet_classes(*marks)
@@ -239,7 +241,7 @@ def _length(rows: "datasets.IterableDataset", config: DataConfig, split: str | N
     length = splits[split].num_examples if split in splits else None
     if not length:
         raise DataError(
-            f"{config.source} does not say how many rows split {split!r} has, which a schedule needs: download it "
-            "(streaming: false)"
+            f"{config.source} does not state the number of rows of split {split!r}, but the learning rate schedule "
+            "needs it: download the set (streaming: false)"
         )
     return length

@@ -1,4 +1,4 @@
-"""Models, their stages, stitches and losses; the models are registered with the Auto classes on import."""
+"""The models; they are registered with the Auto classes on import."""
 
 from transformers import (
     AutoBackbone,
@@ -17,7 +17,6 @@ from m2mkd.modeling.modeling_vmoe import (
     VMoEModel,
     VMoEPreTrainedModel,
 )
-from m2mkd.modeling.stages import split_into_stages
 
 
 for config_class in (NACConfig, VMoEConfig):
@@ -36,5 +35,4 @@ __all__ = [
     "VMoEForImageClassification",
     "VMoEModel",
     "VMoEPreTrainedModel",
-    "split_into_stages",
 ]

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Losses on the graph of a NAC as pure functions: signatures or link probabilities in, a scalar out."""
+"""Losses on the graph of a NAC as pure functions of signatures or link probabilities. They return a scalar."""
 
 from typing import Literal
 
@@ -31,8 +31,8 @@ def link_probability(
     truncation_type: TruncationType = "direct",
 ) -> torch.Tensor:
     r"""
-    How likely two latents are linked: `exp(-d_uv / bandwidth)` with the cosine distance `d_uv` of their signatures,
-    and 0 beyond `truncation` (NAC, arXiv 2210.08031, section 2).
+    Probability that two latents are linked: `exp(-d_uv / bandwidth)` with the cosine distance `d_uv` of their
+    signatures, and 0 beyond `truncation` (NAC, arXiv 2210.08031, section 2).
 
     Args:
         signatures_u (`torch.Tensor` of shape `(n, signature_size)`)
@@ -40,8 +40,8 @@ def link_probability(
         bandwidth (`float` or `torch.Tensor` of shape `()`): Positive, in units of the distance.
         truncation (`float`, *optional*): The largest distance of a link; `None` for no limit.
         truncation_type (`str`): `"direct"` keeps `d <= truncation` and passes no gradient through the pairs that are
-            cut (the official straight-through estimator ends up there too: defect 19 of the official code). `"masked"`
-            keeps `d < truncation` and passes the gradient as if nothing had been cut.
+            cut (the official straight-through estimator has the same effect).
+            `"masked"` keeps `d < truncation` and passes the gradient as if nothing had been cut.
 
     Returns:
         `torch.Tensor` of shape `(n, m)`.
@@ -65,13 +65,14 @@ def signature_repulsion_loss(
     signatures: torch.Tensor, hinge: float, reduction: Literal["sum", "mean"] = "sum"
 ) -> torch.Tensor:
     r"""
-    Drives latents apart whose signatures are too close: `-sum d_uv` over the pairs `u < v` with a cosine distance
-    `d_uv < hinge`. 0, with a gradient of 0, where there is no such pair.
+    Loss that pushes apart signatures that are too close: `-sum d_uv` over the pairs `u < v` with a cosine distance
+    `d_uv < hinge`. Without such pairs, the loss and its gradient are 0.
 
     Args:
-        signatures (`torch.Tensor` of shape `(n, signature_size)`): Of the input, mediator and output latents together.
-        hinge (`float`): The distance from which on a pair is let alone.
-        reduction (`str`): `"sum"` over the close pairs, or their `"mean"`.
+        signatures (`torch.Tensor` of shape `(n, signature_size)`): Signatures of the input, mediator and output
+            latents together.
+        hinge (`float`): The distance at and above which a pair does not count.
+        reduction (`str`): `"sum"` or `"mean"` over the close pairs.
 
     Raises:
         `ValueError`: `reduction` is unknown.
@@ -79,7 +80,7 @@ def signature_repulsion_loss(
     if reduction not in ("sum", "mean"):
         raise ValueError(f'`reduction` must be "sum" or "mean", but is {reduction!r}.')
     distance = cosine_distance(signatures, signatures)
-    # a mask, not a selection: the shapes stay known to the compiler, and nothing waits for the device
+    # a mask instead of a selection, so that the compiler knows the shapes and nothing waits for the device
     close = (distance < hinge).tril(diagonal=-1)
     total = torch.where(close, distance, 0.0).sum()
     return -total if reduction == "sum" else -total / close.sum().clamp(min=1)
@@ -91,7 +92,7 @@ def block_model_graphon(num_latents: int, num_clusters: int, p_in: float, p_out:
 
     Args:
         num_latents (`int`): Number of latents.
-        num_clusters (`int`): Number of clusters; consecutive latents share one.
+        num_clusters (`int`): Number of clusters; each consists of consecutive latents.
         p_in (`float`): Probability of a link within a cluster.
         p_out (`float`): Probability of a link between two clusters.
 
@@ -99,12 +100,12 @@ def block_model_graphon(num_latents: int, num_clusters: int, p_in: float, p_out:
         `torch.Tensor` of shape `(num_latents, num_latents)`.
 
     Raises:
-        `ValueError`: `num_latents` is no multiple of `num_clusters`, or a probability is none.
+        `ValueError`: `num_latents` is not a multiple of `num_clusters`, or `p_in` or `p_out` is not a probability.
     """
     if num_clusters < 1 or num_latents < 1 or num_latents % num_clusters:
         raise ValueError(
             f"`num_latents` must be a positive multiple of `num_clusters`, but is {num_latents} with `num_clusters` "
-            f"{num_clusters}. Change one so that all clusters have the same size."
+            f"{num_clusters}. Change one of them so that all clusters have the same size."
         )
     for field, probability in (("p_in", p_in), ("p_out", p_out)):
         if not 0 <= probability <= 1:
@@ -115,19 +116,20 @@ def block_model_graphon(num_latents: int, num_clusters: int, p_in: float, p_out:
 
 def block_model_loss(link_probability: torch.Tensor, graphon: torch.Tensor, clip: float | None = None) -> torch.Tensor:
     r"""
-    Draws the graph towards a stochastic block model: the mean of `max((P_{pi(u)v} - W_uv)^2, clip)` over all `(u, v)`,
-    with the permutation `pi` of the rows of `P` that brings them closest to those of `W` (no gradient goes through
-    the choice).
+    Loss that pulls the graph towards a stochastic block model: the mean of `max((P_{pi(u)v} - W_uv)^2, clip)` over all
+    `(u, v)`, with the permutation `pi` of the rows of `P` that brings them closest to those of `W` (no gradient passes
+    through this choice).
 
-    As in the paper's code only rows are permuted (defect 20 of the official code): the loss is 0 only where every
-    cluster is a run of consecutive latents, as in a planted partition, and a graph with the right clusters in another
-    order costs as much as a wrong one. Permuting rows and columns alike would be a quadratic assignment, which no fast
-    solver solves exactly.
+    As in the paper's code, only rows are permuted. The loss is therefore 0 only if
+    every cluster consists of consecutive latents, as in a planted partition. A graph with the right clusters in
+    another order costs as much as a wrong graph. Permuting both rows and columns would be a quadratic assignment
+    problem, for which there is no fast exact solver.
 
     Args:
         link_probability (`torch.Tensor` of shape `(n, n)`): P, from [`link_probability`].
         graphon (`torch.Tensor` of shape `(n, n)`): W, from [`block_model_graphon`].
-        clip (`float`, *optional*): Squared errors below it count as `clip` and have no gradient. `None`: none do.
+        clip (`float`, *optional*): Squared errors below `clip` count as `clip` and have no gradient. `None`: no
+            clipping.
 
     Raises:
         `ImportError`: scipy is not installed.
@@ -136,7 +138,7 @@ def block_model_loss(link_probability: torch.Tensor, graphon: torch.Tensor, clip
     if link_probability.shape != graphon.shape:
         raise ValueError(
             f"`link_probability` and `graphon` must have the same shape, but have {tuple(link_probability.shape)} and "
-            f"{tuple(graphon.shape)}. Make the graphon for the same number of latents."
+            f"{tuple(graphon.shape)}. Create the graphon for the same number of latents."
         )
     graphon = graphon.to(link_probability)
     squared_error = (link_probability[_closest_rows(link_probability, graphon)] - graphon) ** 2
@@ -145,16 +147,16 @@ def block_model_loss(link_probability: torch.Tensor, graphon: torch.Tensor, clip
 
 @torch.no_grad()
 def _closest_rows(matrix: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Indices `pi` that minimise `sum_u |matrix[pi(u)] - target[u]|^2`."""
+    """Indices `pi` that minimize `sum_u |matrix[pi(u)] - target[u]|^2`."""
     try:
         from scipy.optimize import linear_sum_assignment
     except ImportError as error:
         raise ImportError(
-            "The block model loss pairs rows with `scipy.optimize.linear_sum_assignment`, and scipy is not installed. "
-            "Run `pip install scipy`, or give the loss no weight."
+            "The block model loss matches rows with `scipy.optimize.linear_sum_assignment`, but scipy is not "
+            "installed. Run `pip install scipy`, or give the loss no weight."
         ) from error
 
-    # the squares add the same to every permutation, which leaves the inner products
+    # the squares are the same for every permutation, so only the inner products matter
     overlap = target.cpu().double() @ matrix.cpu().double().T
     _, rows = linear_sum_assignment(overlap.numpy(), maximize=True)
     return torch.from_numpy(rows).to(matrix.device)

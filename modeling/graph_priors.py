@@ -12,9 +12,9 @@
 # See the License for the specific language governing permissions and
 # limitations under the License.
 """
-Graph priors of a NAC: a graph over the mediator latents, and signatures whose cosine distances show it.
+Graph priors of a NAC: a graph over the mediator latents, and signatures whose cosine distances reproduce it.
 
-A new NAC needs them once; a model that is loaded has its signatures already.
+They are needed only for a new NAC, because a loaded model already has its signatures.
 """
 
 from collections.abc import Mapping
@@ -42,11 +42,11 @@ def make_graph(name: str, num_latents: int, kwargs: Mapping[str, Any], seed: int
     Args:
         name (`str`): A key of [`~configuration.graph_prior_rules.GRAPH_PRIORS`].
         num_latents (`int`): Number of nodes.
-        kwargs (`Mapping`): The arguments of the prior, by networkx's names.
-        seed (`int`): Of networkx; the same graph as the official code's after `random.seed(seed)`.
+        kwargs (`Mapping`): The arguments of the prior, named as in networkx.
+        seed (`int`): Seed for networkx. The graph is the same as that of the official code after `random.seed(seed)`.
 
     Returns:
-        `networkx.Graph` over the nodes `0 … num_latents - 1`, in the order in which networkx made them.
+        `networkx.Graph` over the nodes `0 … num_latents - 1`, in the order in which networkx created them.
 
     Raises:
         `ValueError`: see [`~configuration.graph_prior_rules.check_graph_prior`].
@@ -99,7 +99,8 @@ def cosine_distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     Distance between the signatures of two sets of latents, from 0 (same direction) to 2 (opposite):
     `d_uv = 1 - <a_u, b_v> / (|a_u| |b_v|)` (NAC, arXiv 2210.08031, section 2).
 
-    It stays in the dtype of its arguments under autocast: the round-off of bfloat16 would link and unlink latents.
+    Under autocast it is still computed in the dtype of its arguments, because the rounding of bfloat16 would add and
+    remove links.
 
     Args:
         a (`torch.Tensor` of shape `(n, signature_size)`)
@@ -126,36 +127,37 @@ def fit_signatures(
     progress: bool = True,
 ) -> tuple[torch.Tensor, float]:
     r"""
-    Signatures that show a graph when their cosine distances `d` are cut at `truncation`, found by Adam in float32 on
-    the CPU, whatever the default device, and without the global random state.
+    Fit signatures that reproduce a graph when their cosine distances `d` are cut at `truncation`. Adam runs in float32
+    on the CPU, regardless of the default device, and does not use the global random state.
 
     The losses are means over all `(u, v)`:
 
     - `"hinge"`: `max(d_uv, truncation)` where `u` and `v` are linked, `max(-d_uv, -truncation)` where they are not;
-    - `"mse"`: `(d_uv - l_uv / max l)^2` with the lengths `l` of the shortest paths. Two nodes without a path count as
-      those farthest apart (in the official code: as one and the same node). It does not aim at `truncation`.
+    - `"mse"`: `(d_uv - l_uv / max l)^2` with the lengths `l` of the shortest paths. Two nodes without a path between
+      them get the largest length (in the official code, they count as the same node). This loss does not use
+      `truncation`.
 
     Args:
         adjacency (`torch.Tensor` of shape `(n, n)`): 1 where linked, 0 elsewhere; symmetric, 0 on the diagonal.
         signature_size (`int`): Width of a signature.
-        truncation (`float`): The distance from which on there is no link, in (0, 2].
+        truncation (`float`): The distance at and above which there is no link, in (0, 2].
         loss (`str`): `"hinge"` or `"mse"`.
-        num_steps (`int`): Steps of Adam.
-        learning_rate (`float`): Of Adam.
-        initial (`torch.Tensor` of shape `(n, signature_size)`, *optional*): Where to start. `None` starts from random
-            orthogonal rows (or columns, where there are more latents than dimensions).
-        seed (`int`): Of the start.
+        num_steps (`int`): Number of steps of Adam.
+        learning_rate (`float`): Learning rate of Adam.
+        initial (`torch.Tensor` of shape `(n, signature_size)`, *optional*): Initial signatures. `None` starts from
+            random orthogonal rows (or columns, if there are more latents than dimensions).
+        seed (`int`): Seed of the initial signatures.
         progress (`bool`): Whether to show a progress bar with the loss once the fit has taken a second.
 
     Returns:
-        `tuple[torch.Tensor, float]`: signatures of shape `(n, signature_size)`, not normalised, and the adjacency
-        error, the share of wrong entries in the adjacency that they show.
+        `tuple[torch.Tensor, float]`: signatures of shape `(n, signature_size)`, not normalized, and the adjacency
+        error, which is the fraction of wrong entries in the adjacency that they reproduce.
 
     Raises:
-        `ValueError`: a shape or value does not fit, or `"mse"` is asked of a graph without edges.
+        `ValueError`: a shape or value is invalid, or `"mse"` is used for a graph without edges.
     """
     _check_fit(adjacency, signature_size, truncation, loss, num_steps, initial)
-    # a default device of the caller would reach the state of the optimizer
+    # otherwise the state of the optimizer would be on the caller's default device
     with torch.device("cpu"), torch.autocast("cpu", enabled=False):
         adjacency = adjacency.to("cpu", torch.float32)
         if initial is None:
@@ -166,7 +168,7 @@ def fit_signatures(
         target = adjacency if loss == "hinge" else _scaled_path_lengths(adjacency)
         _descend(signatures, target, truncation, loss, num_steps, learning_rate, progress)
         linked = cosine_distance(signatures, signatures).lt(truncation).float()
-        # a latent always sees itself
+        # the diagonal is ignored, because a latent is always linked to itself
         error = (linked.fill_diagonal_(0.0) - adjacency).abs().mean().item()
     return signatures, error
 
@@ -181,22 +183,22 @@ def signatures_for(
     progress: bool = True,
 ) -> tuple[torch.Tensor, float]:
     """
-    Signatures for a graph prior: the graph of [`make_graph`] fitted by [`fit_signatures`]. Those of `"complete"` are
-    all the first unit vector, without a fit.
+    Signatures for a graph prior: [`fit_signatures`] fits them to the graph of [`make_graph`]. For `"complete"` no fit
+    is needed: every signature is the first unit vector.
 
     Args:
         name (`str`), num_latents (`int`), kwargs (`Mapping`): The graph, see [`make_graph`].
         signature_size (`int`): Width of a signature.
-        truncation (`float`): The distance from which on there is no link. The official code fits at 0.8, whatever
-            the kernel truncates at; the shipped NACs truncate at 0.9 (defect 17 of the official code).
-        seed (`int`): Of the graph and of the start of the fit.
+        truncation (`float`): The distance at and above which there is no link. The official code always fits at 0.8,
+            although its NACs truncate the kernel at 0.9.
+        seed (`int`): Seed of the graph and of the initial signatures.
         progress (`bool`): Whether to show a progress bar.
 
     Returns:
         `tuple[torch.Tensor, float]`: signatures of shape `(num_latents, signature_size)` and the adjacency error.
 
     Raises:
-        `ValueError`: the prior does not fit the number of latents, or a value is out of range.
+        `ValueError`: the prior does not match the number of latents, or a value is out of range.
     """
     check_graph_prior(name, kwargs, num_latents)
     if name == "complete":
@@ -217,9 +219,9 @@ def _descend(
     progress: bool,
 ) -> None:
     """
-    Adam on `signatures`, in place. The gradient is written out: with the unit vectors `s` and the symmetric
-    `G = dL/dd` it is `-2 G s`, less its part along `s`, over the norm of the signature. Two matrix products a step
-    remain.
+    Run Adam on `signatures`, in place. The gradient is computed in closed form: with the unit vectors `s` and the
+    symmetric `G = dL/dd` it is `-2 G s`, minus its component along `s`, divided by the norm of the signature. This
+    takes only two matrix products per step.
     """
     optimizer = torch.optim.Adam([signatures], lr=learning_rate)
     one = signatures.new_ones(())
@@ -233,11 +235,12 @@ def _descend(
         if progress and step % 50 == 0:
             bar.set_postfix(loss=f"{_fit_loss(distance, target, truncation, loss):.6f}", refresh=False)
         if loss == "hinge":
-            # one sign for a link that is too far, the other for a stranger that is too near, 0 where all is well
+            # one sign for linked pairs that are too far apart, the other for unlinked pairs that are too close, 0 for
+            # correct pairs
             distance.sub_(truncation).mul_(scaled_sign).gt_(0).mul_(scaled_sign)
         else:
             distance.sub_(target).mul_(2 / target.numel())
-        # `distance` is symmetric; its transpose takes the faster of two kernels
+        # `distance` is symmetric, and with its transpose the product uses a faster kernel
         gradient = torch.mm(distance.T, unit).mul_(-2)
         gradient.sub_((gradient * unit).sum(dim=-1, keepdim=True) * unit).div_(norm)
         signatures.grad = gradient
@@ -282,12 +285,13 @@ def _check_fit(
         or not ((adjacency == 0) | (adjacency == 1)).all()
     ):
         raise ValueError(
-            "`adjacency` must hold 0 and 1 only, be symmetric and 0 on its diagonal; `adjacency_matrix` makes one."
+            "`adjacency` must contain only 0 and 1, and be symmetric with 0 on its diagonal. Use `adjacency_matrix` "
+            "to make one."
         )
     if signature_size < 1:
         raise ValueError(f"`signature_size` must be at least 1, but is {signature_size}.")
     if not 0 < truncation <= 2:
-        raise ValueError(f"`truncation` is a cosine distance and must lie in (0, 2], but is {truncation}.")
+        raise ValueError(f"`truncation` is a cosine distance and must be in (0, 2], but is {truncation}.")
     if loss not in ("hinge", "mse"):
         raise ValueError(f'`loss` must be "hinge" or "mse", but is {loss!r}.')
     if num_steps < 0:

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""A smaller circuit out of a trained one: the mediator latents that matter most, and nothing else changed."""
+"""Pruning of a trained NAC: a smaller model with only the mediator latents that matter most."""
 
 import copy
 from collections.abc import Callable
@@ -28,35 +28,36 @@ logger = logging.get_logger(__name__)
 
 def number_to_keep(keep: float, num_latents: int) -> int:
     """
-    `keep` as a number of latents.
+    Convert `keep` to a number of latents.
 
     Args:
-        keep (`int` or `float`): That number, from 1 to `num_latents`, or as a `float` their share in (0, 1].
-        num_latents (`int`): How many there are.
+        keep (`int` or `float`): An `int` is the number itself, from 1 to `num_latents`; a `float` is a fraction of
+            the latents, in (0, 1].
+        num_latents (`int`): Number of latents of the model.
 
     Raises:
-        `ValueError`: `keep` lies outside its range.
+        `ValueError`: `keep` is outside its range.
     """
     if isinstance(keep, Integral) and not isinstance(keep, bool):
         if not 1 <= keep <= num_latents:
             raise ValueError(
-                f"`keep` must lie between 1 and the model's `num_mediator_latents`, {num_latents}, but is {keep}. A "
-                "share in (0, 1] is a float."
+                f"`keep` must be between 1 and the model's `num_mediator_latents`, {num_latents}, but is {keep}. To "
+                "keep a fraction of them, give a float in (0, 1]."
             )
         return int(keep)
     if isinstance(keep, bool) or not isinstance(keep, Real) or not 0 < keep <= 1:
         raise ValueError(
             f"`keep` must be a number of latents (an int between 1 and `num_mediator_latents`, {num_latents}) or a "
-            f"share of them (a float in (0, 1]), but is {keep!r}."
+            f"fraction of them (a float in (0, 1]), but is {keep!r}."
         )
     return max(1, round(keep * num_latents))
 
 
 def connectivity(model: PreTrainedModel, pixel_values: torch.Tensor | None = None) -> torch.Tensor:
     """
-    Expected number of edges of each mediator: the affinities of the truncated kernel, which are the probabilities of
-    the edges, summed over those that it sends on (to mediators and outputs) and receives on (from inputs and
-    mediators), over all rounds. Read off the signatures; no image is needed.
+    Expected number of edges of each mediator. The affinities of the truncated kernel are the probabilities of the
+    edges. They are summed over the outgoing edges (to mediators and outputs) and the incoming edges (from inputs and
+    mediators) of all rounds. They depend only on the signatures, so no images are needed.
 
     Returns:
         `torch.Tensor` of shape `(num_mediator_latents,)`.
@@ -73,26 +74,26 @@ def connectivity(model: PreTrainedModel, pixel_values: torch.Tensor | None = Non
 
 def importance(model: PreTrainedModel, pixel_values: torch.Tensor | None) -> torch.Tensor:
     """
-    How much the prediction hangs on the messages of each mediator. A gate on what it sends multiplies its attention
-    weights before they are normalised, in all rounds and in the read-out; 1 is the model as it is, 0 the model without
-    the latent. The importance is the mean over the images of the absolute derivative of the prediction's log-odds with
-    respect to the gate: one forward and one backward pass, without labels.
+    Effect of the messages of each mediator on the prediction. A gate multiplies the attention weights of the messages
+    that a mediator sends before they are normalized, in all rounds and in the read-out. A gate of 1 is the unchanged
+    model, and 0 is the model without the latent. The importance is the mean over the images of the absolute derivative
+    of the prediction's log-odds with respect to the gate. It takes one forward and one backward pass, without labels.
 
     Returns:
         `torch.Tensor` of shape `(num_mediator_latents,)`.
 
     Raises:
-        `ValueError`: there are no images, or the model has no classifier of two or more classes.
+        `ValueError`: there are no images, or the model has no classifier with two or more classes.
     """
     if pixel_values is None:
         raise ValueError(
-            "`pixel_values` is None, but the strategy 'importance' measures on images: give a batch, or use "
-            "'connectivity', which needs none."
+            "`pixel_values` is None, but the strategy 'importance' needs images: give a batch, or use 'connectivity', "
+            "which needs none."
         )
     if model.config.num_labels < 2:
         raise ValueError(
-            "The strategy 'importance' needs the predictions of a classifier with `num_labels` of at least 2, but it "
-            f"is {model.config.num_labels}. Use 'connectivity'."
+            "The strategy 'importance' needs a classifier with `num_labels` of at least 2, but `num_labels` is "
+            f"{model.config.num_labels}. Use 'connectivity'."
         )
     is_training = model.training
     model.eval()
@@ -113,13 +114,13 @@ def importance(model: PreTrainedModel, pixel_values: torch.Tensor | None) -> tor
 
 def gated_logits(model: PreTrainedModel, pixel_values: torch.Tensor, log_gates: torch.Tensor) -> torch.Tensor:
     """
-    Logits of a model whose mediators send through gates.
+    Logits of a model with gates on the messages of its mediators.
 
     Args:
         model (`NACForImageClassification`)
         pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`)
-        log_gates (`torch.Tensor` of shape `(batch_size, 1, num_mediator_latents)`): Logarithms, 0 for an open gate and
-            minus infinity for a closed one.
+        log_gates (`torch.Tensor` of shape `(batch_size, 1, num_mediator_latents)`): Logarithms of the gates: 0 for an
+            open gate and minus infinity for a closed one.
     """
     circuit = model.nac
 
@@ -143,10 +144,10 @@ STRATEGIES: dict[str, Callable[[PreTrainedModel, torch.Tensor | None], torch.Ten
 
 def ranked_mediators(model: PreTrainedModel, strategy: str, pixel_values: torch.Tensor | None = None) -> torch.Tensor:
     """
-    Indices of the mediators, the first the last to go; of two with the same score the lower index comes first.
+    Indices of the mediators, best first. If two have the same score, the lower index comes first.
 
     Raises:
-        `ValueError`: an unknown strategy, or one that lacks images.
+        `ValueError`: the strategy is unknown, or it needs images and gets none.
     """
     if strategy not in STRATEGIES:
         raise ValueError(f"`strategy` must be one of {sorted(STRATEGIES)}, but is {strategy!r}.")
@@ -155,21 +156,21 @@ def ranked_mediators(model: PreTrainedModel, strategy: str, pixel_values: torch.
 
 def with_mediators(model: PreTrainedModel, kept: torch.Tensor) -> PreTrainedModel:
     """
-    A new model with some of a model's mediators: their signatures, codes and first states, in their old order.
+    Create a model with only some of the mediators: their signatures, codes and initial states, in their old order.
 
     Args:
         model (`NACForImageClassification`)
         kept (`torch.Tensor`): Indices of the mediators.
 
     Raises:
-        `ValueError`: the model's mediators start as its inputs and have to be as many.
+        `ValueError`: the mediators of the model start as its inputs, so it needs as many mediators as inputs.
     """
     config = pruned_config(model.config, len(kept))
     kept = kept.sort().values
     state: dict[str, Any] = {}
     for name, tensor in model.state_dict().items():
         is_mediator = name.startswith("nac.mediator_latents.")
-        # the latents are the last but one dimension; codes may have one of layers before
+        # the latents are the second to last dimension; codes may have a dimension of layers before it
         state[name] = tensor.index_select(-2, kept.to(tensor.device)) if is_mediator else tensor.clone()
     with torch.device("meta"):
         pruned = type(model)(config)
@@ -180,20 +181,20 @@ def with_mediators(model: PreTrainedModel, kept: torch.Tensor) -> PreTrainedMode
 
 
 def pruned_config(config: Any, num_mediators: int) -> Any:
-    """The configuration with fewer mediators; without what described the graph of all of them."""
+    """The configuration with fewer mediators, without the fields that describe the graph of all mediators."""
     pruned = copy.deepcopy(config)
     pruned.graph_prior, pruned.graph_prior_kwargs = None, {}
     if num_mediators == config.num_mediator_latents:
         return pruned
     if config.mediators_start_as_inputs:
         raise ValueError(
-            "`keep` must leave all mediators in a model with `mediators_start_as_inputs`, which needs as many as "
-            f"input latents ({config.num_input_latents}), but it leaves {num_mediators}."
+            "A model with `mediators_start_as_inputs` needs as many mediators as input latents "
+            f"({config.num_input_latents}), so `keep` must keep all mediators, but it keeps {num_mediators}."
         )
     if config.block_model_coef > 0:
         logger.warning(
-            "The pruned model has `block_model_coef` 0: its mediators no longer fill the blocks of equal size that "
-            "the loss compares them with."
+            "The pruned model has `block_model_coef` 0, because its mediators no longer fill the blocks of equal size "
+            "that the block model loss needs."
         )
         pruned.block_model_coef = 0.0
     pruned.num_mediator_latents = num_mediators
@@ -207,6 +208,6 @@ def prune_latents(
     strategy: str = "connectivity",
     pixel_values: torch.Tensor | None = None,
 ) -> PreTrainedModel:
-    """See [`NACForImageClassification.prune_latents`]."""
+    """Prune a model; see [`NACForImageClassification.prune_latents`]."""
     number = number_to_keep(keep, model.config.num_mediator_latents)
     return with_mediators(model, ranked_mediators(model, strategy, pixel_values)[:number])

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""PyTorch Neural Attentive Circuit (arXiv 2210.08031), in the form that m2mKD distils (arXiv 2402.16918)."""
+"""PyTorch Neural Attentive Circuit (arXiv 2210.08031), in the form used by m2mKD (arXiv 2402.16918)."""
 
 from dataclasses import dataclass
 
@@ -65,8 +65,8 @@ class NACModelOutput(ModelOutput):
         Attention weights of each round of messages, of shape `(batch_size, num_attention_heads, num_mediator_latents,
         num_senders)`.
     cross_attentions (`tuple(torch.FloatTensor)`, returned with `output_attentions=True`):
-        Attention weights of the read-out, of shape `(batch_size, num_attention_heads, num_output_latents,
-        num_senders)`; one tensor.
+        Attention weights of the read-out: one tensor of shape `(batch_size, num_attention_heads, num_output_latents,
+        num_senders)`.
     """
 
     last_hidden_state: torch.FloatTensor | None = None
@@ -83,11 +83,11 @@ class NACImageClassifierOutput(ModelOutput):
         Cross entropy, plus `aux_loss` if there is one.
     logits (`torch.FloatTensor` of shape `(batch_size, num_labels)`):
         Classification scores before the softmax.
-    aux_loss (`torch.FloatTensor` of shape `()`, returned if the config weighs a loss of the graph):
+    aux_loss (`torch.FloatTensor` of shape `()`, returned if the config gives a loss of the graph a weight):
         Weighted sum of `signature_repulsion_loss` and `block_model_loss`.
-    signature_repulsion_loss (`torch.FloatTensor` of shape `()`, returned if the config weighs it):
+    signature_repulsion_loss (`torch.FloatTensor` of shape `()`, returned if the config gives it a weight):
         Unweighted hinge repulsion of the signatures.
-    block_model_loss (`torch.FloatTensor` of shape `()`, returned if the config weighs it):
+    block_model_loss (`torch.FloatTensor` of shape `()`, returned if the config gives it a weight):
         Unweighted distance of the mediators' graph from the stochastic block model.
     cross_attentions (`tuple(torch.FloatTensor)`, returned with `output_attentions=True`):
         As in [`NACModelOutput`].
@@ -104,7 +104,7 @@ class NACImageClassifierOutput(ModelOutput):
 
 
 class NACClassifier(nn.Linear):
-    """A linear head, which starts without a bias to any class."""
+    """Linear head whose bias is initialized to zero."""
 
 
 # ---- The parts of a circuit ----
@@ -120,7 +120,7 @@ class NACReadIn(nn.Module):
         self.ffn = NACFeedForward(config, config.read_in_drop_path_rate)
 
     def forward(self, states: torch.Tensor, tokens: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
-        """As [`NACReadInAttention`], which it begins with."""
+        """Apply attention and feed-forward; the arguments are those of [`NACReadInAttention`]."""
         if self.training and self.code_noise_scale > 0:
             codes = add_code_noise(codes, self.code_noise_scale)
         return self.ffn(self.attention(states, tokens, codes), codes)
@@ -150,12 +150,12 @@ class NACPropagator(GradientCheckpointingLayer):
             hidden_states (`torch.Tensor`): Of shape
                 `(batch_size, num_input_latents + num_mediator_latents, hidden_size)`.
             receiver_codes (`torch.Tensor` of shape `(num_mediator_latents, code_size)`)
-            sender_codes (`torch.Tensor` of shape `(num_senders, code_size)`): Of inputs and mediators; of the
-                mediators alone, if the inputs do not send.
+            sender_codes (`torch.Tensor` of shape `(num_senders, code_size)`): Codes of inputs and mediators, or of
+                only the mediators if the inputs do not send.
             log_affinity (`torch.Tensor` of shape `(num_mediator_latents, num_senders)`): See [`NACKernel`].
 
         Returns:
-            `torch.Tensor` of the shape of `hidden_states`, the input latents unchanged.
+            `torch.Tensor` of the same shape as `hidden_states`, with the input latents unchanged.
         """
         if self.training and self.code_noise_scale > 0:
             receiver_codes = add_code_noise(receiver_codes, self.code_noise_scale)
@@ -168,7 +168,7 @@ class NACPropagator(GradientCheckpointingLayer):
 
 
 class NACReadOut(nn.Module):
-    """Output latents read the circuit: attention to all senders, then feed-forward."""
+    """Output latents read the states of the circuit: attention to all senders, then feed-forward."""
 
     def __init__(self, config: NACConfig):
         super().__init__()
@@ -187,8 +187,9 @@ class NACReadOut(nn.Module):
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
         """
-        States `(batch_size, num_output_latents, hidden_size)`, senders `(batch_size, num_senders, hidden_size)`, their
-        codes and the log affinity of shape `(num_output_latents, num_senders)` to states.
+        Compute the new states of the output latents from states of shape `(batch_size, num_output_latents,
+        hidden_size)`, senders of shape `(batch_size, num_senders, hidden_size)`, the codes of both, and the log
+        affinity of shape `(num_output_latents, num_senders)`.
         """
         if self.training and self.code_noise_scale > 0:
             receiver_codes = add_code_noise(receiver_codes, self.code_noise_scale)
@@ -226,7 +227,7 @@ class NACPreTrainedModel(PreTrainedModel):
             init.trunc_normal_(module.weight, mean=0.0, std=self.config.initializer_range)
             init.zeros_(module.bias)
         elif isinstance(module, nn.Linear):
-            # the start of `torch.nn.Linear`, which the official code keeps for these layers
+            # the default of `torch.nn.Linear`, which the official code uses for these layers
             init.kaiming_uniform_(module.weight, a=5**0.5)
             if module.bias is not None:
                 bound = module.in_features**-0.5
@@ -257,11 +258,14 @@ class NACPreTrainedModel(PreTrainedModel):
             self._init_signatures(module)
 
     def _init_signatures(self, latents: NACLatents) -> None:
-        """Random signatures, or those of the graph prior. Never for a loaded tensor: the fit takes seconds."""
+        """
+        Initialize the signatures, at random or from the graph prior. Loaded tensors are skipped, because the fit takes
+        seconds.
+        """
         config, signatures = self.config, latents.signatures
         if getattr(signatures, "_is_hf_initialized", False) or signatures.is_meta:
             return
-        # CODEPATH: only new models; a checkpoint of either kind brings its signatures
+        # CODEPATH: only for new models; every checkpoint contains its signatures
         if config.graph_prior is None or not latents.is_mediator:
             init.normal_(signatures)
             return
@@ -275,11 +279,11 @@ class NACPreTrainedModel(PreTrainedModel):
         )
         init.copy_(signatures, fitted.to(signatures))
         logger.info(
-            f"Signatures fitted to the graph prior {config.graph_prior!r}; {100 * error:.3g} % of adjacency wrong"
+            f"Signatures fitted to the graph prior {config.graph_prior!r}: {100 * error:.3g} % of adjacency is wrong"
         )
 
 
-@auto_docstring(custom_intro="The bare circuit: states of its output latents, without pooling and head.")
+@auto_docstring(custom_intro="The bare NAC, which returns the states of its output latents, without pooling and head.")
 class NACModel(NACPreTrainedModel):
     def __init__(self, config: NACConfig):
         super().__init__(config)
@@ -307,7 +311,7 @@ class NACModel(NACPreTrainedModel):
         return {"all": True, "first": layer_idx == 0, "none": False}[self.config.input_to_mediator]
 
     def seed(self, batch_size: int) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-        """First states of input, mediator (`None` if they start as inputs) and output latents, for a batch."""
+        """Initial states of input, mediator (`None` if they start as inputs) and output latents, for a batch."""
 
         def first_states(latents: NACLatents) -> torch.Tensor:
             _, codes, initial_states = latents()
@@ -317,14 +321,14 @@ class NACModel(NACPreTrainedModel):
 
         inputs = first_states(self.input_latents)
         mediators = None
-        # CODEPATH: mediators of m2mKD's checkpoints have first states, official `use_input_states_as_mediator_states`
-        # copies those of the inputs
+        # CODEPATH: mediators of m2mKD's checkpoints have their own initial states; the official option
+        # `use_input_states_as_mediator_states` copies those of the inputs
         if not self.config.mediators_start_as_inputs:
             mediators = first_states(self.mediator_latents)
         return inputs, mediators, first_states(self.output_latents)
 
     def read(self, pixel_values: torch.Tensor, inputs: torch.Tensor, mediators: torch.Tensor | None) -> torch.Tensor:
-        """Read the images: the hidden states that the propagators work on (see `NACModelOutput.hidden_states`)."""
+        """Read the images; returns the hidden states for the propagators (see `NACModelOutput.hidden_states`)."""
         _, codes, _ = self.input_latents()
         inputs = self.read_in(inputs, self.tokenizer(pixel_values), codes)
         return torch.cat((inputs, inputs if mediators is None else mediators), dim=1)
@@ -336,7 +340,7 @@ class NACModel(NACPreTrainedModel):
         log_affinity: torch.Tensor,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
-        """One round of messages; `log_affinity` as in [`NACPropagator`]."""
+        """Run one round of messages; `log_affinity` as in [`NACPropagator`]."""
         _, codes, _ = self.mediator_latents(layer_idx)
         _, input_codes, _ = self.input_latents()
         sender_codes = torch.cat((input_codes, codes)) if self.inputs_send(layer_idx) else codes
@@ -349,7 +353,7 @@ class NACModel(NACPreTrainedModel):
         log_affinity: torch.Tensor,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
-        """Read-out: first states of the output latents to their last ones."""
+        """Compute the final states of the output latents from their initial ones (the read-out)."""
         first = self.config.first_output_sender
         _, codes, _ = self.output_latents()
         sender_codes = torch.cat((self.input_latents()[1], self.mediator_latents(-1)[1]))[first:]
@@ -357,11 +361,13 @@ class NACModel(NACPreTrainedModel):
 
     def log_affinities(self) -> list[torch.Tensor]:
         """
-        Log affinity of each round's senders and mediators, and last that of the read-out: once for each distinct
-        bandwidth, and in evaluation once for all forwards until signatures or bandwidths change.
+        Log affinities of senders and mediators in each round, followed by that of the read-out. They are computed once
+        per distinct bandwidth. In evaluation they are reused by all forward passes until signatures or bandwidths
+        change.
         """
         if torch.compiler.is_exporting() and not torch.is_grad_enabled():
-            # ONNX traces once more with gradients on, where a bias that wants one gets another kernel of attention
+            # ONNX traces a second time with gradients on, where a bias that requires a gradient would select another
+            # attention kernel
             return [log_affinity.detach() for log_affinity in self._compute_log_affinities(by_value=False)]
         if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return self._compute_log_affinities(by_value=False)
@@ -371,7 +377,7 @@ class NACModel(NACPreTrainedModel):
             return self._compute_log_affinities(by_value=False)
         state = tuple((source.data_ptr(), source._version, source.dtype, source.device) for source in sources)
         if self._eval_affinities is None or self._eval_affinities[0] != state:
-            # holding on to the sources keeps their addresses from being given to other values
+            # keep references to the sources, so that their addresses are not reused for other tensors
             held = [source.detach() for source in sources]
             self._eval_affinities = (state, held, self._compute_log_affinities(by_value=True))
         return self._eval_affinities[2]
@@ -379,8 +385,8 @@ class NACModel(NACPreTrainedModel):
     def _compute_log_affinities(self, by_value: bool) -> list[torch.Tensor]:
         config = self.config
         (inputs, *_), (mediators, *_) = self.input_latents(), self.mediator_latents()
-        # in float32, whatever autocast says: the truncation is a decision
-        # (the meta device, on which a run is planned, has no autocast)
+        # in float32 even under autocast, because the truncation is a yes-or-no decision
+        # (the meta device, on which a run is planned, does not support autocast)
         device_type = "cpu" if mediators.is_meta else mediators.device.type
         with torch.autocast(device_type=device_type, enabled=False):
             inputs, mediators = inputs.float(), mediators.float()
@@ -431,8 +437,8 @@ class NACForImageClassification(NACPreTrainedModel):
 
     def classify(self, states: torch.Tensor, codes: torch.Tensor | None = None) -> torch.Tensor:
         """
-        States of the output latents, `(batch_size, num_output_latents, hidden_size)`, to logits. They compute by their
-        own codes, or by `codes` of shape `(num_output_latents, code_size)`.
+        Compute logits from states of the output latents, `(batch_size, num_output_latents, hidden_size)`, with the
+        codes of these latents or with `codes` of shape `(num_output_latents, code_size)`.
         """
         if codes is None:
             codes = self.nac.output_latents()[1]
@@ -446,12 +452,12 @@ class NACForImageClassification(NACPreTrainedModel):
 
     def graph_losses(self) -> dict[str, torch.Tensor]:
         """
-        The losses of the graph that the config weighs, by name, and their weighted sum `aux_loss`; none: `{}`. They
-        are functions of signatures and bandwidths, not of the images.
+        The losses of the graph that have a weight in the config, by name, and their weighted sum `aux_loss`; `{}` if
+        there are none. They depend on signatures and bandwidths, not on the images.
         """
         config, losses, aux_loss = self.config, {}, 0.0
         mediators = self.nac.mediator_latents.signatures.float()
-        # CODEPATH: m2mKD regularises its planted-partition NAC by the block model, the others by the repulsion
+        # CODEPATH: m2mKD regularizes its planted-partition NAC with the block model, the others with the repulsion
         if config.signature_repulsion_coef > 0:
             others = (self.nac.input_latents.signatures.float(), self.nac.output_latents.signatures.float())
             signatures = torch.cat((others[0], mediators, others[1]))
@@ -466,7 +472,7 @@ class NACForImageClassification(NACPreTrainedModel):
                 config.block_model_p_in,
                 config.block_model_p_out,
             ).to(mediators.device)
-            # CODEPATH: m2mKD's checkpoints learn a bandwidth, and so a graph, a round; fixed ones make one graph
+            # CODEPATH: m2mKD's checkpoints learn a bandwidth, and so a graph, per round; a fixed one gives one graph
             num_kernels = config.num_hidden_layers if config.learnable_bandwidth else 1
             kernels = [self.nac.propagator(layer_idx).kernel for layer_idx in range(num_kernels)]
             probabilities = [
@@ -483,24 +489,24 @@ class NACForImageClassification(NACPreTrainedModel):
         self, keep: float, strategy: str = "connectivity", pixel_values: torch.Tensor | None = None
     ) -> "NACForImageClassification":
         """
-        A smaller copy of the model, which stays as it is: the mediator latents that rank first, in their old order,
-        and everything else unchanged. Saved and loaded like any other.
+        Create a smaller copy with only the highest-ranked mediator latents, in their old order, and everything else
+        unchanged. The model itself does not change. The copy is saved and loaded like any other model.
 
         Args:
             keep (`int` or `float`):
-                Mediators to keep: how many, from 1, or as a `float` which share, in (0, 1].
+                Mediators to keep: an `int` is their number, from 1; a `float` is their fraction, in (0, 1].
             strategy (`str`, *optional*, defaults to `"connectivity"`):
-                `"connectivity"` ranks by the expected number of edges in the graph of the signatures,
-                `"importance"` by what the predictions for some images owe to the messages of each latent.
+                `"connectivity"` ranks the latents by their expected number of edges in the graph of the signatures.
+                `"importance"` ranks them by the effect of their messages on the predictions for some images.
             pixel_values (`torch.Tensor`, *optional*):
-                Those images, for `"importance"`.
+                The images for `"importance"`.
 
         Returns:
-            `NACForImageClassification`: On the same device, in the same mode. Its config names no graph prior, and no
-            block model loss if latents are gone.
+            `NACForImageClassification`: On the same device, in the same mode. Its config has no graph prior, and no
+            block model loss if latents were removed.
 
         Raises:
-            `ValueError`: `keep` or `strategy` outside what is listed, or no images for `"importance"`.
+            `ValueError`: `keep` or `strategy` is not one of the above, or `"importance"` gets no images.
 
         Example:
 

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""PyTorch V-MoE model (arXiv 2106.05974), in the form that m2mKD distils (arXiv 2402.16918)."""
+"""PyTorch V-MoE model (arXiv 2106.05974), in the form used by m2mKD (arXiv 2402.16918)."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from m2mkd.configuration.configuration_vmoe import VMoEConfig
-from m2mkd.modeling.losses import importance_loss, load_loss
+from m2mkd.modeling.router_losses import importance_loss, load_loss
 from m2mkd.modeling.stitches import StitchLayer
 from m2mkd.modeling.vmoe_experts import AnyWidthExpertsInterface
 
@@ -45,9 +45,9 @@ class VMoEModelOutput(ModelOutput):
     last_hidden_state (`torch.FloatTensor` of shape `(batch_size, num_patches + 1, hidden_size)`):
         Hidden states after the final layer norm; the class token comes first.
     router_logits (`tuple(torch.FloatTensor)`, returned with `output_router_logits=True`):
-        One tensor of shape `(batch_size * (num_patches + 1), num_experts)` a sparse layer, before any router noise.
+        One tensor of shape `(batch_size * (num_patches + 1), num_experts)` per sparse layer, before any router noise.
     noisy_router_logits (`tuple(torch.FloatTensor)`, returned with `output_noisy_router_logits=True`):
-        The logits that the experts were chosen by.
+        Logits after the router noise, which selected the experts.
     """
 
     last_hidden_state: torch.FloatTensor | None = None
@@ -65,14 +65,14 @@ class VMoEImageClassifierOutput(ModelOutput):
         Cross entropy, plus `aux_loss` if there is one.
     logits (`torch.FloatTensor` of shape `(batch_size, num_labels)`):
         Classification scores before the softmax.
-    aux_loss (`torch.FloatTensor` of shape `()`, returned if the config weighs a balance loss):
+    aux_loss (`torch.FloatTensor` of shape `()`, returned if the config gives a balance loss a weight):
         Weighted sum of `importance_loss` and `load_loss`, averaged over the sparse layers.
     importance_loss (`torch.FloatTensor` of shape `()`, returned with `aux_loss`):
         Unweighted importance loss, averaged over the sparse layers.
-    load_loss (`torch.FloatTensor` of shape `()`, returned with `aux_loss` if the config weighs it):
+    load_loss (`torch.FloatTensor` of shape `()`, returned with `aux_loss` if the config gives it a weight):
         Unweighted load loss, averaged over the sparse layers.
     router_logits (`tuple(torch.FloatTensor)`, returned with `output_router_logits=True`):
-        One tensor of shape `(batch_size * (num_patches + 1), num_experts)` a sparse layer.
+        One tensor of shape `(batch_size * (num_patches + 1), num_experts)` per sparse layer.
     """
 
     loss: torch.FloatTensor | None = None
@@ -91,8 +91,8 @@ class VMoEBackboneOutput(BackboneOutput):
     r"""
     feature_maps (`tuple(torch.FloatTensor)`):
         For each of `out_features`, the hidden states of the patches after the final layer norm, of shape
-        `(batch_size, hidden_size, height / patch_size, width / patch_size)`. A stage that ends in a stitch has the
-        stitch's width, and no layer norm.
+        `(batch_size, hidden_size, height / patch_size, width / patch_size)`. The feature map of a stage that ends in a
+        stitch has the width of the stitch and no layer norm.
     last_hidden_state (`torch.FloatTensor` of shape `(batch_size, num_patches + 1, hidden_size)`):
         As in [`VMoEModelOutput`].
     router_logits (`tuple(torch.FloatTensor)`, returned with `output_router_logits=True`):
@@ -104,7 +104,7 @@ class VMoEBackboneOutput(BackboneOutput):
 
 
 class VMoEPatchEmbeddings(nn.Module):
-    """Cuts `(batch_size, num_channels, height, width)` into patches: `(batch_size, num_patches, hidden_size)`."""
+    """Patch embedding from `(batch_size, num_channels, height, width)` to `(batch_size, num_patches, hidden_size)`."""
 
     def __init__(self, config: VMoEConfig):
         super().__init__()
@@ -148,7 +148,7 @@ class VMoEEmbeddings(nn.Module):
             return self.position_embeddings
         cls_position, grid = self.position_embeddings[:, :1], self.position_embeddings[:, 1:]
         grid = grid.reshape(1, grid_height, grid_width, -1).permute(0, 3, 1, 2)
-        # in float32: bicubic resampling in half precision shifts the embeddings
+        # in float32, because bicubic resampling in half precision shifts the embeddings
         grid = F.interpolate(grid.float(), size=new_grid, mode="bicubic", align_corners=False).to(cls_position.dtype)
         return torch.cat((cls_position, grid.flatten(2).transpose(1, 2)), dim=1)
 
@@ -177,7 +177,7 @@ def eager_attention_forward(
     dropout: float = 0.0,
     **kwargs: Unpack[TransformersKwargs],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Plain softmax attention; the reference of every other backend."""
+    """Plain softmax attention; the reference for every other backend."""
     scores = torch.matmul(query, key.transpose(2, 3)) * scaling
     if attention_mask is not None:
         scores = scores + attention_mask
@@ -223,7 +223,7 @@ class VMoEAttention(nn.Module):
 
 
 class VMoEMLP(nn.Module):
-    """The dense feed-forward of a layer without experts."""
+    """Dense feed-forward of a layer without experts."""
 
     def __init__(self, config: VMoEConfig):
         super().__init__()
@@ -237,8 +237,8 @@ class VMoEMLP(nn.Module):
 
 class VMoERouter(nn.Module):
     """
-    Linear gate: the `num_experts_per_tok` largest logits choose the experts, their softmax (or their part in that of
-    all logits) weighs them. There is no capacity: no token is dropped.
+    Linear gate. The `num_experts_per_tok` largest logits select the experts, which are weighted by the softmax over
+    these logits (or over all logits). There is no capacity limit, so no token is dropped.
     """
 
     def __init__(self, config: VMoEConfig):
@@ -255,15 +255,15 @@ class VMoERouter(nn.Module):
             hidden_states (`torch.Tensor` of shape `(num_tokens, hidden_size)`)
 
         Returns:
-            Logits and noisy logits of shape `(num_tokens, num_experts)`, weights and indices of the chosen experts of
-            shape `(num_tokens, num_experts_per_tok)`.
+            Logits and noisy logits of shape `(num_tokens, num_experts)`, and weights and indices of the selected
+            experts of shape `(num_tokens, num_experts_per_tok)`.
         """
         logits = F.linear(hidden_states, self.weight, self.bias)
         noisy_logits = logits
         if self.training and self.noise_std > 0:
             noisy_logits = logits + self.noise_std * torch.randn_like(logits)
         top_k_logits, top_k_index = torch.topk(noisy_logits, self.top_k, dim=-1)
-        # CODEPATH: Google's V-MoE checkpoints weigh by shares among all experts, m2mKD's among the chosen ones
+        # CODEPATH: Google's V-MoE checkpoints use the softmax over all experts, m2mKD's over the selected ones
         if self.norm_topk_prob:
             top_k_weights = F.softmax(top_k_logits, dim=-1, dtype=torch.float32)
         else:
@@ -273,7 +273,7 @@ class VMoERouter(nn.Module):
 
 @use_experts_implementation(experts_interface=AnyWidthExpertsInterface(), has_gate=False, has_bias=True)
 class VMoEExperts(nn.Module):
-    """Two-layer perceptrons in stacked weights; the backend is chosen by `model.set_experts_implementation(...)`."""
+    """Two-layer perceptrons with stacked weights. `model.set_experts_implementation(...)` selects the backend."""
 
     def __init__(self, config: VMoEConfig):
         super().__init__()
@@ -288,7 +288,7 @@ class VMoEExperts(nn.Module):
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         """
-        The plain path (`experts_implementation="eager"`), one expert after the other.
+        Run one expert after the other (`experts_implementation="eager"`).
 
         Args:
             hidden_states (`torch.Tensor` of shape `(num_tokens, hidden_size)`)
@@ -305,7 +305,7 @@ class VMoEExperts(nn.Module):
 
 
 class VMoESparseMLP(nn.Module):
-    """Router and experts in the place of a layer's MLP."""
+    """Router and experts that replace the MLP of a layer."""
 
     def __init__(self, config: VMoEConfig):
         super().__init__()
@@ -319,7 +319,7 @@ class VMoESparseMLP(nn.Module):
 
 
 class VMoEDropPath(nn.Module):
-    """Stochastic depth: drops a residual branch of whole images in training."""
+    """Stochastic depth: drops a residual branch for whole images in training."""
 
     def __init__(self, drop_prob: float):
         super().__init__()
@@ -341,7 +341,7 @@ class VMoELayer(GradientCheckpointingLayer):
         self.attention = VMoEAttention(config)
         self.layernorm_before = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.layernorm_after = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        # CODEPATH: V-MoE checkpoints name their sparse layers; m2mKD's have experts in all, Google's in some
+        # CODEPATH: m2mKD's checkpoints have experts in all layers, Google's in some
         self.mlp = VMoESparseMLP(config) if layer_idx in config.moe_layers else VMoEMLP(config)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.drop_path = VMoEDropPath(config.drop_path_rate * layer_idx / max(config.num_hidden_layers - 1, 1))
@@ -397,7 +397,8 @@ class VMoEPreTrainedModel(PreTrainedModel):
             init.trunc_normal_(module.weight, mean=0.0, std=std)
             init.zeros_(module.bias)
         elif isinstance(module, VMoEExperts):
-            # as the dense MLP of a ViT; the official code starts its experts 50 times too small (fan-in of a 3-D one)
+            # as in the dense MLP of a ViT; the experts of the official code start 50 times too small, because it takes
+            # the fan-in of a 3-D weight
             init.trunc_normal_(module.up_proj, mean=0.0, std=std)
             init.zeros_(module.up_proj_bias)
             init.trunc_normal_(module.down_proj, mean=0.0, std=std)
@@ -499,8 +500,8 @@ class VMoEForImageClassification(VMoEPreTrainedModel):
 
 @auto_docstring(
     custom_intro="""
-    V-MoE as the backbone of a dense-prediction model. Images may have any size: the position embeddings are
-    interpolated. The balance losses of the config are the classifier's, and not computed here.
+    V-MoE as the backbone of a dense-prediction model. Images may have any size, because the position embeddings are
+    interpolated. The backbone does not compute the balance losses of the config; only the classifier does.
     """
 )
 class VMoEBackbone(BackboneMixin, VMoEPreTrainedModel):
@@ -546,7 +547,7 @@ class VMoEBackbone(BackboneMixin, VMoEPreTrainedModel):
 
 
 def has_balance_loss(config: PreTrainedConfig) -> bool:
-    """Whether `config` is a V-MoE's and gives a balance loss a weight."""
+    """Whether `config` belongs to a V-MoE and gives a balance loss a weight."""
     if not isinstance(config, VMoEConfig):
         return False
     weights = (config.router_importance_loss_coef, config.router_load_loss_coef)
@@ -557,11 +558,12 @@ def balance_losses(
     router_logits: tuple[torch.Tensor, ...], noisy_router_logits: tuple[torch.Tensor, ...], config: VMoEConfig
 ) -> dict[str, torch.Tensor]:
     """
-    The balance losses that `config` weighs, by name, averaged over the sparse layers (V-MoE paper, appendix A).
+    The balance losses that have a weight in `config`, by name, averaged over the sparse layers (V-MoE paper, appendix
+    A).
 
     Args:
-        router_logits (`tuple(torch.Tensor)`): `(num_tokens, num_experts)` a sparse layer.
-        noisy_router_logits (`tuple(torch.Tensor)`): likewise, the logits that chose the experts.
+        router_logits (`tuple(torch.Tensor)`): One tensor of shape `(num_tokens, num_experts)` per sparse layer.
+        noisy_router_logits (`tuple(torch.Tensor)`): The logits that selected the experts, with the same shapes.
 
     Returns:
         `aux_loss` (weighted sum), `importance_loss`, and `load_loss` if it has a weight.

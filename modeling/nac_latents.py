@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Latents of a Neural Attentive Circuit: signatures, codes and first states."""
+"""Latents of a Neural Attentive Circuit: signatures, codes and initial states."""
 
 import torch
 from torch import nn
@@ -22,8 +22,8 @@ from m2mkd.modeling.nac_layers import add_code_noise
 
 class NACLatents(nn.Module):
     """
-    A set of latents: signatures (where each lies in the graph), codes (what each computes) and, without a seeder,
-    their first states.
+    A set of latents: signatures (the position of each latent in the graph), codes (the computation of each latent)
+    and, without a seeder, the initial states.
     """
 
     def __init__(self, config: NACConfig, num_latents: int, is_mediator: bool = False):
@@ -37,32 +37,33 @@ class NACLatents(nn.Module):
         )
         self.codes = nn.Parameter(torch.empty(*layers, num_latents, config.code_size))
         self.initial_states = None
-        # CODEPATH: m2mKD's checkpoints seed first states from codes; official `use_latent_seeder: false` holds them
+        # CODEPATH: m2mKD's checkpoints compute initial states from codes; official `use_latent_seeder: false` stores
+        # them
         if not config.use_latent_seeder and not (is_mediator and config.mediators_start_as_inputs):
             self.initial_states = nn.Parameter(torch.empty(num_latents, config.hidden_size))
 
     def layer_codes(self, layer_idx: int) -> torch.Tensor:
-        """Codes of shape `(num_latents, code_size)` in one round of messages; -1 is the last."""
+        """Codes of shape `(num_latents, code_size)` in one round of messages; -1 is the last round."""
         return self.codes[layer_idx] if self.codes.dim() == 3 else self.codes
 
     def forward(self, layer_idx: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """
-        Signatures, codes in one round of messages, and first states. The circuit calls for them, rather than take
-        them, since weights on disk or in shards are brought in by a call.
+        Signatures, codes in one round of messages, and initial states. The model gets them by a forward call instead
+        of reading the attributes, because offloaded or sharded weights are loaded by a forward call.
         """
         return self.signatures, self.layer_codes(layer_idx), self.initial_states
 
 
 class NACLogVariance(nn.Linear):
-    """Logarithm of the seeder's variance; it starts at a standard deviation of about `exp(-2.5)`."""
+    """Logarithm of the seeder's variance. The initial standard deviation is about `exp(-2.5)`."""
 
 
 class NACLatentSeeder(nn.Module):
-    """Computes the first state of each latent from its code; in training with noise of a learned size."""
+    """Computes the initial state of each latent from its code, in training with noise of a learned scale."""
 
     def __init__(self, config: NACConfig):
         super().__init__()
-        # CODEPATH: m2mKD trained all its checkpoints with this noise; an option of the official code leaves it out
+        # CODEPATH: all checkpoints of m2mKD were trained with this noise; an option of the official code omits it
         self.code_noise_scale = config.code_noise_scale if config.use_code_noise_in_latent_seeder else 0.0
         self.sample_in_eval = config.sample_in_eval
         self.layernorm = nn.LayerNorm(config.code_size, eps=config.layer_norm_eps)
@@ -71,7 +72,7 @@ class NACLatentSeeder(nn.Module):
         self.log_variance = NACLogVariance(config.code_size, config.hidden_size) if config.use_state_noise else None
 
     def forward(self, codes: torch.Tensor, batch_size: int) -> torch.Tensor:
-        """`(num_latents, code_size)` to `(batch_size, num_latents, hidden_size)`."""
+        """Map `(num_latents, code_size)` to `(batch_size, num_latents, hidden_size)`."""
         if self.training and self.code_noise_scale > 0:
             codes = add_code_noise(codes, self.code_noise_scale)
         codes = self.layernorm(codes)

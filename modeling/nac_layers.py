@@ -27,11 +27,11 @@ from transformers.utils import TransformersKwargs
 from m2mkd.configuration.configuration_nac import NACConfig
 
 
-# Scores of this size stay in the cache of a processor's core.
+# Scores up to this size stay in the cache of a processor core.
 PART_BYTES = 2**21
 
-# A learned bandwidth of the graph kernel counts as no less, whatever the optimizer makes of it: below zero the most
-# distant latents would be the closest. In units of the cosine distance.
+# Lower bound of a learned bandwidth of the graph kernel, in units of the cosine distance. If the optimizer made a
+# bandwidth negative, the most distant latents would become the closest.
 MIN_BANDWIDTH = 0.01
 
 
@@ -46,7 +46,10 @@ CODE_SCALE_NORMALIZATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 def modulate(hidden_states: torch.Tensor, scale: torch.Tensor, activation_fn: Callable | None) -> torch.Tensor:
-    """`hidden_states * scale`; with an activation a gated unit: `a * activation_fn(gate) * scale` for `[a, gate]`."""
+    """
+    `hidden_states * scale`. With an activation, the hidden states are `[a, gate]`, and the result is the gated unit
+    `a * activation_fn(gate) * scale`.
+    """
     if activation_fn is None:
         return hidden_states * scale
     hidden_states, gate = hidden_states.chunk(2, dim=-1)
@@ -54,15 +57,15 @@ def modulate(hidden_states: torch.Tensor, scale: torch.Tensor, activation_fn: Ca
 
 
 def new_root(tensor: torch.Tensor, keep_graph: bool) -> torch.Tensor:
-    """The same values, for a gradient that goes no further; on demand itself a function of `tensor`."""
+    """The same values as a new root of the autograd graph. With `keep_graph` they stay a function of `tensor`."""
     return tensor.view_as(tensor) if keep_graph and tensor.requires_grad else tensor.detach().requires_grad_()
 
 
 class ModulatedLinear(torch.autograd.Function):
     """
-    `linear(modulate(x, scale), weight, bias)` that keeps `x` for the backward pass and computes the modulated inputs
-    again. `x` is shared by queries, keys and values or wanted anyway, so that this saves a third of the memory of
-    training a circuit, and costs a few elementwise products.
+    `linear(modulate(x, scale), weight, bias)` that keeps `x` for the backward pass and recomputes the modulated
+    inputs. Queries, keys and values share `x`, or `x` is needed anyway, so this saves a third of the memory of
+    training a NAC at the cost of a few elementwise products.
     """
 
     @staticmethod
@@ -78,13 +81,13 @@ class ModulatedLinear(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: torch.Tensor) -> None:
-        """Keep the inputs."""
+        """Save the inputs for the backward pass."""
         *tensors, _, ctx.activation_fn = inputs
         ctx.save_for_backward(*tensors)
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Gradients of the inputs; differentiable in turn."""
+        """Gradients of the inputs, which can be differentiated again."""
         *modulation, weight = ctx.saved_tensors
         needs_states, needs_scale, needs_weight, needs_bias, _ = ctx.needs_input_grad
         is_differentiable = torch.is_grad_enabled()
@@ -94,7 +97,7 @@ class ModulatedLinear(torch.autograd.Function):
             modulated = modulate(*modulation, ctx.activation_fn)
         if needs_weight:
             inputs = modulated if is_differentiable else modulated.detach()
-            # under autocast the product was computed in the dtype of `grad`
+            # under autocast, the forward product was computed in the dtype of `grad`
             grad_weight = (grad.flatten(0, -2).T @ inputs.to(grad.dtype).flatten(0, -2)).to(weight.dtype)
         if needs_bias:
             grad_bias = grad.flatten(0, -2).sum(0).to(weight.dtype)
@@ -114,7 +117,7 @@ def add_code_noise(codes: torch.Tensor, scale: float) -> torch.Tensor:
 
 
 class NACModulatedWeight(nn.Module):
-    """The parameters of [`NACModulatedLinear`], and the scale of the inputs that a code asks for."""
+    """Parameters of [`NACModulatedLinear`], and the scale of its inputs for a code."""
 
     def __init__(self, config: NACConfig, in_features: int, out_features: int, bias: bool = True):
         super().__init__()
@@ -128,7 +131,7 @@ class NACModulatedWeight(nn.Module):
         self.gain = nn.Parameter(torch.empty(())) if config.learnable_code_scale_gain else None
 
     def code_scale(self, codes: torch.Tensor) -> torch.Tensor:
-        """`(num_latents, code_size)` to the scale of each latent's inputs, `(num_latents, in_features)`."""
+        """Scale of the inputs of each latent, `(num_latents, in_features)`, from `(num_latents, code_size)`."""
         # CODEPATH: m2mKD's configurations leave the official `scale_normalization_type` at its default, the layer norm
         scale = CODE_SCALE_NORMALIZATIONS[self.normalization](self.code_projection(codes))
         gain = self.gain_init_value if self.gain is None else self.gain
@@ -137,9 +140,9 @@ class NACModulatedWeight(nn.Module):
 
 class NACModulatedLinear(NACModulatedWeight):
     """
-    ModFC of the NAC paper: a linear layer whose inputs are scaled, channel by channel, as the latent's code says:
-    `y_u = W (x_u ∘ (gain * layernorm(P code_u) + 1)) + b`; `code_scale_normalization` may put another function in the
-    place of the layer norm.
+    ModFC of the NAC paper: a linear layer whose inputs are scaled channel by channel, depending on the code of the
+    latent: `y_u = W (x_u ∘ (gain * layernorm(P code_u) + 1)) + b`. `code_scale_normalization` may replace the layer
+    norm.
     """
 
     def forward(
@@ -150,50 +153,51 @@ class NACModulatedLinear(NACModulatedWeight):
         activation_fn: Callable | None = None,
     ) -> torch.Tensor:
         """
-        `(batch_size, num_latents, in_features)`, or twice the features for a gated unit with `activation_fn`, to
-        `(batch_size, num_latents, out_features)`, times `layer_scale` of shape `(out_features,)`: a factor of the
-        weights, which are smaller than the activations.
+        Map `(batch_size, num_latents, in_features)`, or twice the features for a gated unit with `activation_fn`, to
+        `(batch_size, num_latents, out_features)`. The result is multiplied by `layer_scale` of shape
+        `(out_features,)`, which is applied to the weights because they are smaller than the activations.
         """
         weight, bias = self.weight, self.bias
         if layer_scale is not None:
             weight, bias = layer_scale[:, None] * weight, layer_scale * bias
         scale = self.code_scale(codes)
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-            # a compiler chooses by itself what to compute again
+            # the compiler itself decides what to recompute
             return F.linear(modulate(hidden_states, scale, activation_fn), weight, bias)
         return ModulatedLinear.apply(hidden_states, scale, weight, bias, activation_fn)
 
 
 class LowerBound(torch.autograd.Function):
-    """`tensor.clamp(min=bound)`, through which a gradient that leads back above the bound passes, too."""
+    """`tensor.clamp(min=bound)` that also passes a gradient that moves a value back above the bound."""
 
     @staticmethod
     def forward(tensor: torch.Tensor, bound: float) -> torch.Tensor:
-        """See the class."""
+        """Clamp the tensor."""
         return tensor.clamp(min=bound)
 
     @staticmethod
     def setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: torch.Tensor) -> None:
-        """Keep the inputs."""
+        """Save the inputs for the backward pass."""
         tensor, ctx.bound = inputs
         ctx.save_for_backward(tensor)
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        """A step of descent goes against the gradient."""
+        """Pass the gradient at or above the bound, and negative gradients, because descent then raises the value."""
         (tensor,) = ctx.saved_tensors
         return torch.where((tensor >= ctx.bound) | (grad < 0), grad, 0.0), None
 
 
 class NACKernel(nn.Module):
     """
-    Affinity of two latents, `exp(-distance / bandwidth)` of their signatures, 0 beyond the truncation. Attention adds
-    its logarithm to the scores; training may draw the edges of each image from a relaxed Bernoulli of it.
+    Affinity of two latents: `exp(-distance / bandwidth)` of their signatures, and 0 beyond the truncation. Attention
+    adds its logarithm to the scores. Training may draw the edges for each image from a relaxed Bernoulli distribution
+    with this probability.
     """
 
     def __init__(self, config: NACConfig, is_read_out: bool = False):
         super().__init__()
-        # all latents send to the outputs, always
+        # all latents always send to the outputs
         self.truncation = None if is_read_out else config.kernel_truncation
         self.truncation_type = config.kernel_truncation_type
         self.is_stochastic = config.stochastic_kernel and not is_read_out
@@ -206,7 +210,7 @@ class NACKernel(nn.Module):
 
     def forward(self, distance: torch.Tensor) -> torch.Tensor:
         """
-        The log affinity of receivers and senders.
+        Log affinity of receivers and senders.
 
         Args:
             distance (`torch.Tensor` of shape `(num_receivers, num_senders)`): Cosine distance of the signatures.
@@ -222,26 +226,26 @@ class NACKernel(nn.Module):
         return log_affinity.masked_fill(too_far, -torch.inf)
 
     def positive_bandwidth(self) -> torch.Tensor:
-        """The bandwidth, in float32; a learned one is at least `MIN_BANDWIDTH`."""
+        """The bandwidth in float32; a learned bandwidth is at least `MIN_BANDWIDTH`."""
         bandwidth = self.bandwidth.float()
         return LowerBound.apply(bandwidth, MIN_BANDWIDTH) if isinstance(self.bandwidth, nn.Parameter) else bandwidth
 
     def sample(self, log_affinity: torch.Tensor, batch_size: int) -> torch.Tensor:
         """
-        The logarithm of edges drawn from a relaxed Bernoulli, of shape `(batch_size, num_receivers, num_senders)`. Cut
-        edges keep a chance of `eps`, not 0, so that the logarithm stays finite.
+        Logarithm of edges drawn from a relaxed Bernoulli distribution, of shape `(batch_size, num_receivers,
+        num_senders)`. Cut edges have a probability of `eps` instead of 0, so that the logarithm stays finite.
         """
         eps = torch.finfo(log_affinity.dtype).eps
         shape = (batch_size, *log_affinity.shape)
         uniform = torch.rand(shape, dtype=log_affinity.dtype, device=log_affinity.device)
         odds = torch.logit(log_affinity.exp().clamp(eps, 1 - eps))
-        # the logarithm of the sigmoid; unlike `logsigmoid` it keeps one tensor for the backward pass
+        # the logarithm of the sigmoid; unlike `logsigmoid`, it keeps only one tensor for the backward pass
         return -F.softplus((torch.logit(uniform, eps=eps) + odds) / -self.temperature)
 
     def bias(self, log_affinity: torch.Tensor, batch_size: int) -> torch.Tensor:
         """
-        The bias of the attention scores, of shape `(1 or batch_size, 1, num_receivers, num_senders)`; outside training
-        each image may have a `log_affinity` of its own.
+        Bias of the attention scores, of shape `(1 or batch_size, 1, num_receivers, num_senders)`. Outside training,
+        each image may have its own `log_affinity`.
         """
         if self.training and self.is_stochastic:
             return self.sample(log_affinity, batch_size)[:, None]
@@ -258,10 +262,10 @@ def eager_attention_forward(
     dropout: float = 0.0,
     **kwargs: Unpack[TransformersKwargs],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Plain softmax attention; the reference of every other backend."""
+    """Plain softmax attention; the reference for every other backend."""
     scores = torch.matmul(query * scaling, key.transpose(2, 3))
     if attention_mask is not None:
-        # in place: these are the largest tensors of the model
+        # in place, because these are the largest tensors of the model
         scores += attention_mask
     weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
     return torch.matmul(weights, value).transpose(1, 2), weights
@@ -277,9 +281,9 @@ def attention_in_parts(
     **kwargs: Unpack[TransformersKwargs],
 ) -> tuple[torch.Tensor, None]:
     """
-    [`eager_attention_forward`], a few images at a time and once more in the backward pass, for a bias that wants a
-    gradient: no fused kernel of torch gives it one. The scores of a batch are the largest tensors of a circuit by far.
-    Those of a part stay in the processor's cache, and none are kept.
+    [`eager_attention_forward`] on a few images at a time, recomputed in the backward pass. It is used for a bias that
+    requires a gradient, because no fused kernel of torch computes it. The scores of a batch are by far the largest
+    tensors of a NAC. The scores of a few images stay in the processor's cache, and none are kept.
     """
     images_a_part = 1 + PART_BYTES // (query.shape[1] * attention_mask[0].nbytes)
     if images_a_part >= len(query):
@@ -295,19 +299,19 @@ def attention_in_parts(
 
 
 class NACReadInKeys(NACModulatedWeight):
-    """The map of tokens to keys, on the side of the latents (see [`NACReadInAttention`])."""
+    """Map from tokens to keys, applied on the side of the latents (see [`NACReadInAttention`])."""
 
     def forward(self, queries: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
-        """`(batch_size, num_latents, num_heads, head_dim)`, `(num_latents, code_size)` to queries in token space."""
+        """Queries in token space, from `(batch_size, num_latents, num_heads, head_dim)` and the latents' codes."""
         weight = self.weight.view(*queries.shape[2:], -1)
         return torch.einsum("buhd,hdx->buhx", queries, weight) * self.code_scale(codes)[:, None]
 
 
 class NACReadInValues(NACModulatedWeight):
-    """The map of tokens to values, applied to what each head of a latent has gathered."""
+    """Map from tokens to values, applied to the message that each head of a latent has received."""
 
     def forward(self, messages: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
-        """`(batch_size, num_latents, num_heads, token_size)` to `(batch_size, num_latents, hidden_size)`."""
+        """Map `(batch_size, num_latents, num_heads, token_size)` to `(batch_size, num_latents, hidden_size)`."""
         weight = self.weight.view(messages.shape[2], -1, messages.shape[3])
         values = torch.einsum("buhx,hdx->buhd", messages * self.code_scale(codes)[:, None], weight).flatten(2)
         return values if self.bias is None else values + self.bias
@@ -315,10 +319,11 @@ class NACReadInValues(NACModulatedWeight):
 
 class NACReadInAttention(nn.Module):
     """
-    Input latents attend to image tokens. Keys and values are modulated linear maps of the tokens, another one for each
-    latent: `k_uv = W_k (x_v ∘ s_u)`. Since `q_u · k_uv = (s_u ∘ W_k^T q_u) · x_v`, and likewise for the values, the
-    maps move to the side of the latents, and the attention has the tokens themselves for keys and values, shared by
-    all latents and heads. Exact; a bias of the keys would add the same to all scores of a latent and drops out.
+    Input latents attend to image tokens. Keys and values are modulated linear maps of the tokens, with a different map
+    for each latent: `k_uv = W_k (x_v ∘ s_u)`. Since `q_u · k_uv = (s_u ∘ W_k^T q_u) · x_v`, and likewise for the
+    values, the maps can be applied on the side of the latents. The tokens themselves are then the keys and values,
+    shared by all latents and heads. This is exact. A bias of the keys is left out, because it would add the same
+    number to all scores of a latent.
     """
 
     def __init__(self, config: NACConfig):
@@ -343,13 +348,13 @@ class NACReadInAttention(nn.Module):
         Args:
             states (`torch.Tensor` of shape `(batch_size, num_latents, hidden_size)`)
             tokens (`torch.Tensor` of shape `(batch_size, num_tokens, token_size)`)
-            codes (`torch.Tensor` of shape `(num_latents, code_size)`): Or `(1, code_size)`, one for all.
+            codes (`torch.Tensor` of shape `(num_latents, code_size)`): Or `(1, code_size)`, one code for all latents.
         """
         batch_size, num_latents, _ = states.shape
         tokens = self.sender_layernorm(tokens)
         queries = self.q_proj(self.receiver_layernorm(states), codes)
         queries = self.k_proj(queries.view(batch_size, num_latents, self.num_heads, self.head_dim), codes)
-        # the heads of all latents are one sequence of queries, and the tokens their only head of keys and values
+        # The heads of all latents form one sequence of queries, and the tokens form a single head of keys and values.
         queries = queries.flatten(1, 2)[:, None].to(tokens.dtype)
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
@@ -361,7 +366,7 @@ class NACReadInAttention(nn.Module):
 
 
 class NACLatentAttention(nn.Module):
-    """Receivers attend to senders, along the graph if a bias gives one; every latent has its own code."""
+    """Receivers attend to senders, along the graph if a bias defines one. Every latent has its own code."""
 
     def __init__(self, config: NACConfig, is_read_out: bool = False):
         super().__init__()
@@ -394,15 +399,15 @@ class NACLatentAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
         Args:
-            receivers (`torch.Tensor` of shape `(batch_size, num_receivers, hidden_size)`): Without a layer norm of
-                their own the senders must end with them.
+            receivers (`torch.Tensor` of shape `(batch_size, num_receivers, hidden_size)`): If the senders have no
+                layer norm of their own, the receivers must be the last of the senders.
             senders (`torch.Tensor` of shape `(batch_size, num_senders, hidden_size)`)
             receiver_codes, sender_codes (`torch.Tensor` of shape `(num_latents, code_size)`): Or `(1, code_size)`.
             attention_bias (`torch.Tensor` of shape `(1 or batch_size, 1, num_receivers, num_senders)`, *optional*)
 
         Returns:
             States of the receivers of shape `(batch_size, num_receivers, hidden_size)`, and the attention weights if
-            the attention backend gives them.
+            the attention backend returns them.
         """
 
         def branch(
@@ -423,7 +428,7 @@ class NACLatentAttention(nn.Module):
         attention_bias: torch.Tensor | None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """What `forward` adds to the receivers, and the attention weights."""
+        """Compute the update that `forward` adds to the receivers, and the attention weights."""
         heads = (receivers.shape[0], -1, self.num_heads, self.head_dim)
         if self.sender_layernorm is None:
             sender_inputs = self.receiver_layernorm(senders)
@@ -454,8 +459,8 @@ class NACLatentAttention(nn.Module):
 
 class NACDropPath(nn.Module):
     """
-    Residual sum with stochastic depth: in training whole images drop the branch. On a CPU the branch is computed for
-    the images that keep it alone, except with eager attention, the reference.
+    Residual sum with stochastic depth: in training, whole images drop the branch. On a CPU the branch is computed only
+    for the images that keep it, except with eager attention, which is the reference.
     """
 
     def __init__(self, config: NACConfig, drop_prob: float):
@@ -471,8 +476,8 @@ class NACDropPath(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
         Args:
-            branch (`Callable`): Of `hidden_states` and the others, for all images or some of them: what the states
-                gain, and attention weights, if it has any.
+            branch (`Callable`): Takes `hidden_states` and the others, for all or some of the images, and returns the
+                update of the states, and attention weights if it has any.
             hidden_states (`torch.Tensor` of shape `(batch_size, num_latents, hidden_size)`)
             others (`torch.Tensor` of shape `(1 or batch_size, ...)`, *optional*)
 
@@ -485,7 +490,7 @@ class NACDropPath(nn.Module):
         batch_size, keep_prob = hidden_states.shape[0], 1 - self.drop_prob
         uniform = torch.rand(batch_size, 1, 1, dtype=hidden_states.dtype, device=hidden_states.device)
         is_kept = torch.floor(uniform + keep_prob)
-        # a GPU would have to wait for the number of images, a compiler compile once for each
+        # A GPU would have to wait for the number of images, and a compiler would compile once for each number.
         may_skip = hidden_states.device.type == "cpu" and not torch.compiler.is_compiling()
         if may_skip and self.config._attn_implementation != "eager":
             kept = is_kept.flatten().nonzero().flatten()
@@ -513,7 +518,7 @@ class NACFeedForward(nn.Module):
         self.drop_path = NACDropPath(config, drop_path_rate)
 
     def forward(self, states: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
-        """`(batch_size, num_latents, hidden_size)` to the same; codes as in [`NACLatentAttention`]."""
+        """Map `(batch_size, num_latents, hidden_size)` to the same shape; codes as in [`NACLatentAttention`]."""
 
         def branch(states: torch.Tensor) -> tuple[torch.Tensor, None]:
             hidden = self.fc1(self.layernorm(states), codes)
@@ -528,7 +533,7 @@ class NACFeedForward(nn.Module):
 
 
 class NACPooling(nn.Module):
-    """Confidence pooling: the output latents' states, weighed by a softmax of their confidences."""
+    """Confidence pooling: the states of the output latents, weighted by a softmax of their confidences."""
 
     def __init__(self, config: NACConfig):
         super().__init__()
@@ -538,7 +543,7 @@ class NACPooling(nn.Module):
         self.confidence = nn.Linear(config.pooled_size, 1)
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
-        """`(batch_size, num_output_latents, pooled_size)` to `(batch_size, pooled_size)`."""
+        """Map `(batch_size, num_output_latents, pooled_size)` to `(batch_size, pooled_size)`."""
         confidences = self.confidence(states).squeeze(-1)
         if self.is_gumbel and (self.training or self.sample_in_eval):
             weights = F.gumbel_softmax(confidences, tau=self.temperature, hard=self.is_hard, dim=-1)
@@ -551,17 +556,17 @@ class NACPooling(nn.Module):
 
 class NACModulatedHead(nn.Module):
     """
-    Output channels of each output latent, as its code says: the logits of the first one (`pooling="first"`), or what
-    is pooled (`latent_head_size`).
+    Head that is applied to each output latent, depending on its code: it computes the logits from the first one
+    (`pooling="first"`), or what is pooled (`latent_head_size`).
     """
 
     def __init__(self, config: NACConfig, out_features: int):
         super().__init__()
         layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        # CODEPATH: official `pre_output_layernorm: true` normalises; m2mKD's checkpoints have no such head
+        # CODEPATH: official `pre_output_layernorm: true` normalizes; m2mKD's checkpoints have no such head
         self.layernorm = layernorm if config.head_layernorm else nn.Identity()
         self.projection = NACModulatedLinear(config, config.hidden_size, out_features)
 
     def forward(self, states: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
-        """`(batch_size, num_latents, hidden_size)`, and their codes, to `(batch_size, num_latents, out_features)`."""
+        """Map `(batch_size, num_latents, hidden_size)` and codes to `(batch_size, num_latents, out_features)`."""
         return self.projection(self.layernorm(states), codes)

@@ -21,11 +21,11 @@ from m2mkd.configuration.configuration_nac import NACConfig
 
 
 class NACTokenizerLinear(nn.Linear):
-    """A linear layer of the tokenizer, which starts as a ConvNeXt's."""
+    """A linear layer of the tokenizer, initialized as in ConvNeXt."""
 
 
 class NACTokenizerBlock(nn.Module):
-    """ConvNeXt block on `(batch_size, height, width, channels)`: depthwise convolution, then a perceptron a pixel."""
+    """ConvNeXt block on `(batch_size, height, width, channels)`: depthwise convolution and per-pixel perceptron."""
 
     def __init__(self, config: NACConfig, channels: int):
         super().__init__()
@@ -44,7 +44,7 @@ class NACTokenizerBlock(nn.Module):
 
 
 class NACTokenizerStage(nn.Module):
-    """One resolution of the tokenizer: a strided convolution beside a layer norm, then ConvNeXt blocks."""
+    """One resolution of the tokenizer: a strided convolution with a layer norm, then ConvNeXt blocks."""
 
     def __init__(self, config: NACConfig, stage_idx: int):
         super().__init__()
@@ -52,7 +52,7 @@ class NACTokenizerStage(nn.Module):
         channels = config.tokenizer_hidden_sizes[stage_idx]
         in_channels = config.num_channels if self.is_stem else config.tokenizer_hidden_sizes[stage_idx - 1]
         stride = 4 if self.is_stem else 2
-        # the stem normalises its output, the other stages their input
+        # the stem normalizes its output, the other stages their input
         self.layernorm = nn.LayerNorm(channels if self.is_stem else in_channels, eps=1e-6)
         self.projection = nn.Conv2d(in_channels, channels, kernel_size=stride, stride=stride)
         self.blocks = nn.ModuleList(
@@ -71,7 +71,7 @@ class NACTokenizerStage(nn.Module):
 
 
 class NACImageTokenizer(nn.Module):
-    """ConvNeXt stages and a learned positional grid: `(batch_size, num_tokens, token_size)`."""
+    """ConvNeXt stages and a learned positional grid, which give tokens `(batch_size, num_tokens, token_size)`."""
 
     def __init__(self, config: NACConfig):
         super().__init__()
@@ -90,7 +90,7 @@ class NACImageTokenizer(nn.Module):
         grid = self.position_embeddings
         if not torch.jit.is_tracing() and (height, width) == self.grid_size:
             return grid
-        # in float32: bicubic resampling in half precision shifts the embeddings
+        # in float32, because bicubic resampling in half precision shifts the embeddings
         return F.interpolate(grid.float(), size=(height, width), mode="bicubic", align_corners=False).to(grid.dtype)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:

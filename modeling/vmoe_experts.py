@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Experts of any width on the grouped matrix product, whose rows must be whole multiples of 16 bytes."""
+"""Experts of any width with the grouped matrix product, whose rows must be multiples of 16 bytes."""
 
 from collections.abc import Callable
 from functools import partial
@@ -24,8 +24,8 @@ from transformers.integrations.moe import ExpertsInterface
 
 class PaddedExperts:
     """
-    Experts seen through weights whose rows are padded with zeros to whole multiples of 16 bytes, as torch's grouped
-    matrix product asks of its operands. Everything else is theirs.
+    View of experts whose weight rows are padded with zeros to multiples of 16 bytes, which torch's grouped matrix
+    product requires. All other attributes are those of the experts.
     """
 
     def __init__(self, experts: Any, size_padding: int, intermediate_padding: int):
@@ -40,12 +40,18 @@ class PaddedExperts:
 
 
 class AnyWidthExpertsInterface(ExpertsInterface):
-    """The backends of transformers; `"grouped_mm"` for any width."""
+    """The backends of transformers, with `"grouped_mm"` for any width."""
 
     def get_interface(self, experts_implementation: str, default: Callable) -> Callable:
-        """The function of a backend; `default` for `"eager"`."""
+        """
+        The function of a backend; `default` for `"eager"`, and for `"grouped_mm"` while the model is exported: an
+        exported grouped product is an operator of transformers, which ONNX and a process with torch alone do not know.
+        """
         experts_forward = super().get_interface(experts_implementation, default)
-        return partial(padded_forward, experts_forward) if experts_implementation == "grouped_mm" else experts_forward
+        if experts_implementation != "grouped_mm":
+            return experts_forward
+        is_exported = torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export()
+        return default if is_exported else partial(padded_forward, experts_forward)
 
 
 def padded_forward(
@@ -55,7 +61,7 @@ def padded_forward(
     top_k_index: torch.Tensor,
     top_k_weights: torch.Tensor,
 ) -> torch.Tensor:
-    """`experts_forward` with whole multiples of 16 bytes in a row; the others as of any backend."""
+    """Call `experts_forward` with rows of multiples of 16 bytes; the other arguments are those of any backend."""
     size, intermediate_size = hidden_states.shape[-1], experts.up_proj.shape[-2]
     alignment = 16 // experts.up_proj.element_size()
     size_padding, intermediate_padding = -size % alignment, -intermediate_size % alignment

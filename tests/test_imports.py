@@ -1,6 +1,7 @@
-"""The import direction of CONTRIBUTING.md, read from the sources: nothing is imported or run here."""
+"""The rooms of CONTRIBUTING.md and which may import which, read from the sources: nothing is imported or run here."""
 
 import ast
+import configparser
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,21 +10,46 @@ import pytest
 
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = ["configuration", "modeling", "trainer", "data", "model_cards", "src", "benchmarks"]
-SOURCES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")) + [ROOT / "train.py"]
+
+
+def package_folders() -> dict[str, Path]:
+    """The folder of each package, as setup.cfg maps them."""
+    parser = configparser.ConfigParser()
+    parser.read(ROOT / "setup.cfg")
+    lines = parser["options"]["package_dir"].strip().splitlines()
+    return {name.strip(): ROOT / folder.strip() for name, _, folder in (line.partition("=") for line in lines)}
+
+
+MODULES = {
+    package if path.stem == "__init__" else f"{package}.{path.stem}": path
+    for package, folder in package_folders().items()
+    for path in sorted(folder.glob("*.py"))
+}
+SOURCES = [*MODULES.values(), *sorted((ROOT / "benchmarks").glob("*.py")), ROOT / "train.py", ROOT / "__init__.py"]
+# What a room may import of ours, beside itself. The command line may import everything.
+BELOW = {
+    "configuration": set(),
+    "modeling": {"configuration"},
+    "errors": set(),
+    "files": {"errors"},
+    "screen": set(),
+    "data": {"errors", "files"},
+    "distillation": {"configuration", "modeling", "errors", "files"},
+    "model_cards": {"data", "errors", "files"},
+}
+BELOW["conversion"] = {*BELOW["distillation"], "distillation"}
+BELOW["evaluation"] = {*BELOW["conversion"], "data", "screen"}
+BELOW["trainer"] = {*BELOW["evaluation"], "model_cards"}
+BELOW["experiment"] = {*BELOW["trainer"], "trainer", "evaluation"}
+BELOW["hub"] = {*BELOW["experiment"], "experiment"}
+BELOW["cli"] = {*BELOW["hub"], "hub", "conversion", "m2mkd"}
+BELOW["m2mkd_cli"] = {"cli"}
 # The whole of what a folder may import beside the standard library: these two are shipped in a flat Hub folder.
 CLOSED = {
-    "configuration": {"torch", "transformers", "huggingface_hub", "m2mkd.configuration"},
-    "modeling": {
-        *("torch", "transformers", "huggingface_hub", "safetensors", "networkx", "scipy"),
-        *("m2mkd.configuration", "m2mkd.modeling"),
-    },
+    "configuration": {"torch", "transformers", "huggingface_hub"},
+    "modeling": {"torch", "transformers", "huggingface_hub", "networkx", "scipy"},
 }
-# Of the other folders only what they may not import is fixed.
-FORBIDDEN = {
-    "data": {"m2mkd.trainer", "m2mkd.modeling"},
-    "model_cards": {"m2mkd"},
-}
+LARGEST_FILE, LARGEST_CLASS, LARGEST_FUNCTION = 600, 250, 60
 
 
 def imports(tree: ast.AST) -> Iterator[tuple[int, str]]:
@@ -35,18 +61,44 @@ def imports(tree: ast.AST) -> Iterator[tuple[int, str]]:
             yield from ((node.lineno, f"{node.module}.{alias.name}") for alias in node.names)
 
 
+def room_of(module: str) -> str:
+    """The room of one of our modules; `m2mkd` for the package itself."""
+    return module.split(".")[1] if "." in module else module
+
+
+def module_of(name: str) -> str | None:
+    """The module of ours that an imported name is or lies in; `None` for others."""
+    if not name.startswith("m2mkd"):
+        return None
+    return name if name in MODULES else name.rpartition(".")[0]
+
+
+def is_allowed(room: str, name: str) -> bool:
+    module = module_of(name)
+    if module is not None:
+        # the root package only registers and loads lazily: nothing of ours may import it
+        return room_of(module) == room or room_of(module) in BELOW[room]
+    return room not in CLOSED or name.split(".")[0] in {*sys.stdlib_module_names, *CLOSED[room]}
+
+
 def is_in(name: str, packages: set[str]) -> bool:
     return any(name == package or name.startswith(f"{package}.") for package in packages)
 
 
-def is_allowed(folder: str, name: str) -> bool:
-    if folder in CLOSED:
-        return name.split(".")[0] in sys.stdlib_module_names or is_in(name, CLOSED[folder])
-    return not is_in(name, FORBIDDEN.get(folder, set()))
-
-
 def report(path: Path, lines: list[tuple[int, str]]) -> str:
     return "\n".join(f"{path.relative_to(ROOT)}:{line}: {what}" for line, what in lines)
+
+
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def length_of(node: ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Lines of a class or function; the docstring of a class, which lists all fields, does not count."""
+    length = node.end_lineno - node.lineno + 1
+    if isinstance(node, ast.ClassDef) and ast.get_docstring(node):
+        length -= node.body[0].end_lineno - node.body[0].lineno + 1
+    return length
 
 
 @pytest.fixture(params=SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -55,14 +107,41 @@ def source(request: pytest.FixtureRequest) -> Path:
 
 
 @pytest.fixture
-def tree(source: Path) -> ast.AST:
-    return ast.parse(source.read_text(encoding="utf-8"))
+def tree(source: Path) -> ast.Module:
+    return tree_of(source)
 
 
-def test_imports_follow_the_direction(source: Path, tree: ast.AST):
-    folder = source.relative_to(ROOT).parts[0]
-    wrong = [(line, name) for line, name in imports(tree) if not is_allowed(folder, name)]
-    assert not wrong, report(source, wrong)
+@pytest.mark.parametrize("module", [module for module in MODULES if room_of(module) != "m2mkd"])
+def test_imports_follow_the_order_of_the_rooms(module: str):
+    path = MODULES[module]
+    wrong = [(line, name) for line, name in imports(tree_of(path)) if not is_allowed(room_of(module), name)]
+    assert not wrong, report(path, wrong)
+
+
+def test_there_is_no_circle():
+    # of all imports, those inside functions and under TYPE_CHECKING included
+    waiting = {
+        module: {other for _, name in imports(tree_of(path)) if (other := module_of(name)) in MODULES} - {module}
+        for module, path in MODULES.items()
+        # the root package loads its public names lazily, and nothing imports it
+        if module != "m2mkd"
+    }
+    while ready := [module for module, needs in waiting.items() if not needs & waiting.keys()]:
+        for module in ready:
+            del waiting[module]
+    assert not waiting, f"these modules import each other: {sorted(waiting)}"
+
+
+@pytest.mark.parametrize(
+    "module", ["m2mkd.conversion.convert", "m2mkd.conversion.to_official", "m2mkd.hub.code_export"]
+)
+def test_converting_and_exporting_need_no_training(module: str):
+    needed, waiting = set(), [module]
+    while waiting:
+        found = {module_of(name) for _, name in imports(tree_of(MODULES[waiting.pop()]))} & MODULES.keys()
+        waiting += found - needed
+        needed |= found
+    assert not {room_of(name) for name in needed} & {"trainer", "experiment"}
 
 
 def test_no_torchvision(source: Path, tree: ast.AST):
@@ -90,20 +169,40 @@ def test_networkx_is_imported_lazily(source: Path, tree: ast.Module):
     assert not wrong, report(source, wrong)
 
 
+def test_files_classes_and_functions_are_short(source: Path, tree: ast.Module):
+    limits = {ast.ClassDef: LARGEST_CLASS, ast.FunctionDef: LARGEST_FUNCTION, ast.AsyncFunctionDef: LARGEST_FUNCTION}
+    lengths = [(node, length_of(node)) for node in ast.walk(tree) if type(node) in limits]
+    wrong = [
+        (node.lineno, f"{node.name} has {length} lines") for node, length in lengths if length > limits[type(node)]
+    ]
+    length = len(source.read_text(encoding="utf-8").splitlines())
+    wrong += [(length, "the file is too long")] if length > LARGEST_FILE else []
+    assert not wrong, report(source, wrong)
+
+
 @pytest.mark.parametrize(
-    ("folder", "name", "allowed"),
+    ("room", "name", "allowed"),
     [
         ("configuration", "transformers.PreTrainedConfig", True),
-        ("configuration", "m2mkd.modeling.losses", False),
+        ("configuration", "m2mkd.modeling.router_losses.load_loss", False),
         ("modeling", "m2mkd.configuration.configuration_vmoe.VMoEConfig", True),
         ("modeling", "m2mkd.VMoEConfig", False),
-        ("modeling", "m2mkd.trainer", False),
+        ("modeling", "m2mkd.errors.StageError", False),
+        ("modeling", "m2mkd.distillation.stage.Stage", False),
         ("modeling", "torchvision", False),
+        ("distillation", "m2mkd.modeling.modeling_vmoe.VMoERouter", True),
+        ("distillation", "m2mkd.data.config", False),
         ("data", "m2mkd.modeling", False),
         ("data", "PIL.Image", True),
-        ("model_cards", "m2mkd.data", False),
-        ("trainer", "m2mkd.modeling.losses", True),
+        ("trainer", "m2mkd.experiment.recipe.Recipe", False),
+        ("trainer", "m2mkd.model_cards.trainer_card", True),
+        ("evaluation", "m2mkd.trainer.m2mkd_config", False),
+        ("conversion", "m2mkd.trainer.m2mkd_config", False),
+        ("experiment", "m2mkd.hub.push", False),
+        ("hub", "m2mkd.experiment.report.read", True),
+        ("hub", "m2mkd.cli", False),
+        ("cli", "m2mkd.hub.push", True),
     ],
 )
-def test_the_rules_themselves(folder: str, name: str, allowed: bool):
-    assert is_allowed(folder, name) is allowed
+def test_the_rules_themselves(room: str, name: str, allowed: bool):
+    assert is_allowed(room, name) is allowed

@@ -88,6 +88,17 @@ def test_import_needs_no_trainer():
     assert not [name for name in output.split() if name.startswith(("m2mkd.trainer", "m2mkd.data"))]
 
 
+def test_a_clone_called_m2mkd_is_the_package_where_python_starts_above_it(tmp_path: Path):
+    clone = tmp_path / "m2mkd"
+    for folder in package_folders().values():
+        shutil.copytree(folder, clone / folder.relative_to(ROOT), ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "__init__.py", clone)
+    code = "import m2mkd, m2mkd.data; from m2mkd import NACConfig; print(m2mkd.__file__, m2mkd.data.__file__)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [str(clone / "src/m2mkd/__init__.py"), str(clone / "data/__init__.py")]
+
+
 def test_version_is_one_and_readable_without_import():
     text = (ROOT / "src/m2mkd/__init__.py").read_text(encoding="utf-8")
     assert f'__version__ = "{m2mkd.__version__}"' in text
@@ -102,7 +113,9 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
         if (ROOT / name).is_file():
             shutil.copy(ROOT / name, copy)
     for folder in package_folders().values():
-        shutil.copytree(folder, copy / folder.relative_to(ROOT), ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(
+            folder, copy / folder.relative_to(ROOT), ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True
+        )
     command = [sys.executable, "-c", "from setuptools.build_meta import build_wheel; build_wheel('out')"]
     done = subprocess.run(command, check=False, cwd=copy, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -202,7 +202,7 @@ def distillation_trainer(
     **overrides: Any,
 ) -> M2MKDTrainer:
     """A trainer of three pairs; `train_dataset` and the other arguments of the trainer may be overridden too."""
-    names = ("teacher", "meta", "train_dataset", "eval_dataset", "callbacks", "processing_class")
+    names = ("teacher", "meta", "train_dataset", "eval_dataset", "callbacks", "processing_class", "compute_metrics")
     own = {name: overrides.pop(name) for name in names if name in overrides}
     args = distillation_args(output_dir, **overrides)
     networks = {"teacher": teacher(), "meta": meta_model(), "train_dataset": NoiseImages()}

@@ -1,4 +1,4 @@
-"""Callbacks of the runner: data epochs, the clock, and progress."""
+"""Callbacks: data epochs and the clock."""
 
 import time
 from pathlib import Path
@@ -7,8 +7,7 @@ from typing import Any
 from torch.utils.data import Dataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from m2mkd.trainer.folders import read_json, write_json
-from m2mkd.trainer.screen import Screen
+from m2mkd.files import read_json, write_json
 
 
 SECONDS_FILE = "seconds.json"
@@ -66,45 +65,3 @@ class Stopwatch(TrainerCallback):
     ) -> None:
         self._stop()
         self._since = None
-
-
-class ShownProgress(TrainerCallback):
-    """Shows on a screen how far a phase is, with the newest loss and accuracy. Evaluations take seconds: not shown."""
-
-    def __init__(self, name: str, screen: Screen):
-        self.name, self.screen = name, screen
-        self._shown: dict[str, str] = {}
-
-    def _advance(self, state: TrainerState) -> None:
-        if state.is_world_process_zero:
-            self.screen.advance(self.name, state.global_step, state.max_steps, self._shown)
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._advance(state)
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._advance(state)
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if not logs or "loss" not in logs:
-            return
-        accuracies = [value for name, value in logs.items() if name.endswith("accuracy")]
-        self._shown = {"loss": f"{logs['loss']:.3f}"}
-        if accuracies:
-            self._shown["accuracy"] = f"{sum(accuracies) / len(accuracies):.3f}"
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.screen.finish(self.name)

@@ -10,31 +10,31 @@ from transformers import TrainingArguments
 @dataclass
 class M2MKDConfig(TrainingArguments):
     r"""
-    Arguments of module-to-module distillation (m2mKD, arXiv 2402.16918), beside those of
+    Arguments of module-to-module distillation (m2mKD, arXiv 2402.16918), in addition to those of
     [`~transformers.TrainingArguments`].
 
-    > Parameters that cut the networks
+    > Parameters that split the networks
 
     Args:
         student_depths (`list[int]`, *optional*):
-            Layers of each student stage. `None`: the whole student is one stage, which makes this ordinary
+            Number of layers in each student stage. `None`: the whole student is one stage, which makes this ordinary
             distillation (or, with `alpha=0`, ordinary training).
         teacher_depths (`list[int]`, *optional*):
-            Layers of each teacher stage, as many stages as the student has. `None`: one stage.
+            Number of layers in each teacher stage, with as many stages as the student has. `None`: one stage.
         meta_depths (`list[int]`, *optional*):
-            Layers of each stage of the meta model. `None`: one layer a stage, as in the paper.
+            Number of layers in each stage of the meta model. `None`: one layer per stage, as in the paper.
         pairs (`list[int]` or `"all"`, *optional*, defaults to `"all"`):
-            Pairs to train in this process, counted from 0. The pairs share no parameters: all at once (with one pass
-            through the meta model for all) or one after the other gives the same weights.
+            Pairs to train in this process, counted from 0. The pairs share no parameters, so training them all at once
+            (with a single pass through the meta model) or one after the other gives the same weights.
         stitch (`str`, *optional*):
-            Layers between the widths of student and meta model: `"layernorm_linear"` (the paper's for V-MoE),
-            `"linear"` (its for NAC) or `"none"`. `None`: the paper's for the student.
+            Layers between the widths of student and meta model: `"layernorm_linear"` (in the paper for V-MoE),
+            `"linear"` (in the paper for NAC) or `"none"`. `None`: the paper's choice for the student.
         nac_codes (`str`, *optional*, defaults to `"random"`):
-            What stands in for the codes of a NAC's latents, which do not exist between layers of the meta model:
-            `"random"`, one fixed random code a pair (the paper's), or `"own"`, the codes that the student's latents
-            start with.
+            Replacement for the codes of a NAC's latents, which do not exist between layers of the meta model:
+            `"random"`, one fixed random code per pair (as in the paper), or `"own"`, the initial codes of the
+            student's latents.
         read_in_latents (`str`, *optional*, defaults to `"one"`):
-            Tokens that the read-in of a NAC hands to the meta model: `"one"` (the paper's) or `"all"`, one for each
+            Tokens that the read-in of a NAC passes to the meta model: `"one"` (as in the paper) or `"all"`, one per
             input latent.
 
     > Parameters of the loss
@@ -45,45 +45,45 @@ class M2MKDConfig(TrainingArguments):
         alpha (`float`, *optional*, defaults to 0.5):
             Weight of the teacher in the loss, from 0 (no teacher is needed) to 1.
         temperature (`float`, *optional*, defaults to 1.0):
-            Softens both distributions; tau of the paper.
+            Temperature that softens both distributions; tau in the paper.
         kl_reduction (`str`, *optional*, defaults to `"batchmean"`):
-            `"batchmean"` averages the divergence over the images; `"mean"` over images times classes, as the official
-            code does, which weakens it by the number of classes.
+            `"batchmean"` averages the divergence over the images. `"mean"` averages over images times classes, as the
+            official code does, so the divergence is divided by the number of classes.
 
     > Parameters of the optimizer
 
     Args:
         base_learning_rate (`float`, *optional*):
-            Learning rate for 512 images a step. It takes the place of `learning_rate`, which becomes
-            `base_learning_rate * images a step / 512` over all devices and accumulation steps (the paper's rule).
+            Learning rate for 512 images per step. It replaces `learning_rate`, which becomes `base_learning_rate *
+            images per step / 512`, counted over all devices and accumulation steps (the paper's rule).
 
     > [!NOTE]
     > Defaults that differ from `TrainingArguments`: `remove_unused_columns` and `ddp_find_unused_parameters` are
-    > `False` (every trained parameter takes part in every step), `logging_nan_inf_filter` is `False` (a loss that is
-    > not finite stops the run).
+    > `False` (every trained parameter is used in every step), and `logging_nan_inf_filter` is `False` (a non-finite
+    > loss stops the run).
 
     Raises:
-        `ValueError`: a value out of its range.
+        `ValueError`: a value is out of its range.
     """
 
     _VALID_DICT_FIELDS: ClassVar[list[str]] = TrainingArguments._VALID_DICT_FIELDS
 
     remove_unused_columns: bool = field(
-        default=False, metadata={"help": "Whether to drop columns that the model's forward does not name."}
+        default=False, metadata={"help": "Whether to remove columns that the model's forward does not accept."}
     )
     logging_nan_inf_filter: bool = field(
-        default=False, metadata={"help": "Whether to leave losses that are not finite out of the logs."}
+        default=False, metadata={"help": "Whether to leave non-finite losses out of the logs."}
     )
 
-    # Parameters that cut the networks
+    # Parameters that split the networks
     student_depths: list[int] | None = field(
-        default=None, metadata={"help": "Layers of each student stage; None: the whole student is one stage."}
+        default=None, metadata={"help": "Layers in each student stage; None: the whole student is one stage."}
     )
     teacher_depths: list[int] | None = field(
-        default=None, metadata={"help": "Layers of each teacher stage; None: the whole teacher is one stage."}
+        default=None, metadata={"help": "Layers in each teacher stage; None: the whole teacher is one stage."}
     )
     meta_depths: list[int] | None = field(
-        default=None, metadata={"help": "Layers of each stage of the meta model; None: one layer a stage."}
+        default=None, metadata={"help": "Layers in each stage of the meta model; None: one layer per stage."}
     )
     pairs: list[int] | str = field(
         default="all", metadata={"help": "Pairs to train in this process, counted from 0, or 'all'."}
@@ -93,10 +93,10 @@ class M2MKDConfig(TrainingArguments):
         metadata={"help": "Layers between student and meta width: 'layernorm_linear', 'linear' or 'none'."},
     )
     nac_codes: str = field(
-        default="random", metadata={"help": "Codes of a NAC's distilled modules: 'random' (one a pair) or 'own'."}
+        default="random", metadata={"help": "Codes of a NAC's distilled modules: 'random' (one per pair) or 'own'."}
     )
     read_in_latents: str = field(
-        default="one", metadata={"help": "Tokens that a NAC's read-in hands to the meta model: 'one' or 'all'."}
+        default="one", metadata={"help": "Tokens that a NAC's read-in passes to the meta model: 'one' or 'all'."}
     )
 
     # Parameters of the loss
@@ -104,15 +104,18 @@ class M2MKDConfig(TrainingArguments):
         default="soft", metadata={"help": "'soft' (divergence) or 'hard' (the teacher's most likely class)."}
     )
     alpha: float = field(default=0.5, metadata={"help": "Weight of the teacher in the loss, from 0 to 1."})
-    temperature: float = field(default=1.0, metadata={"help": "Softens both distributions; tau of the paper."})
+    temperature: float = field(
+        default=1.0, metadata={"help": "Temperature that softens both distributions; tau in the paper."}
+    )
     kl_reduction: str = field(
         default="batchmean",
-        metadata={"help": "'batchmean' (over images) or 'mean' (over images times classes, as the official code)."},
+        metadata={"help": "'batchmean' (over images) or 'mean' (over images times classes, as in the official code)."},
     )
 
     # Parameters of the optimizer
     base_learning_rate: float | None = field(
-        default=None, metadata={"help": "Learning rate for 512 images a step; scaled, it replaces `learning_rate`."}
+        default=None,
+        metadata={"help": "Learning rate for 512 images per step; it is scaled and replaces `learning_rate`."},
     )
 
     def __post_init__(self) -> None:
@@ -133,7 +136,7 @@ class M2MKDConfig(TrainingArguments):
         _check_choice("nac_codes", self.nac_codes, ("random", "own"))
         _check_choice("read_in_latents", self.read_in_latents, ("one", "all"))
         if not 0 <= self.alpha <= 1:
-            raise ValueError(f"`alpha`, the weight of the teacher, must lie in [0, 1], but is {self.alpha}.")
+            raise ValueError(f"`alpha`, the weight of the teacher, must be in [0, 1], but is {self.alpha}.")
         if not 0 < self.temperature < math.inf:
             raise ValueError(f"`temperature` must be positive and finite, but is {self.temperature}.")
         self._check_depths()
@@ -144,7 +147,8 @@ class M2MKDConfig(TrainingArguments):
             if depths is not None and len(depths) != self.num_pairs:
                 raise ValueError(
                     f"`student_depths` {self.student_depths} makes {self.num_pairs} stages, but `{name}` {depths} "
-                    f"makes {len(depths)}; pair i takes stage i of each network."
+                    f"makes {len(depths)}. Pair i takes stage i of each network, so give each the same number of "
+                    "stages."
                 )
         if self.pairs != "all":
             wrong = not isinstance(self.pairs, list) or not self.pairs or len(set(self.pairs)) != len(self.pairs)
@@ -155,7 +159,7 @@ class M2MKDConfig(TrainingArguments):
 
     @property
     def num_pairs(self) -> int:
-        """Number of pairs that the networks are cut into."""
+        """Number of pairs that the networks are split into."""
         return len(self.student_depths) if self.student_depths is not None else 1
 
     @property

@@ -5,31 +5,38 @@
 is imported on first use: loading a published model needs none of it.
 """
 
+import sys
 from importlib import import_module
 from typing import Any
 
-from m2mkd.configuration import NACConfig, VMoEConfig
-from m2mkd.modeling import (
-    NACForImageClassification,
-    NACModel,
-    NACPreTrainedModel,
-    VMoEBackbone,
-    VMoEForImageClassification,
-    VMoEModel,
-    VMoEPreTrainedModel,
-    split_into_stages,
-)
+
+# The console script imports the models with the first command that does some work: its help needs none of them.
+if "m2mkd_cli" not in sys.modules:
+    from m2mkd.configuration import NACConfig, VMoEConfig
+    from m2mkd.modeling import (
+        NACForImageClassification,
+        NACModel,
+        NACPreTrainedModel,
+        VMoEBackbone,
+        VMoEForImageClassification,
+        VMoEModel,
+        VMoEPreTrainedModel,
+    )
 
 
 __version__ = "0.1.0"
 
 _LAZY = {
+    "AlignmentTrainer": "m2mkd.trainer.alignment_trainer",
     "M2MKDConfig": "m2mkd.trainer.m2mkd_config",
     "M2MKDTrainer": "m2mkd.trainer.m2mkd_trainer",
-    "export_hub_code": "m2mkd.trainer.hub",
+    "export_hub_code": "m2mkd.hub.code_export",
+    "split_into_stages": "m2mkd.distillation.split",
+    "meta_from_teacher": "m2mkd.distillation.meta_from_teacher",
 }
 
 __all__ = [
+    "AlignmentTrainer",
     "M2MKDConfig",
     "M2MKDTrainer",
     "NACConfig",
@@ -42,15 +49,16 @@ __all__ = [
     "VMoEModel",
     "VMoEPreTrainedModel",
     "export_hub_code",
+    "meta_from_teacher",
     "split_into_stages",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        return getattr(import_module(_LAZY[name]), name)
+    if name in __all__:
+        return getattr(import_module(_LAZY.get(name, "m2mkd.modeling")), name)
     raise AttributeError(f"module 'm2mkd' has no attribute '{name}'; its public names are {__all__}.")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_LAZY])
+    return sorted({*globals(), *__all__})

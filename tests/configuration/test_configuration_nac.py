@@ -62,7 +62,7 @@ REFUSED = [
     ),
     ({"block_model_p_in": 1.2}, "block_model_p_in", "[0, 1]"),
     ({"block_model_p_out": -0.2}, "block_model_p_out", "[0, 1]"),
-    ({"block_model_coef": 1.0, "block_model_num_clusters": 7}, "num_mediator_latents", "24 is no multiple of 7"),
+    ({"block_model_coef": 1.0, "block_model_num_clusters": 7}, "num_mediator_latents", "24 is not a multiple of 7"),
     ({"block_model_coef": 1.0, "block_model_num_clusters": 0}, "num_mediator_latents", "multiple"),
     ({"graph_prior": "scale-free"}, "graph_prior", "'barabasi_albert'"),
     ({"graph_prior_kwargs": {"m": 2}}, "graph_prior_kwargs", "`graph_prior` is None"),

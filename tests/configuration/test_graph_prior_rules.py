@@ -36,7 +36,7 @@ GOOD = [
 
 PLANTED = {"l": 4, "k": 6, "p_in": 0.9, "p_out": 0.2}
 
-# prior, arguments, latents, and what the message must hold: the field, the rule or the way out
+# prior, arguments, latents, and what the message must contain: the field, the rule or the way out
 BAD = [
     ("scale-free", {}, 24, ["`graph_prior`", "'scale-free'", "'barabasi_albert'"]),
     (None, {"m": 2}, 24, ["`graph_prior_kwargs`", "`graph_prior` is None", "empty"]),
@@ -45,7 +45,7 @@ BAD = [
     ("complete", {}, 4.0, ["`num_mediator_latents`", "whole number", "4.0"]),
     ("erdos_renyi", {"n": 24, "p": 0.1}, 24, ["`graph_prior_kwargs['n']`", "`num_mediator_latents`", "Leave it out"]),
     ("erdos_renyi", {"q": 0.1}, 24, ["`graph_prior_kwargs['q']`", "takes `p`", "Leave it out"]),
-    ("hypercube", {"d": 3}, 8, ["`graph_prior_kwargs['d']`", "takes none"]),
+    ("hypercube", {"d": 3}, 8, ["`graph_prior_kwargs['d']`", "takes no arguments"]),
     ("erdos_renyi", {}, 24, ["`graph_prior_kwargs['p']`", "missing", "from 0 to 1"]),
     ("erdos_renyi", {"p": 1.1}, 24, ["`graph_prior_kwargs['p']`", "from 0 to 1", "1.1"]),
     ("erdos_renyi", {"p": float("nan")}, 24, ["`graph_prior_kwargs['p']`", "from 0 to 1"]),
@@ -61,7 +61,7 @@ BAD = [
     ("ring_of_cliques", {"num_cliques": 1, "clique_size": 24}, 24, ["['num_cliques']`", "at least 2"]),
     ("ring_of_cliques", {"num_cliques": 24, "clique_size": 1}, 24, ["['clique_size']`", "at least 2"]),
     ("ring_of_cliques", {"num_cliques": 4, "clique_size": 5}, 24, ["['num_cliques']", "['clique_size']", "20 nodes"]),
-    ("watts_strogatz", {}, 10, ["`graph_prior_kwargs['k']`", "at least 2", "a tenth", "Set it"]),
+    ("watts_strogatz", {}, 10, ["`graph_prior_kwargs['k']`", "at least 2", "a tenth", "Set `graph_prior_kwargs"]),
     ("watts_strogatz", {"k": 1}, 24, ["`graph_prior_kwargs['k']`", "at least 2"]),
     ("watts_strogatz", {"k": 24}, 24, ["`graph_prior_kwargs['k']`", "less than"]),
     ("grid", {"dim": [4, 5]}, 24, ["`graph_prior_kwargs['dim']", "20 nodes", "is 24"]),
@@ -79,8 +79,8 @@ BAD = [
     ("barbell", {"m1": 1}, 2, ["`graph_prior_kwargs['m1']`", "at least 2"]),
     ("barbell", {"m1": 12, "m2": -1}, 24, ["`graph_prior_kwargs['m2']`", "at least 0"]),
     ("barbell", {"m1": 12, "m2": 1}, 24, ["`graph_prior_kwargs['m1']", "['m2']", "25 nodes"]),
-    ("hypercube", {}, 24, ["`num_mediator_latents`", "power of two", "Take 16 or 32"]),
-    ("hypercube", {}, 1, ["`num_mediator_latents`", "power of two", "Take 2 or 4"]),
+    ("hypercube", {}, 24, ["`num_mediator_latents`", "power of two", "Use 16 or 32"]),
+    ("hypercube", {}, 1, ["`num_mediator_latents`", "power of two", "Use 2 or 4"]),
 ]
 
 

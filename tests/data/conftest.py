@@ -37,7 +37,7 @@ def read_all() -> Callable[[ImageDataset, int], None]:
 
 @pytest.fixture
 def make_folder(tmp_path: Path) -> Callable[[dict[str, int]], Path]:
-    """Write an imagefolder with so many images of each class; all images differ."""
+    """Write an imagefolder with the given number of images per class; all images differ."""
 
     def make(counts: dict[str, int]) -> Path:
         root = tmp_path / "images"

@@ -12,7 +12,7 @@ def load(name, root, split, partial=True):
 
 
 class Shell:
-    """What a hostile pickle would hold."""
+    """An object that a hostile pickle could contain."""
 
     def __reduce__(self):
         return print, ("this ran",)
@@ -44,13 +44,13 @@ class TestLoadCifar:
     def test_missing_file(self, tmp_path):
         root = cifar(tmp_path)
         (root / "data_batch_3").unlink()
-        with pytest.raises(DataError, match=r"data_batch_3 is missing.*is expected: data_batch_1 to 5"):
+        with pytest.raises(DataError, match=r"data_batch_3 is missing.*Expected contents of .*data_batch_1 to 5"):
             load("cifar10", root, "train")
 
     def test_runs_nothing(self, tmp_path, capsys):
         root = cifar(tmp_path)
         (root / "test_batch").write_bytes(pickle.dumps({b"data": Shell(), b"labels": []}))
-        with pytest.raises(DataError, match=r"wants to load builtins.print, which no CIFAR file needs"):
+        with pytest.raises(DataError, match=r"tries to load builtins.print, which a CIFAR file never needs"):
             load("cifar10", root, "test")
         assert capsys.readouterr().out == ""
 
@@ -58,7 +58,7 @@ class TestLoadCifar:
     def test_damaged(self, tmp_path, content):
         root = cifar(tmp_path)
         (root / "test_batch").write_bytes(content)
-        with pytest.raises(DataError, match="test_batch is no Python file of CIFAR"):
+        with pytest.raises(DataError, match="test_batch is not a Python file of CIFAR"):
             load("cifar10", root, "test")
 
     @pytest.mark.parametrize(("shape", "labels"), [((4, 3072), 3), ((4, 100), 4)])
@@ -66,7 +66,7 @@ class TestLoadCifar:
         root = cifar(tmp_path)
         content = {b"data": np.zeros(shape, dtype=np.uint8), b"labels": [0] * labels}
         (root / "test_batch").write_bytes(pickle.dumps(content, protocol=2))
-        with pytest.raises(DataError, match="rows of 3072 bytes with a label each"):
+        with pytest.raises(DataError, match="row of 3072 bytes with one label"):
             load("cifar10", root, "test")
 
     @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))

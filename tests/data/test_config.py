@@ -40,7 +40,7 @@ class TestDataConfig:
             DataConfig(**{"source": "mnist5k", **wrong})
 
     def test_options_that_the_source_would_ignore(self):
-        with pytest.raises(ValidationError, match="holdout=0.2 is for imagefolder"):
+        with pytest.raises(ValidationError, match="holdout=0.2 is only for imagefolder"):
             DataConfig(source="mnist5k", holdout=0.2)
         with pytest.raises(ValidationError, match="config_name='full'"):
             DataConfig(source="uci_digits", config_name="full")
@@ -48,9 +48,11 @@ class TestDataConfig:
             DataConfig(source="imagefolder:")
         with pytest.raises(ValidationError, match="has no path: write cifar10:PATH"):
             DataConfig(source="cifar10:")
-        with pytest.raises(ValidationError, match="before a colon stands imagefolder or one of imagenet-1k, "):
+        with pytest.raises(
+            ValidationError, match="unknown name before the colon: use imagefolder or one of imagenet-1k, "
+        ):
             DataConfig(source="tinyimagenet:x")
-        with pytest.raises(ValidationError, match="partial is for local copies"):
+        with pytest.raises(ValidationError, match="partial is only for local copies"):
             DataConfig(source="cifar10", partial=True)
 
     def test_frozen(self):

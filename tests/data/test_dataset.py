@@ -17,7 +17,7 @@ CONFIG = DataConfig(source="x", image_size=16, augmentation="affine")
 
 
 def everything(dataset, **options):
-    """(n, 3, side, side) of a whole pass."""
+    """Pixels of one whole pass, (n, 3, side, side)."""
     return torch.cat([batch["pixel_values"] for batch in DataLoader(dataset, batch_size=5, **options)])
 
 

@@ -68,7 +68,7 @@ class TestUciDigits:
             assert abs(ours.mean() - theirs.mean()) < 0.2 and ours.std() < 0.4
 
     def test_labels_fit_the_images(self):
-        """Neighbours among the MNIST digits know most UCI digits; turned or inverted ones they would not."""
+        """A nearest-neighbor classifier on MNIST knows most UCI digits, but not if they are turned or inverted."""
         uci, mnist = load_uci_digits(), load_mnist5k()
         neighbours = KNeighborsClassifier(5).fit(pixels(mnist).reshape(5000, -1), mnist.labels)
         assert neighbours.score(pixels(uci, 500).reshape(500, -1), uci.labels[:500]) > 0.7

@@ -50,13 +50,30 @@ class TestDrawEpisodes:
         episodes = list(draw_episodes(data, None, ways=3, shots=1, episodes=9, seed=0))
         assert all(1 not in episode.classes for episode in episodes)
 
-    @pytest.mark.parametrize(("validation", "shots"), [(None, 6), (TEST, 11)])
-    def test_too_few(self, validation, shots):
-        with pytest.raises(DataError, match=f"0 of 10 classes have the images for {shots} shots.*8 ways"):
+    @pytest.mark.parametrize(("validation", "shots", "most"), [(None, 6, 5), (TEST, 11, 10)])
+    def test_too_few(self, validation, shots, most):
+        rule = f"shots is {shots}, so each class .* {shots} images to learn from and {3 * shots} others to test on"
+        with pytest.raises(
+            DataError, match=f"{rule}. 0 of 10 classes have as many, but ways is 8: set shots to {most} or fewer$"
+        ):
             list(draw_episodes(TRAIN, validation, ways=8, shots=shots, episodes=1, seed=0))
+        assert len(list(draw_episodes(TRAIN, validation, ways=8, shots=most, episodes=1, seed=0))) == 1
+
+    @pytest.mark.parametrize(
+        ("ways", "shots", "way_out"),
+        [
+            (3, 2, "2 of 4 .*: set shots to 1 or fewer or set ways to 2 or fewer$"),
+            (4, 1, "3 of 4 classes have as many, but ways is 4: set ways to 3 or fewer$"),
+            (5, 1, "ways is 5, but there are only 4 classes: set ways to 4 or fewer$"),
+            (4, 9, "0 of 4 classes have as many, but ways is 4: add images$"),
+        ],
+    )
+    def test_the_way_out_works(self, ways, shots, way_out):
+        with pytest.raises(DataError, match=way_out):
+            list(draw_episodes(labelled([8, 2, 8, 4]), None, ways=ways, shots=shots, episodes=1, seed=0))
 
     def test_sets_that_share_images(self):
-        with pytest.raises(DataError, match=r"200 images are in both sets, train\[0\] for one"):
+        with pytest.raises(DataError, match=r"200 images are in both sets, for example train\[0\]"):
             list(draw_episodes(TRAIN, labelled([20] * 10), ways=2, shots=1, episodes=1, seed=0))
 
     def test_sets_of_other_classes(self):

@@ -102,11 +102,15 @@ class TestSplits:
     def test_dictionary(self, tmp_path):
         both = datasets.DatasetDict(train=make([0, 1], ANIMALS), test=make([2], ANIMALS))
         assert saved(both, tmp_path, split="test").labels.tolist() == [2]
-        with pytest.raises(DataError, match=r"no split None: set split to one of \['test', 'train'\]"):
+        with pytest.raises(
+            DataError, match=r"no split of .*saved is chosen: set split to one of \['test', 'train'\]$"
+        ):
             load_images(DataConfig(source=str(tmp_path / "saved")))
+        with pytest.raises(DataError, match=r"saved has no split 'val': set split to one of"):
+            load_images(DataConfig(source=str(tmp_path / "saved"), split="val"))
 
     def test_single(self, tmp_path):
-        with pytest.raises(DataError, match="not split .test. of several: leave split out"):
+        with pytest.raises(DataError, match="is a single data set without a split 'test': leave split out"):
             saved(make([0, 1], ANIMALS), tmp_path, split="test")
 
     def test_load_dataset_of_a_folder(self, make_folder, monkeypatch, tmp_path):
@@ -121,6 +125,8 @@ class TestSplits:
         assert theirs.class_names == ours.class_names and theirs.labels.tolist() == ours.labels.tolist()
         assert np.array_equal(np.asarray(theirs.images[4]), np.asarray(ours.images[4]))
         assert len(load_images(DataConfig(source=str(root), split="train[:2]"))) == 2
+        with pytest.raises(DataError, match=f"no split of {root} is chosen: .*, or give 'imagefolder:{root}' if"):
+            load_images(DataConfig(source=str(root)))
         with pytest.raises(DataError, match="split='valid'.*check the id"):
             load_images(DataConfig(source=str(root), split="valid"))
 

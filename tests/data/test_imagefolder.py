@@ -41,6 +41,18 @@ class TestLoadImagefolder:
         with pytest.raises(DataError, match="class folder .*bee has no images"):
             load_imagefolder(str(make_folder({"ant": 1, "bee": 0})))
 
+    @pytest.mark.parametrize("names", [["train", "test", "ood"], ["Training", "val"]])
+    def test_a_folder_of_splits_is_refused(self, make_folder, names):
+        root = make_folder({f"{name}/{kind}": 1 for name in names for kind in ("ant", "bee")})
+        (root / "README.md").write_text("how it was made")
+        with pytest.raises(DataError, match="holds splits, not classes") as caught:
+            load_imagefolder(str(root))
+        assert all(f"imagefolder:{root / name}" in str(caught.value) for name in names)
+        assert load_imagefolder(str(root / names[0])).class_names == ["ant", "bee"]
+
+    def test_a_class_may_be_called_like_a_split(self, make_folder):
+        assert load_imagefolder(str(make_folder({"car": 1, "test": 2}))).class_names == ["car", "test"]
+
     @pytest.mark.parametrize("where", ["ant/notes.txt", "notes.txt", "stray.png"])
     def test_stray_file_is_named(self, make_folder, where):
         root = make_folder({"ant": 1})
@@ -86,5 +98,5 @@ class TestHoldout:
         train = load_images(DataConfig(**config))
         part = load_images(DataConfig(**config, samples_per_class=3))
         assert class_counts(part) == {"ant": 3, "bee": 3} and {*part.names} < {*train.names}
-        with pytest.raises(DataError, match="class 'bee' has 3 images, samples_per_class asks for 4"):
+        with pytest.raises(DataError, match="class 'bee' has 3 images, but samples_per_class asks for 4"):
             load_images(DataConfig(**config, samples_per_class=4))

@@ -18,7 +18,7 @@ def test_every_name_has_both_ways():
 
 @pytest.fixture
 def hub(monkeypatch):
-    """A Hub of one data set, `rows` by column; keeps what was asked for."""
+    """A fake Hub with one data set, `rows` by column, that records what was requested."""
     asked = []
 
     def serve(features, rows):
@@ -69,7 +69,7 @@ class TestHub:
 
     def test_another_number_of_classes(self, hub):
         hub({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])}, {"label": [0]})
-        with pytest.raises(DataError, match="has 2 classes instead of 1000: give 'imagenet-1k:PATH'"):
+        with pytest.raises(DataError, match="has 2 classes instead of 1000: use a local copy, 'imagenet-1k:PATH'"):
             load_images(DataConfig(source="imagenet-1k", split="val"))
 
     def test_no_network_names_the_local_way(self, monkeypatch):
@@ -77,7 +77,7 @@ class TestHub:
             raise ConnectionError("no network")
 
         monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-        with pytest.raises(DataError, match="no network.*or give a local copy, 'tiny-imagenet:PATH'"):
+        with pytest.raises(DataError, match="no network.*or use a local copy, 'tiny-imagenet:PATH'"):
             load_images(DataConfig(source="tiny-imagenet", split="val"))
 
     def test_split(self):

@@ -66,7 +66,7 @@ class TestMetrics:
 
     @pytest.mark.parametrize("k", [0, 13])
     def test_k_outside(self, k):
-        with pytest.raises(ValueError, match=f"k={k} with 12 ranked classes"):
+        with pytest.raises(ValueError, match=f"k={k} must be between 1 and the number of ranked classes, 12"):
             TopKAccuracy().compute(predictions=rank_classes(LOGITS, 12), references=LABELS, k=k)
 
     def test_accuracy_is_reusable(self):

@@ -16,7 +16,7 @@ def dataset(length: int, repeated: int = 3) -> ImageDataset:
 
 
 def shards(sampler: RepeatedSampler, processes: int, batch_size: int) -> list[list[list[tuple[int, int]]]]:
-    """What accelerate gives each process, batch by batch."""
+    """The batches that accelerate gives each process, in order."""
     batches = BatchSampler(sampler, batch_size, drop_last=False)
     return [list(BatchSamplerShard(batches, processes, process)) for process in range(processes)]
 
@@ -81,7 +81,7 @@ class TestResume:
 
 
 class Places(ImageDataset):
-    """Gives the indices that it is asked for in place of samples."""
+    """A data set that returns the requested indices instead of samples."""
 
     def __getitems__(self, indices):
         return indices

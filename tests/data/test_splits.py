@@ -38,5 +38,5 @@ class TestSamplePerClass:
         assert set(sample_per_class(labels, NAMES, 5, seed=1)) < set(sample_per_class(labels, NAMES, 20, seed=1))
 
     def test_too_few(self):
-        with pytest.raises(DataError, match="class 'few' has 4 images, samples_per_class asks for 5"):
+        with pytest.raises(DataError, match="class 'few' has 4 images, but samples_per_class asks for 5"):
             sample_per_class(LABELS, NAMES, 5, seed=0)

@@ -9,16 +9,16 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel, ViTConfig, ViTForImageClassification
 
 from m2mkd import VMoEForImageClassification, split_into_stages
-from m2mkd.modeling import conversion
-from m2mkd.modeling.conversion import (
+from m2mkd.conversion import official_models
+from m2mkd.conversion.official_models import (
     convert_vit,
     convert_vmoe,
     convert_vmoe_student,
     vmoe_config,
     vmoe_student_config,
 )
-from m2mkd.modeling.stages import Stage
-from m2mkd.modeling.stitched_student import StitchedStage
+from m2mkd.distillation.stage import Stage
+from m2mkd.distillation.stitched_student import StitchedStage
 
 
 FOLDER = Path(__file__).parent / "official"
@@ -64,7 +64,7 @@ NO_ARGUMENTS = ("norm_eps", "block_index", "start", "end")
 
 
 def vit_config(kwargs: dict[str, Any], norm_eps: float) -> ViTConfig:
-    return conversion.vit_config({k: v for k, v in kwargs.items() if k not in NO_ARGUMENTS}, norm_eps)
+    return official_models.vit_config({k: v for k, v in kwargs.items() if k not in NO_ARGUMENTS}, norm_eps)
 
 
 def vit(kwargs: dict[str, Any], norm_eps: float, official: dict[str, torch.Tensor]) -> ViTForImageClassification:

@@ -1,4 +1,4 @@
-"""NAC cases of the official code: those in `official/`, and those beside the repository where there are any."""
+"""NAC cases of the official code: those in `official/`, and those next to the repository if there are any."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,14 +10,14 @@ import torch
 from official_cases import FOLDER, Case
 
 from m2mkd import NACForImageClassification
-from m2mkd.modeling.conversion_nac import convert_nac, nac_config
+from m2mkd.conversion.official_nac import convert_nac, nac_config
 
 
 SHARED = Path(__file__).parents[3] / "shared" / "fixtures"
 
 
 def nac_case(name: str) -> Case:
-    """A case by name; skips the test if it is neither committed nor beside the repository."""
+    """A case by name; skips the test if the case is neither committed nor next to the repository."""
     for folder in (FOLDER / name, SHARED / name):
         if folder.is_dir():
             return Case(str(folder))
@@ -25,7 +25,7 @@ def nac_case(name: str) -> Case:
 
 
 def nac(case: Case, **overrides: Any) -> NACForImageClassification:
-    """The official network. Its signatures come from its weights, so no graph is fitted to."""
+    """The official network. Its signatures come from its weights, so no graph is fitted."""
     no_fit = {"graph_prior": None, "graph_prior_kwargs": None, "graph_prior_truncation": None}
     config = nac_config(case.config["kwargs"], **{**no_fit, **overrides})
     model = NACForImageClassification(config)
@@ -35,7 +35,7 @@ def nac(case: Case, **overrides: Any) -> NACForImageClassification:
 
 @contextmanager
 def recorded_noise(case: Case) -> Iterator[None]:
-    """Every random number is the one that the official code drew, in its order; kind and shape must be the same."""
+    """Replay the random numbers of the official code in their order; kinds and shapes must be the same."""
     inputs = case.inputs
     left = [(name, inputs[f"noise.{name}"]) for name in case.config["noise_order"]]
 

@@ -1,4 +1,4 @@
-"""What every model of transformers can do, for both of ours; what only one of them can is in the tests of its file."""
+"""Features that every model of transformers has, for both of ours; those of only one are in the tests of its file."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -1,4 +1,7 @@
-"""`torch.export` and ONNX through the exporters of transformers. No expert may be lost: a tracer sees one routing."""
+"""
+`torch.export` and ONNX, by torch itself and through the exporters of transformers. No expert may be lost: a tracer
+sees one routing.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +23,7 @@ Build = Callable[[], PreTrainedModel]
 
 
 def many_experts() -> VMoEForImageClassification:
-    """Five tokens an image and one expert a token: an image uses five of the eight experts at most."""
+    """Five tokens per image and one expert per token, so an image uses at most five of the eight experts."""
     return vmoe(num_experts=8, num_experts_per_tok=1)
 
 
@@ -36,7 +39,7 @@ def chosen_experts(model: VMoEForImageClassification, pixel_values: torch.Tensor
 
 
 def others_than(model: VMoEForImageClassification, sample: torch.Tensor) -> torch.Tensor:
-    """Images that use experts which the sample does not, in every sparse layer."""
+    """Images that use experts that the sample does not use, in every sparse layer."""
     others = images(8, seed=1)
     pairs = zip(chosen_experts(model, others), chosen_experts(model, sample), strict=True)
     assert all(theirs - its for theirs, its in pairs)
@@ -52,6 +55,13 @@ class TestTorchExport:
         for image in others_than(model, sample):
             outputs = program(pixel_values=image[None])
             torch.testing.assert_close(outputs.logits, model(image[None]).logits, atol=1e-5, rtol=1e-4)
+
+    def test_the_program_has_operators_of_torch_alone(self) -> None:
+        model = many_experts()
+        assert model.config._experts_implementation == "grouped_mm"
+        program = torch.export.export(model, (), {"pixel_values": images(1)})
+        called = [node.target for node in program.graph.nodes if isinstance(node.target, torch._ops.OpOverload)]
+        assert called and {target.namespace for target in called} == {"aten"}
 
     def test_a_training_program_keeps_the_gradient_of_the_graph(self) -> None:
         model = graph_of_latents()
@@ -75,6 +85,23 @@ class TestDynamoExporter:
             expected = model(others).logits
         for program in (exported, ExportedModel.from_pretrained(tmp_path)):
             torch.testing.assert_close(program(pixel_values=others).logits, expected, atol=1e-5, rtol=1e-4)
+
+
+class TestTorchOnnx:
+    @pytest.mark.parametrize("dynamo", [True, False])
+    def test_it_computes_what_the_model_does(self, dynamo: bool, tmp_path: Path) -> None:
+        for library in ("onnx", "onnxscript"):
+            pytest.importorskip(library)
+        onnxruntime = pytest.importorskip("onnxruntime")
+        model, sample = many_experts().eval(), images(1)
+        torch.onnx.export(model, (sample,), str(tmp_path / "model.onnx"), dynamo=dynamo)
+        session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+        (pixel_values,) = session.get_inputs()
+        for image in others_than(model, sample):
+            logits, *_ = session.run(None, {pixel_values.name: image[None].numpy()})
+            with torch.no_grad():
+                expected = model(image[None]).logits
+            torch.testing.assert_close(torch.from_numpy(logits), expected, atol=1e-4, rtol=1e-4)
 
 
 class TestOnnxExporter:

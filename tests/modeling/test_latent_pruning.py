@@ -138,18 +138,18 @@ class TestPruneLatents:
     def test_mediators_that_start_as_inputs_cannot_go(self):
         model = circuit(mediators_start_as_inputs=True, num_input_latents=9)
         assert model.prune_latents(9).config.num_mediator_latents == 9
-        with pytest.raises(ValueError, match=r"`keep` must leave all .*`mediators_start_as_inputs`"):
+        with pytest.raises(ValueError, match=r"`mediators_start_as_inputs` needs .*`keep` must keep all mediators"):
             model.prune_latents(8)
 
     def test_errors(self):
         model = circuit()
-        with pytest.raises(ValueError, match=r"`keep` must lie between 1 and .*`num_mediator_latents`, 9, but is 10"):
+        with pytest.raises(ValueError, match=r"`keep` must be between 1 and .*`num_mediator_latents`, 9, but is 10"):
             model.prune_latents(10)
         with pytest.raises(ValueError, match=r"`strategy` must be one of \['connectivity', .*, but is 'x'"):
             model.prune_latents(3, "x")
         with pytest.raises(ValueError, match=r"`pixel_values` is None"):
             model.prune_latents(3, "importance")
-        with pytest.raises(ValueError, match=r"`num_labels` of at least 2, but it is 0"):
+        with pytest.raises(ValueError, match=r"`num_labels` of at least 2, but `num_labels` is 0"):
             circuit(num_labels=0).prune_latents(3, "importance", images())
 
 

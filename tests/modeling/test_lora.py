@@ -23,7 +23,7 @@ def plain(name: str) -> PreTrainedModel:
 
 
 def adapted(name: str) -> Any:
-    """The model in its adapters, which change nothing yet."""
+    """The model with its adapters, which do not change the outputs yet."""
     return peft.get_peft_model(plain(name), peft.LoraConfig(r=2, modules_to_save=["classifier"], **TARGETS[name]))
 
 

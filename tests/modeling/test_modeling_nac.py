@@ -70,14 +70,14 @@ def pixels(count: int = 3, size: int = SIZE) -> torch.Tensor:
 
 
 def shown_graph(model: NACForImageClassification) -> torch.Tensor:
-    """Which mediators the kernel connects."""
+    """The mediators that the kernel connects."""
     signatures = model.nac.mediator_latents.signatures.detach()
     return (cosine_distance(signatures, signatures) < model.config.kernel_truncation).fill_diagonal_(False)
 
 
 @pytest.fixture
 def no_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    """From here on a fit is an error."""
+    """Make every later fit an error."""
 
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("signatures were fitted")

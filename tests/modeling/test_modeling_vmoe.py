@@ -28,8 +28,8 @@ from transformers import (
 )
 
 from m2mkd import VMoEForImageClassification, VMoEModel
-from m2mkd.modeling.losses import importance_loss, load_loss
 from m2mkd.modeling.modeling_vmoe import VMoEDropPath, VMoERouter, balance_losses, has_balance_loss
+from m2mkd.modeling.router_losses import importance_loss, load_loss
 
 
 EXPERTS = ["eager", "batched_mm", "grouped_mm"]

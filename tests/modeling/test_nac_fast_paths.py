@@ -241,7 +241,7 @@ class TestCachedAffinities:
         return model
 
     def fresh_logits(self, model: NACForImageClassification) -> torch.Tensor:
-        """Those of a model that has cached nothing."""
+        """The affinities of a model without a cache."""
         fresh = nac().to(next(model.parameters()).dtype).eval()
         fresh.load_state_dict(model.state_dict())
         with torch.no_grad():

@@ -5,8 +5,8 @@ import torch
 from official_cases import assert_close
 from official_nac_cases import nac, nac_case, recorded_noise
 
-from m2mkd.modeling.conversion_nac import convert_nac
-from m2mkd.modeling.losses import per_sample_cross_entropy
+from m2mkd.conversion.official_nac import convert_nac
+from m2mkd.distillation.losses import per_sample_cross_entropy
 
 
 EVAL_CASES = [

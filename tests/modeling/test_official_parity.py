@@ -17,11 +17,11 @@ from official_cases import (
 )
 
 from m2mkd import split_into_stages
-from m2mkd.modeling.conversion import convert_vit, convert_vmoe, vmoe_config
-from m2mkd.modeling.frozen_networks import FrozenNetworks
-from m2mkd.modeling.losses import hard_distillation_loss, per_sample_cross_entropy, soft_distillation_loss
+from m2mkd.conversion.official_models import convert_vit, convert_vmoe, vmoe_config
+from m2mkd.distillation.frozen_networks import FrozenNetworks
+from m2mkd.distillation.losses import hard_distillation_loss, per_sample_cross_entropy, soft_distillation_loss
+from m2mkd.distillation.stitched_student import StitchedStage
 from m2mkd.modeling.modeling_vmoe import VMoELayer
-from m2mkd.modeling.stitched_student import StitchedStage
 
 
 @pytest.mark.parametrize("experts", ["eager", "batched_mm", "grouped_mm"])

@@ -13,7 +13,7 @@ from testing_utils import NUM_LABELS, distillation_trainer, vit
 
 from m2mkd.data import DataConfig, ImageDataset, LabeledImages
 from m2mkd.data.streaming import StreamedImages
-from m2mkd.trainer.evaluation import predict
+from m2mkd.evaluation.predict import predict
 
 
 COUNT = 23  # does not divide by two processes times any batch size

@@ -11,7 +11,7 @@ from testing_utils import NoiseImages, distillation_trainer, snapshot
 from torch.nn.parallel import DistributedDataParallel
 
 from m2mkd import M2MKDTrainer
-from m2mkd.trainer.m2mkd_trainer import NonFiniteError
+from m2mkd.errors import NonFiniteError
 
 
 class BadOnOneProcess(M2MKDTrainer):

@@ -12,7 +12,7 @@ from distributed_data import COUNT, grey_images
 from testing_utils import vit
 
 from m2mkd.data import RepeatedSampler
-from m2mkd.trainer.evaluation import predict
+from m2mkd.evaluation.predict import predict
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -22,24 +23,68 @@ from testing_utils import (
     distillation_trainer,
     images,
     meta_model,
+    nac,
     on_meta,
+    randomized,
     snapshot,
     teacher,
     vit,
     vmoe,
     vmoe_config,
 )
-from transformers import AutoModelForImageClassification, TrainerCallback, ViTImageProcessor
+from transformers import (
+    AutoModelForImageClassification,
+    CLIPConfig,
+    CLIPForImageClassification,
+    ConvNextConfig,
+    ConvNextForImageClassification,
+    DeiTConfig,
+    DeiTForImageClassificationWithTeacher,
+    EvalPrediction,
+    SiglipConfig,
+    SiglipForImageClassification,
+    TrainerCallback,
+    TrainingArguments,
+    ViTImageProcessor,
+)
 
 from m2mkd import M2MKDTrainer, VMoEForImageClassification, split_into_stages
-from m2mkd.modeling.pair_files import load_stage, load_stitches
-from m2mkd.modeling.stages import StageError, initialize_stage
-from m2mkd.trainer.m2mkd_trainer import COMPLETE_MARKER, STATISTICS, NonFiniteError
+from m2mkd.distillation.meta_from_teacher import meta_from_teacher
+from m2mkd.distillation.pair_folder import load_stage, load_stitches
+from m2mkd.distillation.split import initialize_stage
+from m2mkd.errors import DataError, NonFiniteError, StageError
+from m2mkd.hub.assemble import assemble
+from m2mkd.trainer.statistics_trainer import STATISTICS
+from m2mkd.trainer.student_trainer import COMPLETE_MARKER
 
 
 STOCHASTIC = {"drop_path_rate": 0.4, "router_noise_std": 2.0, "hidden_dropout_prob": 0.1}
 # A constant added to all keys does not change a softmax: key biases have no gradient but round-off.
 NO_GRADIENT = "k_proj.bias"
+DEIT = {
+    "hidden_size": 12,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 2,
+    "intermediate_size": 20,
+    "image_size": 8,
+    "patch_size": 4,
+    "num_labels": 5,
+}
+
+
+def convnext() -> ConvNextForImageClassification:
+    return on_meta(lambda: ConvNextForImageClassification(ConvNextConfig()))
+
+
+def siglip() -> SiglipForImageClassification:
+    return on_meta(lambda: SiglipForImageClassification(SiglipConfig()))
+
+
+def clip() -> CLIPForImageClassification:
+    return on_meta(lambda: CLIPForImageClassification(CLIPConfig()))
+
+
+OTHERS = [convnext, siglip, clip]
 
 
 def final_weights(trainer: M2MKDTrainer) -> dict[str, torch.Tensor]:
@@ -351,6 +396,43 @@ class TestWholeStudent:
         assert not trainer.trained_pairs()[0].stitch_state_dict()
 
 
+class TestDeiT:
+    """A DeiT with two heads as teacher, of whose distillation token the student has none."""
+
+    @staticmethod
+    def networks() -> dict:
+        config = DeiTConfig(**DEIT)
+        teacher = randomized(DeiTForImageClassificationWithTeacher(config), seed=2)
+        return {"teacher": teacher, "meta": meta_from_teacher(teacher, TEACHER_DEPTHS, [1, 1, 1])}
+
+    def test_the_loss_falls_and_pairs_apart_are_pairs_together(self, tmp_path) -> None:
+        settings = {"max_steps": 30, "optim": "adamw_torch", "learning_rate": 5e-3}
+        together = vmoe()
+        trainer = distillation_trainer(tmp_path, together, **settings, **self.networks())
+        trainer.train()
+        for index in range(3):
+            losses = [log[f"pair_{index}_loss"] for log in trainer.state.log_history if "loss" in log]
+            assert sum(losses[-4:]) < 0.95 * sum(losses[:4])
+        expected, apart, ours = final_weights(trainer), vmoe(), {}
+        for index in range(3):
+            trainer = distillation_trainer(tmp_path, apart, pairs=[index], **settings, **self.networks())
+            trainer.train()
+            ours |= final_weights(trainer)
+            trainer.save_model(str(tmp_path))
+        assert_equal(ours, expected)
+        assemble(tmp_path / "student", [str(tmp_path / "pairs")])
+        assembled = AutoModelForImageClassification.from_pretrained(tmp_path / "student")
+        assert_equal(assembled.state_dict(), together.state_dict())
+
+    def test_a_nac_can_learn_from_it_too(self, tmp_path) -> None:
+        networks = self.networks()
+        networks["meta"] = meta_from_teacher(networks["teacher"], [1, 1, 1, 2], [1, 1, 1, 1])
+        settings = {"student_depths": [1] * 4, "teacher_depths": [1, 1, 1, 2], "max_steps": 1}
+        trainer = distillation_trainer(tmp_path, nac(), **settings, **networks)
+        trainer.train()
+        assert trainer.state.global_step == 1
+
+
 class TestIncubation:
     def test_a_student_of_the_meta_models_width_needs_no_stitch(self, tmp_path) -> None:
         student = vit(seed=6, num_hidden_layers=4)
@@ -407,6 +489,30 @@ class TestEvaluate:
         metrics = distillation_trainer(tmp_path, eval_dataset=NoiseImages(5), alpha=0.0, teacher=None).evaluate()
         assert "eval_pair_0_accuracy" in metrics
         assert not any("kl" in name or "agreement" in name for name in metrics)
+
+    def test_metrics_of_its_own_are_given_the_logits_of_each_pair(self, tmp_path) -> None:
+        data, seen = NoiseImages(11, seed=3), []
+
+        def compute_metrics(found: EvalPrediction) -> dict[str, float]:
+            seen.append(found)
+            return {"mine": 0.5}
+
+        own = {"eval_dataset": data, "compute_metrics": compute_metrics}
+        metrics = distillation_trainer(tmp_path, pairs=[0, 2], **own).evaluate()
+        assert metrics["eval_mine"] == 0.5 and "eval_pair_2_accuracy" in metrics
+        np.testing.assert_array_equal(seen[0].label_ids, data.labels.numpy())
+        for place, index in enumerate((0, 2)):
+            expected, _ = by_hand(tmp_path, data, index)
+            np.testing.assert_allclose(seen[0].predictions[:, place], expected.numpy(), atol=1e-4)
+
+    def test_metrics_of_its_own_are_given_the_logits_of_a_whole_student(self, tmp_path) -> None:
+        def compute_metrics(found: EvalPrediction) -> dict[str, float]:
+            return {"top": float((found.predictions.argmax(axis=-1) == found.label_ids).mean())}
+
+        whole = {"student_depths": None, "teacher_depths": None, "meta": None}
+        own = {"eval_dataset": NoiseImages(11, seed=3), "compute_metrics": compute_metrics}
+        metrics = distillation_trainer(tmp_path, **whole, **own).evaluate()
+        assert metrics["eval_top"] == pytest.approx(metrics["eval_accuracy"])
 
 
 class TestResume:
@@ -602,7 +708,7 @@ class TestRefusals:
             ({"stitch": "none"}, "`stitch` is 'none', but the student is 16 wide and the meta model 12"),
             ({"teacher": vit(num_hidden_layers=5, hidden_size=14)}, "teacher is 14 wide and the meta model 12"),
             ({"teacher": vit(num_hidden_layers=5, num_labels=3)}, "student has 5 classes and the teacher 3"),
-            ({"meta": vit(patch_size=2)}, "student has 5 tokens .* the meta model 17"),
+            ({"meta": vit(patch_size=2)}, "student has 4 patches .* the meta model 16"),
         ],
         ids=[
             "teacher",
@@ -613,12 +719,32 @@ class TestRefusals:
             "stitch",
             "width",
             "classes",
-            "tokens",
+            "patches",
         ],
     )
     def test_networks_that_do_not_fit_are_refused_before_training(self, tmp_path, overrides, message: str) -> None:
         with pytest.raises(StageError, match=message):
             distillation_trainer(tmp_path, **overrides)
+
+    @pytest.mark.parametrize("role", ["model", "teacher", "meta"])
+    @pytest.mark.parametrize("build", OTHERS, ids=lambda build: build.__name__)
+    def test_classifiers_without_stages_are_named(self, tmp_path, role: str, build) -> None:
+        other = build()
+        with pytest.raises(StageError, match=f"{type(other).__name__} cannot be cut into stages; the arch.*Dinov2"):
+            distillation_trainer(tmp_path, **{role: other})
+
+    def test_plain_training_arguments_are_refused(self, tmp_path) -> None:
+        with pytest.raises(TypeError, match="of type TrainingArguments, but this trainer needs an `M2MKDConfig`"):
+            M2MKDTrainer(vmoe(), TrainingArguments(str(tmp_path), use_cpu=True), teacher=teacher())
+
+    @pytest.mark.parametrize("lost", ["pixel_values", "labels"])
+    def test_batches_without_images_or_labels_are_refused(self, tmp_path, lost: str) -> None:
+        items = [{name: value for name, value in item.items() if name != lost} for item in list(NoiseImages(4))]
+        items = [{**item, "weight": torch.ones(1)} for item in items]
+        with pytest.raises(DataError, match=f"but not {lost}. Each item of the data set must have `pixel_values`"):
+            distillation_trainer(tmp_path, train_dataset=items).train()
+        with pytest.raises(DataError, match=f"but not {lost}"):
+            distillation_trainer(tmp_path, eval_dataset=items).evaluate()
 
 
 class TestDistributed:

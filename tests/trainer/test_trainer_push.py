@@ -14,7 +14,7 @@ from transformers import AutoModelForImageClassification, ViTImageProcessor, pip
 from typer.testing import CliRunner
 
 from m2mkd import M2MKDConfig
-from m2mkd.trainer.cli import app
+from m2mkd.cli import app
 from m2mkd.trainer.m2mkd_trainer import M2MKDTrainer
 
 
@@ -144,7 +144,7 @@ def test_an_upload_that_fails_once_is_tried_again(
 
 def test_a_push_that_fails_stops_no_training(hub: LocalHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
-    monkeypatch.setattr("m2mkd.trainer.m2mkd_trainer.logger.warning", said.append)
+    monkeypatch.setattr("m2mkd.trainer.student_trainer.logger.warning", said.append)
     trainer = end_to_end(tmp_path, hub_strategy="every_save")
     hub.fail("POST", "/commit/", 400)
     trainer.train()

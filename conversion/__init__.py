@@ -1,0 +1,1 @@
+"""Official checkpoints to Hugging Face folders, and back."""

@@ -1,0 +1,1 @@
+"""Distillation module by module: stages, stitches, pairs and their losses."""

@@ -1,0 +1,130 @@
+"""Whether networks can exchange hidden states and be compared."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import (
+    PreTrainedConfig,
+)
+
+from m2mkd.distillation.split import stage_class_of
+from m2mkd.errors import StageError
+
+
+# Of architectures that have more than the class token.
+_SPECIAL_TOKENS = {"deit": 2}
+
+
+def num_special_tokens(config: PreTrainedConfig) -> int:
+    """Tokens before those of the patches: the class token, and the distillation token of a DeiT."""
+    return _SPECIAL_TOKENS.get(config.model_type, 1)
+
+
+def num_tokens(config: PreTrainedConfig) -> int:
+    """Tokens of a hidden state of a model with this configuration: its special tokens and its patches."""
+    return num_special_tokens(config) + _num_patches(config)
+
+
+def _num_patches(config: PreTrainedConfig) -> int:
+    sizes = [
+        size if isinstance(size, list | tuple) else (size, size) for size in (config.image_size, config.patch_size)
+    ]
+    (height, width), (patch_height, patch_width) = sizes
+    return (height // patch_height) * (width // patch_width)
+
+
+def check_stitchable(
+    student: PreTrainedConfig, teacher: PreTrainedConfig | None, meta: PreTrainedConfig | None
+) -> None:
+    """
+    Check that the three networks can exchange hidden states and be compared on one label space.
+
+    Args:
+        student, teacher, meta (`PreTrainedConfig`): `None` where a network takes no part.
+
+    Raises:
+        `StageError`: teacher and meta model differ in width or special tokens, two networks differ in patches or label
+            space.
+    """
+    if teacher is not None and meta is not None and teacher.hidden_size != meta.hidden_size:
+        raise StageError(
+            f"The teacher is {teacher.hidden_size} wide and the meta model {meta.hidden_size}; their modules exchange "
+            "hidden states without a stitch, so `hidden_size` must be equal (stitches are for the student)."
+        )
+    if teacher is not None and meta is not None and num_special_tokens(teacher) != num_special_tokens(meta):
+        raise StageError(
+            f"Before the tokens of the patches the teacher (a {teacher.model_type}) has {num_special_tokens(teacher)} "
+            f"and the meta model (a {meta.model_type}) {num_special_tokens(meta)}; their modules exchange hidden "
+            "states without a stitch. Use a meta model of the teacher's architecture, e.g. one made with "
+            "`meta_from_teacher` (in a recipe, `meta.init: from_teacher`)."
+        )
+    for name, other in (("teacher", teacher), ("meta model", meta)):
+        if other is None:
+            continue
+        fits = stage_class_of(student).takes_any_tokens or _num_patches(student) == _num_patches(other)
+        if meta is not None and not fits:
+            raise StageError(
+                f"The student has {_num_patches(student)} patches (image_size {student.image_size}, patch_size "
+                f"{student.patch_size}) and the {name} {_num_patches(other)} (image_size {other.image_size}, "
+                f"patch_size {other.patch_size}); stitches change the width, not the number of patches. Give them the "
+                "same grid."
+            )
+        _check_label_space(student, other, name)
+
+
+def _check_label_space(student: PreTrainedConfig, other: PreTrainedConfig, name: str) -> None:
+    if student.num_labels != other.num_labels:
+        raise StageError(
+            f"The student has {student.num_labels} classes and the {name} {other.num_labels}; the distillation loss "
+            "compares them class by class. Use networks with one label space."
+        )
+    ours, theirs = dict(student.id2label), dict(other.id2label)
+    generic = {i: f"LABEL_{i}" for i in range(student.num_labels)}
+    if generic in (ours, theirs) or ours == theirs:
+        return
+    first = next(i for i in ours if ours[i] != theirs.get(i))
+    raise StageError(
+        f"The student's class {first} is '{ours[first]}', the {name}'s is '{theirs.get(first)}'; the label spaces "
+        "differ. Use networks trained on the same classes in the same order."
+    )
+
+
+def check_same_normalization(first: Any, second: Any, names: tuple[str, str]) -> None:
+    """
+    Check that two image processors feed their networks the same pixels: both see the very same batch.
+
+    Args:
+        first, second (image processors of transformers)
+        names (`tuple[str, str]`): What the message calls their networks.
+
+    Raises:
+        `StageError`: mean, standard deviation, rescaling or size differ.
+    """
+    for field in ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std", "size"):
+        ours, theirs = (getattr(processor, _final(field, processor), None) for processor in (first, second))
+        if isinstance(ours, list | tuple) and isinstance(theirs, list | tuple):
+            ours, theirs = list(ours), list(theirs)
+        if ours != theirs:
+            raise StageError(
+                f"The image processors of the {names[0]} and the {names[1]} differ in `{field}`: {ours} and {theirs}. "
+                "Both networks see the same batch, so set the data's `mean`, `std` and `image_size` to the teacher's."
+            )
+
+
+def _final(field: str, processor: Any) -> str:
+    """Where the size of the pixels is said that reach the network: after a resize the centre may be cut out."""
+    return "crop_size" if field == "size" and getattr(processor, "do_center_crop", None) else field
+
+
+def take_class_names(config: PreTrainedConfig, class_names: Sequence[str]) -> None:
+    """
+    Call the classes of a published network as the data do, in order, if it has as many and shares no name with them:
+    the Hub has other words for ImageNet's classes. Its accuracy tells whether the order is the same.
+
+    Args:
+        config (`PreTrainedConfig`): Changed in place.
+        class_names (`Sequence[str]`): Of the data.
+    """
+    if len(class_names) == config.num_labels and set(class_names).isdisjoint(config.id2label.values()):
+        config.id2label = dict(enumerate(class_names))
+        config.label2id = {name: index for index, name in enumerate(class_names)}

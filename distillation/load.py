@@ -1,0 +1,96 @@
+"""Loads saved classifiers."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.utils import validate_repo_id
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.image_processing_utils import BaseImageProcessor
+
+from m2mkd.errors import DataError, StageError
+
+
+def load_network(source: str | Path, **kwargs: Any) -> PreTrainedModel:
+    """
+    A trained classifier from a Hub id or folder. On the CPU its tensors stay in the file until they are used, so a
+    process that keeps one stage does not pay for the others.
+
+    Raises:
+        `StageError`: there is no such model, its file is damaged, or it lacks weights, such as those of a head.
+    """
+    try:
+        model, info = AutoModelForImageClassification.from_pretrained(source, output_loading_info=True, **kwargs)
+    except Exception as error:
+        raise StageError(_why_no_model(source, error)) from error
+    if info["missing_keys"]:
+        raise _untrained(source, info["missing_keys"])
+    return model
+
+
+def load_network_config(source: str | Path) -> PreTrainedConfig:
+    """
+    The configuration of a trained classifier, after a look at what the classifier's file holds. No weights are read;
+    of a Hub id that is not downloaded yet, the configuration tells whether it is a classifier.
+
+    Raises:
+        `StageError`: there is no such model, its file is damaged, or it lacks weights, such as those of a head.
+    """
+    try:
+        config = AutoConfig.from_pretrained(source)
+    except Exception as error:
+        raise StageError(_why_no_model(source, error)) from error
+    try:
+        folder = source if Path(source).is_dir() else snapshot_download(str(source), local_files_only=True)
+    except LocalEntryNotFoundError:
+        folder = None
+    if folder is not None and any(Path(folder).glob("*.safetensors")):
+        load_network(source, device_map="meta", local_files_only=True)
+    elif config.architectures and not any("ImageClassification" in name for name in config.architectures):
+        raise _untrained(source, ["classifier"])
+    return config
+
+
+def _untrained(source: str | Path, missing: Iterable[str]) -> StageError:
+    names = sorted(missing)
+    shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+    return StageError(
+        f"{source} is not a trained classifier: it has no weights for {shown}. They would be drawn at random each "
+        "time. Train it first: load it with `AutoModelForImageClassification.from_pretrained`, fine-tune it with the "
+        "`Trainer` of transformers, save it and its image processor with `save_pretrained`, and give that folder."
+    )
+
+
+def load_processor(source: str | Path) -> BaseImageProcessor:
+    """The image processor beside a saved network. Raises `DataError` if there is none."""
+    try:
+        return AutoImageProcessor.from_pretrained(source)
+    except Exception as error:
+        raise DataError(
+            f"{source} has no image processor that can be loaded, so its input size and normalization are unknown. "
+            f"Save the one that it was trained with in that folder, with `save_pretrained`. ({error})"
+        ) from error
+
+
+def _why_no_model(source: str | Path, error: Exception) -> str:
+    """Why there is no model to load, and the way out."""
+    folder = Path(source)
+    if (folder / "config.json").is_file():
+        return f"The model {source} cannot be loaded: {error}"
+    if folder.is_dir():
+        arms = sorted(str(path.parent) for path in folder.glob("arms/*/config.json"))
+        instead = f"one of this run's models: {', '.join(arms)}" if arms else "a folder that save_pretrained wrote"
+        return f"There is no model in the folder {source}: it has no config.json. Give {instead}."
+    try:
+        validate_repo_id(str(source))
+    except HFValidationError:
+        return f"There is no folder {source}, and it is no id on the Hub (name or user/name). Check the path."
+    return f"There is no folder {source}, and no such model can be loaded from the Hub: {error}"

@@ -1,0 +1,120 @@
+"""A stage: consecutive layers of a model, as a view on its own layers."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import ClassVar
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+
+class Stage(nn.Module):
+    """
+    Consecutive layers of a model. Its parameters are the model's own tensors, and its state dict names them as the
+    model's does: the state dicts of all stages together are the state dict of the model.
+
+    The first stage takes `pixel_values` of shape `(batch_size, num_channels, height, width)`, the others hidden states
+    of shape `(batch_size, num_tokens, hidden_size)`; the last one returns logits of shape `(batch_size, num_labels)`.
+    [`TransformerStage`], [`VMoEStage`] and [`NACStage`] are the kinds. What differs between architectures is a method
+    or an attribute of them.
+
+    Attributes:
+        config (`PreTrainedConfig`): The configuration of the whole model.
+        index (`int`): Position in the chain, from 0.
+        num_stages (`int`): Length of the chain.
+        layer_indices (`range`): The layers of the model that this stage holds.
+        takes_any_tokens (`bool`): Whether a student stage works on whatever number of tokens the meta model has.
+        keeps_stitches (`bool`): Whether the model has places for the stitches between its stages.
+        has_graph (`bool`): Whether the model's latents exchange messages along a graph.
+        is_meta_source (`bool`): Whether a meta model can be made of such a network's layers.
+        few_shot_head (`str`): How a new head is trained on its features: `"adamw"` or `"sgd"`.
+    """
+
+    takes_any_tokens: ClassVar[bool] = False
+    keeps_stitches: ClassVar[bool] = False
+    has_graph: ClassVar[bool] = False
+    is_meta_source: ClassVar[bool] = True
+    few_shot_head: ClassVar[str] = "adamw"
+
+    def __init__(self, model: PreTrainedModel, index: int, num_stages: int, layer_indices: range):
+        super().__init__()
+        self.config: PreTrainedConfig = model.config
+        self.index = index
+        self.num_stages = num_stages
+        self.layer_indices = layer_indices
+
+    def _attach(self, model: PreTrainedModel, *paths: str) -> list[nn.Module]:
+        modules = []
+        for path in paths:
+            module = model.get_submodule(path)
+            node: nn.Module = self
+            *parents, leaf = path.split(".")
+            for parent in parents:
+                if parent not in node._modules:
+                    node.add_module(parent, nn.Module())
+                node = node.get_submodule(parent)
+            node.add_module(leaf, module)
+            modules.append(module)
+        return modules
+
+    @classmethod
+    def count_layers(cls, model: PreTrainedModel) -> int:
+        """Layers of a model, which the depths of its stages add up to."""
+        raise NotImplementedError
+
+    @classmethod
+    def split(cls, model: PreTrainedModel, depths: Sequence[int]) -> "list[Stage]":
+        """All stages of a model; the depths are checked already."""
+        starts = [sum(depths[:i]) for i in range(len(depths))]
+        return [
+            cls(model, index, len(depths), range(start, start + depth))
+            for index, (start, depth) in enumerate(zip(starts, depths, strict=True))
+        ]
+
+    @classmethod
+    def leave_out_uncountable(cls, config: PreTrainedConfig) -> None:
+        """Switch off, in place, what a model cannot compute on the meta device and what has no matrix products."""
+
+    @property
+    def is_first(self) -> bool:
+        """Whether the stage takes images."""
+        return self.index == 0
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the stage returns logits."""
+        return self.index == self.num_stages - 1
+
+    @property
+    def num_layers(self) -> int:
+        """Number of layers in the stage."""
+        return len(self.layer_indices)
+
+    def distilled(self) -> "Stage":
+        """The part of the stage that distillation trains."""
+        return self
+
+    @property
+    def is_stochastic(self) -> bool:
+        """Whether a forward in training draws random numbers."""
+        return any(
+            (isinstance(module, nn.Dropout) and module.p > 0) or getattr(module, "attention_dropout", 0) > 0
+            for module in self.modules()
+        )
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether other stages read parts of this one, so that it needs weights wherever one of them is trained."""
+        return False
+
+    @contextmanager
+    def auxiliary_losses(self) -> "Iterator[Callable[[], dict[str, torch.Tensor]]]":
+        """
+        Around a forward in training: gives what returns its auxiliary losses afterwards, by name; their weighted sum
+        is `aux_loss`.
+        """
+        yield dict
+
+    def extra_repr(self) -> str:
+        return f"stage {self.index} of {self.num_stages}, layers {list(self.layer_indices)}"

@@ -1,0 +1,92 @@
+"""One student stage between its stitches."""
+
+from typing import Literal
+
+import torch
+from torch import nn
+
+from m2mkd.distillation.checks import num_special_tokens
+from m2mkd.distillation.stage import Stage
+from m2mkd.modeling.stitches import StitchLayer
+
+
+StitchType = Literal["layernorm_linear", "linear", "none"]
+
+
+class StitchedStage(nn.Module):
+    """
+    `post_i ∘ S_i ∘ pre_i`: one student stage that takes and returns hidden states of the meta model's width. The first
+    stage has no `pre`, the last one no `post` (it takes images, or returns logits).
+
+    Args:
+        stage (`Stage`): View on the student's layers.
+        stitch_size (`int`): Width of the meta model.
+        stitch (`str`): `"layernorm_linear"` (the paper's for V-MoE), `"linear"` (its for NAC), or `"none"` where
+            student and meta model have one width (the incubation of a teacher).
+        special_tokens (`int`, *optional*): Tokens of the meta model before those of the patches. `None`: as many as
+            the student's. A DeiT has two, its class and its distillation token; where the other network has one, the
+            DeiT is given a copy of the class token as the second (on digits that is better than zeros or the mean of
+            the patches if its second head reads that token), and the other network is not given the second.
+    """
+
+    def __init__(
+        self,
+        stage: Stage,
+        stitch_size: int,
+        stitch: StitchType = "layernorm_linear",
+        special_tokens: int | None = None,
+    ):
+        super().__init__()
+        self.stage = stage
+        width, normalize = stage.config.hidden_size, stitch == "layernorm_linear"
+        has_pre, has_post = stitch != "none" and not stage.is_first, stitch != "none" and not stage.is_last
+        self.pre = StitchLayer(stitch_size, width, normalize) if has_pre else nn.Identity()
+        self.post = StitchLayer(width, stitch_size, normalize) if has_post else nn.Identity()
+        own = num_special_tokens(stage.config)
+        self._special_tokens = own, own if special_tokens is None else special_tokens
+
+    @property
+    def is_stochastic(self) -> bool:
+        """Whether a forward in training draws random numbers."""
+        return self.stage.is_stochastic
+
+    def stitch_state_dict(self) -> dict[str, torch.Tensor]:
+        """Weights of the stitches alone, as `pre.*` and `post.*`."""
+        return {name: value for name, value in self.state_dict().items() if not name.startswith("stage.")}
+
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """
+        Args:
+            hidden_states (`torch.Tensor`): Images for the first stage, else of shape
+                `(batch_size, num_tokens, stitch_size)`.
+
+        Returns:
+            Hidden states of shape `(batch_size, num_tokens, stitch_size)` (logits for the last stage), and the
+            auxiliary losses of the stage by name, in training.
+        """
+        if not self.training:
+            return self._stitched(hidden_states), {}
+        with self.stage.auxiliary_losses() as losses:
+            hidden_states = self._stitched(hidden_states)
+        return hidden_states, losses()
+
+    def _stitched(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        own, theirs = self._special_tokens
+        if not self.stage.is_first:
+            hidden_states = _with_special_tokens(hidden_states, theirs, own)
+        hidden_states = self.post(self._run(self.pre(hidden_states)))
+        return hidden_states if self.stage.is_last else _with_special_tokens(hidden_states, own, theirs)
+
+    def _run(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.stage(hidden_states)
+
+
+def _with_special_tokens(hidden_states: torch.Tensor, given: int, wanted: int) -> torch.Tensor:
+    """
+    Hidden states whose first `given` tokens are not patches, with `wanted` such tokens: the last ones are left out, or
+    copies of the class token, which is the first, are added.
+    """
+    if given == wanted:
+        return hidden_states
+    copies = hidden_states[:, :1].expand(-1, max(wanted - given, 0), -1)
+    return torch.cat([hidden_states[:, : min(given, wanted)], copies, hidden_states[:, given:]], dim=1)

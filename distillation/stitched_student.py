@@ -1,0 +1,105 @@
+"""The trainable half of m2mKD: student stages between stitches. What stays frozen is in `frozen_networks.py`."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from m2mkd.distillation.nac_stages import NACStage
+from m2mkd.distillation.stage import Stage
+from m2mkd.distillation.stitched_nac import NACCodes, ReadInLatents, StitchedNACStage
+from m2mkd.distillation.stitched_stage import StitchedStage, StitchType
+
+
+class StitchedStudent(nn.Module):
+    """
+    The stitched stages that one process trains, by pair index: all that its optimizer, its checkpoints and its
+    gradient buckets hold.
+
+    Args:
+        student (`PreTrainedModel`): Whose stages these are.
+        stages (`Sequence[Stage]`): The stages to train.
+        stitch_size (`int`): Width of the meta model.
+        stitch (`str`, *optional*): See [`StitchedStage`]. `None`: the paper's for this student, `"linear"` for a NAC,
+            `"layernorm_linear"` for the others.
+        seed (`int`): Seed of the stitches' weights, and of what stands in for a NAC's latents.
+        nac_codes (`str`), read_in_latents (`str`): See [`StitchedNACStage`]; other students do not read them.
+        special_tokens (`int`, *optional*): Of the meta model, see [`StitchedStage`].
+    """
+
+    def __init__(
+        self,
+        student: PreTrainedModel,
+        stages: Sequence[Stage],
+        stitch_size: int,
+        stitch: StitchType | None = None,
+        seed: int = 0,
+        nac_codes: NACCodes = "random",
+        read_in_latents: ReadInLatents = "one",
+        special_tokens: int | None = None,
+    ):
+        super().__init__()
+        self.config = student.config
+        self.pairs = nn.ModuleDict()
+        for stage in stages:
+            with torch.random.fork_rng(devices=[]):
+                # a stream of its own: a pair's stitches start the same whether it is trained alone or with others
+                torch.manual_seed(seed * 1000 + 500 + stage.index)
+                if isinstance(stage, NACStage) and stage.num_stages > 1:
+                    own = (nac_codes, read_in_latents)
+                    pair = StitchedNACStage(stage, stitch_size, stitch or "linear", *own, special_tokens)
+                else:
+                    pair = StitchedStage(stage, stitch_size, stitch or "layernorm_linear", special_tokens)
+                self.pairs[str(stage.index)] = pair
+        # a tuple keeps the student out of this module's parameters: other stages are not trained here
+        self._student = (student,)
+
+    def forward(
+        self, hidden_states: Mapping[int, torch.Tensor], seed: int | None = None
+    ) -> dict[int, tuple[torch.Tensor, dict[str, torch.Tensor]]]:
+        """
+        Args:
+            hidden_states (`dict[int, torch.Tensor]`): Input of each pair, by index.
+            seed (`int`, *optional*): Draw each pair's random numbers (dropout, drop path, router noise) from this
+                seed and its index, so that a pair sees the same ones whether it is trained alone or with others.
+        """
+        outputs = {}
+        for name, pair in self.pairs.items():
+            index = int(name)
+            inputs = hidden_states[index]
+            with _own_random_stream(seed, index, inputs.device) if seed is not None else nullcontext():
+                outputs[index] = pair(inputs)
+        return outputs
+
+    @property
+    def is_stochastic(self) -> bool:
+        """Whether a forward in training draws random numbers."""
+        return any(pair.is_stochastic for pair in self.pairs.values())
+
+    def activation_checkpointing_enable(self, **kwargs: Any) -> None:
+        """Recompute the student's layers in the backward pass instead of keeping their activations."""
+        self._student[0].activation_checkpointing_enable(**kwargs)
+
+    def activation_checkpointing_disable(self) -> None:
+        """Keep activations again."""
+        self._student[0].activation_checkpointing_disable()
+
+    # The names before transformers 5.23; it calls the ones above where they exist.
+    def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
+        """Recompute the student's layers in the backward pass instead of keeping their activations."""
+        self._student[0].gradient_checkpointing_enable(**kwargs)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keep activations again."""
+        self._student[0].gradient_checkpointing_disable()
+
+
+@contextmanager
+def _own_random_stream(seed: int, index: int, device: torch.device) -> Iterator[None]:
+    accelerators = [] if device.type == "cpu" else [device]
+    with torch.random.fork_rng(accelerators, device_type="cuda" if device.type == "cpu" else device.type):
+        torch.manual_seed((seed * 1000 + index) % 2**63)
+        yield

@@ -1,0 +1,1 @@
+"""Tests saved models."""

@@ -1,0 +1,222 @@
+"""`m2mkd few-shot`: a new head on the frozen features of a saved model, over many small tasks."""
+
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.utils.data import DataLoader, Subset
+from transformers import PreTrainedModel
+
+from m2mkd.data.config import IMAGEFOLDER_PREFIX, DataConfig
+from m2mkd.data.dataset import ImageDataset
+from m2mkd.data.episodes import Episode, draw_episodes
+from m2mkd.data.known_sets import KNOWN_SETS
+from m2mkd.data.sources import load_images
+from m2mkd.distillation.split import stage_class
+from m2mkd.evaluation.saved_model import data_config, load_for_evaluation
+from m2mkd.screen import Screen
+
+
+LABEL_SMOOTHING = 0.1
+HEAD_STD = 0.02  # of the new head's weights
+
+
+@dataclass(frozen=True)
+class HeadTraining:
+    """How a head is trained: full batches, one a step; cosine from `learning_rate` to `min_lr` after the warm-up."""
+
+    optimizer: str
+    learning_rate: float
+    steps: int
+    warmup_steps: int
+    min_lr: float
+    weight_decay: float
+
+
+# The official settings (paper, few-shot adaptation; the code's FS phase).
+ADAMW = HeadTraining("adamw", 2e-3, 100, 20, 1e-5, 0.05)
+NAC_SGD = HeadTraining("sgd", 3e-4, 500, 0, 3e-4, 0.0)
+HEADS = {how.optimizer: how for how in (ADAMW, NAC_SGD)}
+
+
+def few_shot(
+    folder: str | Path,
+    source: str,
+    ways: int = 8,
+    shots: int = 5,
+    episodes: int = 20,
+    seed: int = 0,
+    train_split: str | None = None,
+    val_split: str | None = None,
+    partial: bool = False,
+    batch_size: int = 64,
+) -> dict[str, Any]:
+    """
+    Few-shot accuracy of a saved model: for each episode a new linear head is trained on `shots` images of `ways`
+    classes and tested on three times as many others. The model is frozen, and its features are computed once, so there
+    is no augmentation (the official code mixes images in this phase too).
+
+    Args:
+        folder (`str` or `Path`): A Hugging Face folder or a Hub id, with its image processor.
+        source (`str`): As `source` of a recipe's data set.
+        ways, shots, episodes, seed (`int`): See [`~m2mkd.data.episodes.draw_episodes`].
+        train_split, val_split (`str`, *optional*): Splits to learn from and to test on. `None`: those of a published
+            set; an image folder has one, and both parts are drawn from it.
+        partial (`bool`): Take a copy of a published set that lacks classes or images.
+        batch_size (`int`): Images at once for the features.
+
+    Returns:
+        `accuracy`, the mean over the episodes in [0, 1], `interval`, half the width of its 95 % confidence interval
+        (Student's t; `None` for one episode), `episodes` (the accuracy of each), and what was asked for.
+
+    Raises:
+        `DataError`, `StageError`: the set or the model cannot be had, or there are too few images.
+    """
+    # not to the standard output, which may be JSON for another program
+    screen = Screen(sys.stderr)
+    screen.say(f"Few-shot test of {folder} on {source}: loading")
+    model, pixels = load_for_evaluation(folder)
+    config, second = _splits(source, pixels, train_split, val_split, partial)
+    train = load_images(config)
+    validation = None if second is None else load_images(second)
+    drawn = list(draw_episodes(train, validation, ways, shots, episodes, seed))
+    model = model.to(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu").eval()
+
+    pool = train if validation is None else validation
+    learnt, tested = (
+        _features(model, ImageDataset(images, config, False), indices, batch_size, screen)
+        for images, indices in (
+            (train, [each.train for each in drawn]),
+            (pool, [each.validation for each in drawn]),
+        )
+    )
+    how = HEADS[stage_class(type(model)).few_shot_head]
+    accuracies = [
+        _accuracy(episode, learnt, tested, ways, how, seed + number)
+        for number, episode in enumerate(screen.track("episodes", drawn, len(drawn)))
+    ]
+    return {
+        "accuracy": float(np.mean(accuracies)),
+        "interval": interval_95(accuracies),
+        "ways": ways,
+        "shots": shots,
+        "seed": seed,
+        "head": asdict(how),
+        "episodes": accuracies,
+    }
+
+
+def _accuracy(
+    episode: Episode,
+    learnt: Mapping[int, torch.Tensor],
+    tested: Mapping[int, torch.Tensor],
+    ways: int,
+    how: HeadTraining,
+    seed: int,
+) -> float:
+    """Train a head on the features of an episode, and test it on the others."""
+    features, labels = _gather(learnt, episode.train), torch.from_numpy(episode.train_labels)
+    predicted = train_head(features, labels, ways, how, seed)(_gather(tested, episode.validation)).argmax(dim=-1)
+    return float((predicted.numpy() == episode.validation_labels).mean())
+
+
+def _splits(
+    source: str, pixels: dict[str, Any], train_split: str | None, val_split: str | None, partial: bool
+) -> tuple[DataConfig, DataConfig | None]:
+    """The set to learn from and the one to test on; `None`: the same."""
+    known = KNOWN_SETS.get(source.partition(":")[0])
+    own = list(known.splits) if known is not None else ["train", "test"] if source == "mnist5k" else []
+    first, last = train_split or (own[0] if own else None), val_split or (own[-1] if own else None)
+    train = data_config(source, pixels, first, partial)
+    is_one = source.startswith(IMAGEFOLDER_PREFIX) or first == last
+    return train, None if is_one else data_config(source, pixels, last, partial)
+
+
+@torch.no_grad()
+def _features(
+    model: PreTrainedModel,
+    dataset: ImageDataset,
+    indices: Sequence[np.ndarray],
+    batch_size: int,
+    screen: Screen,
+) -> dict[int, torch.Tensor]:
+    """What the model's classifier is given for each image that an episode needs, `(hidden_size,)`, by position."""
+    needed = np.unique(np.concatenate(indices)).tolist()
+    seen: list[torch.Tensor] = []
+    hook = model.classifier.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    try:
+        batches = DataLoader(Subset(dataset, needed), batch_size=batch_size)
+        for batch in screen.track(f"features of {len(needed):,} images", batches, len(batches)):
+            model(batch["pixel_values"].to(model.device))
+    finally:
+        hook.remove()
+    # a NAC without pooling reads the first of its output latents
+    rows = torch.cat([states[:, 0] if states.ndim == 3 else states for states in seen]).float().cpu()
+    return dict(zip(needed, rows, strict=True))
+
+
+def _gather(features: Mapping[int, torch.Tensor], positions: Sequence[int] | np.ndarray) -> torch.Tensor:
+    return torch.stack([features[int(position)] for position in positions])
+
+
+def train_head(
+    features: torch.Tensor, labels: torch.Tensor, ways: int, how: HeadTraining, seed: int
+) -> torch.nn.Linear:
+    """
+    Train a new linear head on frozen features.
+
+    Args:
+        features (`torch.Tensor` of shape `(n, hidden_size)`)
+        labels (`torch.Tensor` of shape `(n,)`): From 0 to `ways - 1`.
+        ways (`int`)
+        how (`HeadTraining`)
+        seed (`int`): Of the head's first weights.
+    """
+    head = torch.nn.Linear(features.shape[1], ways)
+    torch.nn.init.trunc_normal_(head.weight, std=HEAD_STD, generator=torch.Generator().manual_seed(seed))
+    torch.nn.init.zeros_(head.bias)
+    decayed = [{"params": [head.weight]}, {"params": [head.bias], "weight_decay": 0.0}]
+    optimizer = (
+        torch.optim.AdamW(decayed, lr=how.learning_rate, weight_decay=how.weight_decay)
+        if how.optimizer == "adamw"
+        else torch.optim.SGD(decayed, lr=how.learning_rate, momentum=0.9, nesterov=True, weight_decay=how.weight_decay)
+    )
+    for step in range(how.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = _learning_rate(how, step)
+        loss = F.cross_entropy(head(features), labels, label_smoothing=LABEL_SMOOTHING)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return head.requires_grad_(False)
+
+
+def _learning_rate(how: HeadTraining, step: int) -> float:
+    """Linear warm-up, then half a cosine down to `min_lr`."""
+    if step < how.warmup_steps:
+        return how.learning_rate * (step + 1) / how.warmup_steps
+    share = (step - how.warmup_steps) / max(1, how.steps - how.warmup_steps)
+    return how.min_lr + (how.learning_rate - how.min_lr) * (1 + math.cos(math.pi * share)) / 2
+
+
+def interval_95(values: Sequence[float]) -> float | None:
+    """Half the width of the 95 % confidence interval of a mean: `t * s / sqrt(n)`. `None` for a single value."""
+    freedom = len(values) - 1
+    if freedom < 1:
+        return None
+    return _student_quantile(freedom) * float(np.std(values, ddof=1)) / math.sqrt(len(values))
+
+
+def _student_quantile(freedom: int) -> float:
+    """The value that Student's t stays below with probability 0.975; it is 12.7 for one degree of freedom."""
+    scale = math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2) - 0.5 * math.log(freedom * math.pi)
+    t = np.linspace(0.0, 15.0, 300_001)
+    density = np.exp(scale - (freedom + 1) / 2 * np.log1p(t**2 / freedom))
+    below = 0.5 + np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2)]) * (t[1] - t[0])
+    return float(np.interp(0.975, below, t))

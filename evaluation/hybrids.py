@@ -1,0 +1,168 @@
+"""Whether a meta model and a teacher share a feature space: the meta model with one teacher stage in it."""
+
+import math
+import tempfile
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+from transformers import PrinterCallback, Trainer, TrainingArguments
+
+from m2mkd.distillation.frozen_networks import FrozenNetworks
+from m2mkd.distillation.stage import Stage
+from m2mkd.errors import RunError
+
+
+# Of the way from chance to the teacher's own accuracy: a hybrid below the first share is noise, below the second weak.
+NOISE, WEAK = 0.1, 0.5
+# On fewer images a teacher may be no better than chance by bad luck.
+ENOUGH_IMAGES = 100
+Hybrids = dict[str, Any]
+
+
+def hybrid_accuracies(
+    meta: Sequence[Stage],
+    teacher: Sequence[Stage],
+    indices: Sequence[int],
+    dataset: Dataset,
+    batch_size: int,
+    use_cpu: bool,
+) -> Hybrids:
+    """
+    Accuracy of the meta model with one stage of the teacher in it, `M_N ∘ … ∘ M_{i+1} ∘ T_i ∘ M_{i-1} ∘ … ∘ M_1`: the
+    network whose logits a pair is distilled from. Both networks are put into evaluation mode.
+
+    Args:
+        meta, teacher (`Sequence[Stage]`): All stages of both networks.
+        indices (`Sequence[int]`): Stages to swap in, one at a time, counted from 0.
+        dataset (`Dataset`): Gives `pixel_values` and `labels`. If it has some of the networks' classes only, the
+            others are left out, as in every evaluation.
+        batch_size (`int`): Images a device.
+        use_cpu (`bool`): Stay on the CPU.
+
+    Returns:
+        `hybrids` (accuracy in [0, 1] by index as text), `teacher` (its own accuracy), `chance` (share of the most
+        frequent class) and the number of images `n`.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        args = TrainingArguments(
+            output_dir=folder,
+            per_device_eval_batch_size=batch_size,
+            use_cpu=use_cpu,
+            dataloader_pin_memory=not use_cpu,
+            report_to="none",
+            disable_tqdm=True,
+            # no model of transformers says which columns it takes, and which of them hold labels
+            remove_unused_columns=False,
+            label_names=["labels"],
+        )
+        possible = getattr(dataset, "possible", None)
+        trainer = Trainer(_Hybrids(meta, teacher, indices, possible), args=args)
+        trainer.remove_callback(PrinterCallback)
+        found = trainer.predict(dataset)
+    accuracies = found.predictions.mean(axis=0).tolist()
+    labels = torch.as_tensor(found.label_ids)
+    return {
+        "hybrids": {str(index): accuracy for index, accuracy in zip(indices, accuracies, strict=False)},
+        "teacher": accuracies[-1],
+        "chance": labels.bincount().max().item() / len(labels),
+        "n": len(labels),
+    }
+
+
+class _Hybrids(nn.Module):
+    """Which images each hybrid, and last the teacher, gets right: `(batch_size, num_hybrids + 1)` of 0 and 1."""
+
+    def __init__(
+        self, meta: Sequence[Stage], teacher: Sequence[Stage], indices: Sequence[int], possible: np.ndarray | None
+    ):
+        super().__init__()
+        self.indices = indices
+        self.possible = None if possible is None else torch.from_numpy(possible)
+        self.frozen = FrozenNetworks(meta, {index: teacher[index] for index in indices})
+        self.teacher = nn.ModuleList(teacher).eval()
+
+    def forward(self, pixel_values: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        logits = self.frozen.teacher_logits(self.frozen.prefix(pixel_values, self.indices))
+        own = pixel_values
+        for stage in self.teacher:
+            own = stage(own)
+        right = [(self._predict(z) == labels).float() for z in [*logits.values(), own]]
+        return right[-1].mean(), torch.stack(right, dim=1)
+
+    def _predict(self, logits: torch.Tensor) -> torch.Tensor:
+        if self.possible is None:
+            return logits.argmax(dim=-1)
+        possible = self.possible.to(logits.device)
+        return possible[logits[:, possible].argmax(dim=-1)]
+
+
+def judge_hybrids(measured: Hybrids) -> tuple[list[str], list[str]]:
+    """
+    Which hybrids are too poor to be distilled from. An accuracy is known to two standard errors.
+
+    Args:
+        measured (`dict`): From [`hybrid_accuracies`].
+
+    Returns:
+        `list[str]`, `list[str]`: Indices of the hybrids that are noise (less than a tenth of the way from chance to
+        the teacher's own accuracy, measured on enough images to tell that from half the way) and of the others that
+        are weak (less than half the way). None of either if the teacher itself is no better than chance, see
+        [`check_teacher`].
+    """
+    chance, own = measured["chance"], measured["teacher"]
+    if _is_at_chance(measured):
+        return [], []
+    error = _error_of_chance(measured)
+    way = {index: (accuracy - chance) / (own - chance) for index, accuracy in measured["hybrids"].items()}
+    weak = [index for index, share in way.items() if share < WEAK]
+    noise = [index for index in weak if way[index] < NOISE and way[index] + error / (own - chance) < WEAK]
+    return noise, [index for index in weak if index not in noise]
+
+
+def check_teacher(measured: Hybrids) -> str | None:
+    """
+    Whether the teacher itself is better than chance, to two standard errors.
+
+    Args:
+        measured (`dict`): From [`hybrid_accuracies`], with the name of the images as `set`.
+
+    Returns:
+        `str`, *optional*: A warning if it is not, but there are too few images to be sure.
+
+    Raises:
+        `RunError`: it is not.
+    """
+    if not _is_at_chance(measured):
+        return None
+    found = (
+        f"the teacher is right on {100 * measured['teacher']:.1f} % of {measured['n']:,} images ({measured['set']}), "
+        f"which is no better than chance ({100 * measured['chance']:.1f} %)"
+    )
+    if measured["n"] < ENOUGH_IMAGES:
+        return f"Warning: {found}; these are too few images to be sure."
+    raise RunError(
+        f"Nothing can be learned from this teacher: {found}. Train it longer, or use another teacher. If it is a "
+        "published one, check that its classes are those of the data, in the same order."
+    )
+
+
+def _is_at_chance(measured: Hybrids) -> bool:
+    return measured["teacher"] <= measured["chance"] + _error_of_chance(measured)
+
+
+def _error_of_chance(measured: Hybrids) -> float:
+    """Two standard errors."""
+    return 2 * math.sqrt(measured["chance"] * (1 - measured["chance"]) / measured["n"])
+
+
+def hybrids_sentence(measured: Hybrids) -> str:
+    """The accuracies in words, against chance and the teacher's own."""
+    each = ", ".join(f"{index}: {100 * accuracy:.1f} %" for index, accuracy in measured["hybrids"].items())
+    return (
+        f"accuracy of the meta model with one teacher stage in it, by stage: {each} (the teacher's own "
+        f"{100 * measured['teacher']:.1f} %, chance {100 * measured['chance']:.1f} %, {measured['n']:,} images)"
+    )

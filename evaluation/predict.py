@@ -1,0 +1,97 @@
+"""Predicts whole data sets."""
+
+import tempfile
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
+
+from m2mkd.data.dataset import ImageDataset
+from m2mkd.data.metrics import Accuracy, TopKAccuracy
+from m2mkd.data.streaming import StreamedImages
+from m2mkd.distillation.losses import per_sample_cross_entropy
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """
+    What a model says about a data set of `n` images.
+
+    Attributes:
+        ranked: The classes ranked best, best first, int64 `(n, k)` with `k <= 5`; -1 where a logit is no number.
+        losses: Cross entropy of each image, float32 `(n,)`.
+        labels: int64 `(n,)`.
+        classes: How many classes could be predicted.
+    """
+
+    ranked: np.ndarray
+    losses: np.ndarray
+    labels: np.ndarray
+    classes: int
+
+    def summary(self) -> dict[str, float]:
+        """`accuracy` and `top5_accuracy` in [0, 1] (of all classes, if there are fewer than 5), `loss`, and `n`."""
+        k = self.ranked.shape[1]
+        return {
+            "accuracy": Accuracy().compute(predictions=self.ranked[:, 0], references=self.labels)["accuracy"],
+            "top5_accuracy": TopKAccuracy().compute(predictions=self.ranked, references=self.labels, k=k)[
+                f"top{k}_accuracy"
+            ],
+            "loss": float(self.losses.mean(dtype=np.float64)),
+            "n": len(self.labels),
+        }
+
+
+def predict(model: PreTrainedModel, dataset: Dataset, batch_size: int, use_cpu: bool) -> Predictions:
+    """
+    Predict a whole data set, each image counted once, in one process or several.
+
+    Where the set's own label space is a part of the model's (`LabeledImages.possible`), the logits of all other
+    classes are left out, as the official code does for ImageNet-R and Tiny-ImageNet-R.
+
+    Args:
+        model (`PreTrainedModel`): A classifier.
+        dataset (`Dataset`): Gives `pixel_values` and `labels`.
+        batch_size (`int`): Images a device.
+        use_cpu (`bool`): Stay on the CPU.
+    """
+    possible = dataset.possible if isinstance(dataset, ImageDataset | StreamedImages) else None
+    classes = model.config.num_labels if possible is None else len(possible)
+
+    def keep(outputs: torch.Tensor | tuple[torch.Tensor, ...], labels: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        # ranks and losses and not logits: of 50,000 images and 1,000 classes these would fill 200 MB
+        logits = (outputs[0] if isinstance(outputs, tuple) else outputs).float()
+        if possible is not None:
+            allowed = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
+            allowed[torch.from_numpy(possible).to(logits.device)] = True
+            logits = logits.masked_fill(~allowed, -torch.inf)
+        ranked = logits.sort(dim=-1, descending=True, stable=True).indices[:, : min(5, classes)]
+        ranked = ranked.masked_fill(logits.isnan().any(dim=-1, keepdim=True), -1)
+        return ranked, per_sample_cross_entropy(logits, labels)
+
+    with tempfile.TemporaryDirectory() as folder:
+        args = TrainingArguments(
+            output_dir=folder,
+            per_device_eval_batch_size=batch_size,
+            use_cpu=use_cpu,
+            dataloader_pin_memory=not use_cpu,
+            report_to="none",
+            disable_tqdm=True,
+        )
+        trainer = Trainer(model, args=args, preprocess_logits_for_metrics=keep)
+        trainer.remove_callback(PrinterCallback)
+        output = trainer.predict(dataset)
+    ranked, losses = output.predictions
+    return Predictions(ranked, losses, np.asarray(output.label_ids), classes)
+
+
+def evaluate_model(model: PreTrainedModel, dataset: Dataset, batch_size: int, use_cpu: bool) -> dict[str, float]:
+    """
+    Accuracy, top-5 accuracy and mean cross entropy over a whole data set; see [`predict`].
+
+    Returns:
+        `accuracy` and `top5_accuracy` in [0, 1], `loss`, and the number of images `n`.
+    """
+    return predict(model, dataset, batch_size, use_cpu).summary()

@@ -1,0 +1,1 @@
+"""Experiments: a recipe, its phases, and the report of what they found."""

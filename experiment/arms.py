@@ -1,0 +1,241 @@
+"""
+Arms: ways to a trained student. An arm is four words: where the student's weights come from, what its end-to-end phase
+learns from, on which data, and with which arguments and budget. Everything that the package does with an arm follows
+from these words; the names of the presets are known in this file only.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from m2mkd.experiment.section import Section, Training, check_training
+
+
+class Budget(Section):
+    """`flops_of`: the arm trains for as many epochs as the FLOPs of that arm (its distillation included) pay for."""
+
+    flops_of: str
+
+
+class ArmSpec(Section):
+    """
+    The four words of an arm.
+
+    Args:
+        init (`str`): Where the student's weights come from: `"random"`, or `"modules"` (the distilled pairs).
+        supervision (`str`): What the end-to-end phase learns from: `"labels"`, or `"teacher"` (ordinary distillation,
+            with the arguments of `kd.training` on top).
+        data (`str`, *optional*): Name of the training set. `None`: that of `finetune`.
+        training (`dict`): Training arguments on top of those of `finetune`.
+        budget (`Budget`, *optional*): `None`: the epochs of the training arguments.
+    """
+
+    init: Literal["random", "modules"] = "random"
+    supervision: Literal["labels", "teacher"] = "labels"
+    data: str | None = None
+    training: Training = Field(default_factory=dict)
+    budget: Budget | None = None
+
+    @classmethod
+    def _check_training(cls, training: Training) -> Training:
+        # which arguments fit depends on the supervision, which is not known yet
+        return training
+
+    @model_validator(mode="after")
+    def _training_fits(self) -> "ArmSpec":
+        check_training(self.training, self.supervision == "teacher")
+        if self.budget is not None and {"num_train_epochs", "max_steps"} & self.training.keys():
+            raise ValueError("give `budget` or the length in `training` (num_train_epochs, max_steps), not both")
+        return self
+
+
+# A name in a recipe's list of arms, or the base of one that is spelled out there.
+PRESETS = {
+    "e2e": ArmSpec(),
+    "kd": ArmSpec(supervision="teacher"),
+    "m2mkd": ArmSpec(init="modules"),
+    "m2mkd_kd": ArmSpec(init="modules", supervision="teacher"),
+}
+DEFAULT_ARMS = ("e2e", "kd", "m2mkd")
+# The arm that `m2mkd push` takes if none is named.
+PUSHED = "m2mkd"
+# Okabe and Ito's colours, told apart by colour-blind readers; arms of a recipe's own take the further ones in turn.
+_COLORS = {"e2e": "#0072B2", "kd": "#D55E00", "m2mkd": "#009E73", "m2mkd_kd": "#CC79A7"}
+_FURTHER_COLORS = ("#E69F00", "#332288", "#882255", "#999933", "#666666")
+_EQUAL_COMPUTE = "_equal_compute"
+_INIT = {
+    "random": ("It is a baseline: trained end to end", "end-to-end training"),
+    "modules": (
+        "Its modules were distilled one by one from those of a teacher (m2mKD), then it was trained end to end",
+        "distillation of all pairs, the passes through teacher and meta model included, and end-to-end training",
+    ),
+}
+_TEACHER = (
+    " towards the outputs of a teacher (ordinary distillation)",
+    " towards the teacher's outputs, the teacher's forward passes included",
+)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """
+    An arm of a run.
+
+    Args:
+        name (`str`): Its folder in `arms/`.
+        spec (`ArmSpec`): Its four words.
+        sibling (`str`, *optional*): An arm that differs in the budget only.
+    """
+
+    name: str
+    spec: ArmSpec
+    sibling: str | None = None
+
+    @property
+    def is_modular(self) -> bool:
+        """Whether it starts from distilled pairs."""
+        return self.spec.init == "modules"
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether its end-to-end phase learns from the teacher."""
+        return self.spec.supervision == "teacher"
+
+    @property
+    def budget(self) -> str | None:
+        """The arm whose FLOPs it gets."""
+        return None if self.spec.budget is None else self.spec.budget.flops_of
+
+    @property
+    def extra(self) -> tuple[str, ...]:
+        """The networks that are trained beforehand and not counted in the arm's own compute."""
+        return ("meta", "teacher") if self.is_modular else ("teacher",) if self.has_teacher else ()
+
+    @property
+    def text(self) -> str:
+        """What it is, in a sentence or two for its model card."""
+        how = _TEACHER[0] if self.has_teacher else "" if self.is_modular else ", without a teacher"
+        budget = "" if self.budget is None else f" It had as many epochs as the compute of {self.budget} allows."
+        return f"{_INIT[self.spec.init][0]}{how}.{budget}"
+
+    @property
+    def covers(self) -> str:
+        """What its training compute covers."""
+        budget = "" if self.budget is None else f"; as many epochs as {self.budget}'s FLOPs allow"
+        return f"{_INIT[self.spec.init][1]}{_TEACHER[1] if self.has_teacher else ''}{budget}"
+
+    def with_sibling(self, others: Iterable["Arm"]) -> "Arm":
+        """The arm with that of `others` as a sibling that differs in the budget only."""
+        plain = self.spec.model_copy(update={"budget": None})
+        names = [other.name for other in others if other.spec == plain and self.spec.budget is not None]
+        return replace(self, sibling=next(iter(names), None))
+
+    def described(self) -> dict[str, Any]:
+        """The words, and what follows from them for reports and cards."""
+        return {**self.words(), "text": self.text, "covers": self.covers, "extra": list(self.extra)}
+
+    def words(self) -> dict[str, Any]:
+        """The four words as plain values, for files."""
+        return self.spec.model_dump(mode="json")
+
+
+def named_specs(given: Any) -> dict[str, Any]:
+    """
+    The arms of a recipe by name: of a list of names, of a mapping from names to words, or of a list of both. A preset
+    gives the words that are not said.
+
+    Raises:
+        `ValueError`: a name that is given twice, or a name without words that is no preset.
+    """
+    items = given if isinstance(given, list) else [given]
+    specs: dict[str, Any] = {}
+    for item in items:
+        for name, words in (item if isinstance(item, dict) else {item: None}).items():
+            if name in specs:
+                raise ValueError(f"the arm {name!r} is given twice")
+            if not isinstance(name, str) or not name.replace("_", "").replace("-", "").isalnum():
+                raise ValueError(f"{name!r} cannot name an arm's folder; use letters, digits, _ and -")
+            if name not in PRESETS and not words:
+                raise ValueError(
+                    f"{name!r} is not a preset ({', '.join(PRESETS)}); say what it is, e.g. "
+                    f"{{{name}: {{init: random, supervision: teacher, data: train}}}}"
+                )
+            if isinstance(words, ArmSpec):
+                specs[name] = words
+            elif words is None or isinstance(words, dict):
+                base = PRESETS[name].model_dump(exclude_defaults=True) if name in PRESETS else {}
+                specs[name] = {**base, **(words or {})}
+            else:
+                raise ValueError(f"the arm {name!r} is {words!r}; give a mapping of init, supervision, data, training")
+    return specs
+
+
+def resolve(specs: Mapping[str, ArmSpec], equal_compute: bool = False) -> dict[str, Arm]:
+    """
+    The arms of a run, in the order of its tables.
+
+    Args:
+        specs (`Mapping[str, ArmSpec]`): The recipe's.
+        equal_compute (`bool`): Add each other arm once more with the FLOPs of the first that starts from modules.
+
+    Raises:
+        `ValueError`: a budget is that of an arm that does not exist or has a budget itself.
+    """
+    compared = next((name for name, spec in specs.items() if _is_reference(spec)), None)
+    arms: dict[str, Arm] = {}
+    for name, spec in specs.items():
+        arms[name] = Arm(name, spec)
+        if equal_compute and compared not in (None, name) and spec.budget is None:
+            budget = spec.model_copy(update={"budget": Budget(flops_of=compared)})
+            arms[f"{name}{_EQUAL_COMPUTE}"] = Arm(f"{name}{_EQUAL_COMPUTE}", budget)
+    arms = {name: arm.with_sibling(arms.values()) for name, arm in arms.items()}
+    for name, arm in arms.items():
+        if arm.budget is not None and (arm.budget not in specs or specs[arm.budget].budget is not None):
+            raise ValueError(
+                f"the budget of the arm {name!r} is `flops_of: {arm.budget}`; name another arm of the recipe that has "
+                f"no budget of its own ({', '.join(other for other in specs if specs[other].budget is None)})"
+            )
+    return arms
+
+
+def _is_reference(spec: ArmSpec) -> bool:
+    return spec.init == "modules" and spec.budget is None
+
+
+def arm_of_folder(name: str, words: Mapping[str, Any] | None) -> Arm | None:
+    """
+    An arm that lies in a run's folder and that the recipe does not name (any more).
+
+    Args:
+        name (`str`): Of its folder.
+        words (`Mapping`, *optional*): As its results noted them; `None` for results that did not yet note any.
+
+    Returns:
+        `Arm`; `None` if nothing says what it is.
+    """
+    if words is not None:
+        return Arm(name, ArmSpec.model_validate({word: words[word] for word in ArmSpec.model_fields if word in words}))
+    base = name.removesuffix(_EQUAL_COMPUTE)
+    if base not in PRESETS:
+        return None
+    return resolve({base: PRESETS[base], PUSHED: PRESETS[PUSHED]}, equal_compute=base != name).get(name)
+
+
+def reference(arms: Sequence[Arm]) -> Arm | None:
+    """The arm that the others are compared with: the first that starts from modules and has no budget of its own."""
+    return next((arm for arm in arms if _is_reference(arm.spec)), None)
+
+
+def colors(arms: Sequence[Arm]) -> dict[str, str]:
+    """The colour of each arm; one that differs from another in the budget only is a lighter one."""
+    further = [arm.name for arm in arms if arm.name not in _COLORS and arm.sibling is None]
+    own = {name: _FURTHER_COLORS[place % len(_FURTHER_COLORS)] for place, name in enumerate(further)}
+    plain = {**_COLORS, **own}
+    return {arm.name: plain[arm.name] if arm.sibling is None else _lighter(plain[arm.sibling]) for arm in arms}
+
+
+def _lighter(color: str) -> str:
+    parts = [int(color[place : place + 2], 16) for place in (1, 3, 5)]
+    return "#" + "".join(f"{round(part + 0.45 * (255 - part)):02X}" for part in parts)

@@ -1,0 +1,61 @@
+"""The artifacts of a run: when one is finished, and from which checkpoint one goes on."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+
+from m2mkd.errors import RunError
+from m2mkd.trainer.student_trainer import COMPLETE_MARKER
+
+
+TRAIN_RESULTS = "train_results.json"
+EVAL_RESULTS = "eval_results.json"
+RECIPE_FILE = "recipe.json"
+CHECKPOINT = "checkpoint-"
+
+
+def check_is_run(folder: Path) -> None:
+    """Raises `RunError` if no run has noted its recipe in a folder."""
+    if not (folder / RECIPE_FILE).is_file():
+        raise RunError(f"{folder} is no folder of a run: it has no {RECIPE_FILE}. Give the `output_dir` of a run.")
+
+
+def read_noted_recipe(run_folder: Path) -> Any:
+    """The recipe that a run has noted. Raises `RunError` if the folder is no run, or the file is damaged."""
+    check_is_run(run_folder)
+    path = run_folder / RECIPE_FILE
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise RunError(
+            f"{path} cannot be read ({error}). Delete this file and run the recipe of this run again: its finished "
+            "phases are kept, and the file is written again."
+        ) from error
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether a phase has written its folder: its results are the last file of a folder that appears at once."""
+    return (folder / TRAIN_RESULTS).is_file()
+
+
+def last_complete_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint in `folder` that was written to its end; what a killed process left behind is deleted."""
+    checkpoints = sorted(folder.glob(f"{CHECKPOINT}*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    complete = [path for path in checkpoints if (path / COMPLETE_MARKER).is_file()]
+    if PartialState().is_main_process:
+        for path in set(checkpoints) - set(complete):
+            shutil.rmtree(path)
+    PartialState().wait_for_everyone()
+    return complete[-1] if complete else None
+
+
+def keep_tracker_files(work: Path, folder: Path) -> None:
+    """Copy what trackers (`report_to`) wrote beside the checkpoints, in every session of a training, to `folder`."""
+    for path in work.glob("*"):
+        if path.is_dir() and not path.name.startswith(CHECKPOINT):
+            shutil.copytree(path, folder / path.name, dirs_exist_ok=True)
+        elif path.is_file():
+            shutil.copy(path, folder)

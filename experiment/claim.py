@@ -1,0 +1,183 @@
+"""A run's folder belongs to one recipe; what may still change in it depends on which phases are finished."""
+
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+
+from m2mkd.errors import RecipeError, RunError
+from m2mkd.experiment.arms import Arm, arm_of_folder
+from m2mkd.experiment.artifact import TRAIN_RESULTS, is_finished, read_noted_recipe
+from m2mkd.experiment.phases import Phase, phases_of
+from m2mkd.experiment.recipe import Recipe
+from m2mkd.experiment.recipe_file import parse_recipe
+from m2mkd.experiment.run_data import RunData
+from m2mkd.experiment.run_folder import RunFolder
+from m2mkd.experiment.session import Session
+from m2mkd.files import explained_write_errors, read_json, write_json
+from m2mkd.screen import Screen
+
+
+# Can change at any time: arms and seeds can be added, and phases or pairs shared out, without touching what is
+# finished.
+_FREE = ("name", "output_dir", "repeat_seeds", "equal_compute", "processes", "distill.pairs")
+# Training arguments can change in the middle of a phase: after a loss that was not finite, say.
+_TRAINING = ("training", "incubation", "finetuning")
+# Training arguments that change neither weights nor results, so that they may change at any time: how images are read
+# (but not in which order), and what is shown, logged, kept and sent where.
+_OPERATIONAL = {
+    *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers"),
+    *("dataloader_prefetch_factor", "dataloader_multiprocessing_context", "torch_empty_cache_steps", "ddp_timeout"),
+    *("logging_strategy", "logging_steps", "logging_first_step", "logging_nan_inf_filter", "log_level"),
+    *("log_level_replica", "log_on_each_node", "disable_tqdm", "report_to", "run_name", "project"),
+    *("trackio_space_id", "trackio_bucket_id", "trackio_static_space_id", "include_num_input_tokens_seen"),
+    *("skip_memory_metrics", "save_total_limit", "save_on_each_node", "enable_jit_checkpoint", "do_train", "do_eval"),
+    *("do_predict", "push_to_hub", "hub_token", "hub_private_repo", "hub_model_id", "hub_strategy", "hub_always_push"),
+    "hub_revision",
+}
+# These as well, unless the best checkpoint becomes the result.
+_CHECKPOINTS, _TAKES_BEST = {"save_strategy", "save_steps"}, "load_best_model_at_end"
+
+
+def claim_folder(recipe: Recipe) -> None:
+    """
+    Record the recipe in the run's folder. Keys that no finished phase depends on may have changed since the last
+    start, and so may training arguments that change no weights; checkpoints of a phase whose networks or data changed
+    are dropped.
+
+    Raises:
+        `RunError`: a finished phase depends on a key that changed, or the folder cannot be written.
+    """
+    folder = RunFolder(recipe.output_dir, recipe.seed)
+    path = folder.recipe
+    if PartialState().is_main_process:
+        with explained_write_errors(path):
+            folder.path.mkdir(parents=True, exist_ok=True)
+        if path.is_file():
+            _check_changes(folder, _changes(folder, recipe), recipe)
+        with explained_write_errors(path):
+            write_json(path, recipe.model_dump(mode="json"))
+    PartialState().wait_for_everyone()
+
+
+def _changes(folder: RunFolder, recipe: Recipe) -> dict[str, str]:
+    """What differs from the recipe that was recorded, in words by dotted key, without what is free."""
+    try:
+        there = parse_recipe(read_noted_recipe(folder.path), str(folder.recipe))
+    except RecipeError as error:
+        raise RunError(f"{folder.path} holds a run of a recipe that is not valid here. {error}") from error
+    # what a finished arm was made with counts, also if the last start did not ask for that arm
+    made = {arm.name: arm.words() for seed in folder.seeds() for arm in _arms_of_folder(folder, seed)}
+    theirs = {**there.model_dump(mode="json"), "arms": {**_words(there), **made}}
+    ours = {**recipe.model_dump(mode="json"), "arms": _words(recipe)}
+    changes = _differences(theirs, ours)
+    return {key: line for key, line in changes.items() if not _is_free(key, recipe)}
+
+
+def _is_free(key: str, recipe: Recipe) -> bool:
+    return key.startswith(_FREE) or _is_whole_arm(key) or _is_operational(key, recipe)
+
+
+def _is_operational(key: str, recipe: Recipe) -> bool:
+    parts = key.split(".")
+    inside = [index for index, part in enumerate(parts[:-1]) if part in _TRAINING]
+    if not inside:
+        return False
+    argument = parts[inside[0] + 1]
+    takes_best = any(training.get(_TAKES_BEST) for training in recipe.all_training())
+    return argument in _OPERATIONAL or (argument in _CHECKPOINTS and not takes_best)
+
+
+def _words(recipe: Recipe) -> dict[str, Any]:
+    return {name: arm.words() for name, arm in recipe.all_arms.items()}
+
+
+def _is_whole_arm(key: str) -> bool:
+    """An arm that was added or left out."""
+    section, _, rest = key.partition(".")
+    return section == "arms" and "." not in rest
+
+
+def _check_changes(folder: RunFolder, changes: dict[str, str], recipe: Recipe) -> None:
+    phases = {seed: phases_of(_session(recipe, seed), known_arms(folder, recipe, seed)) for seed in folder.seeds()}
+    refused, dropped = {}, []
+    for key, line in changes.items():
+        affected = [phase for own in phases.values() for phase in _affected(key, own)]
+        finished = {path for phase in affected for path in phase.artifacts if is_finished(path)}
+        names = ", ".join(sorted(str(path.relative_to(folder.path)) for path in finished))
+        if finished:
+            refused[key] = f"{key}: {line} ({names})"
+        elif affected and not set(_TRAINING) & set(key.split(".")):
+            dropped.append(key)
+    if refused:
+        raise RunError(_advice(folder.path, refused))
+    for work in list(folder.work_folders()) if dropped else []:
+        shutil.rmtree(work)
+
+
+def _advice(output_dir: Path, refused: dict[str, str]) -> str:
+    shared = next((key for key in refused if key.startswith("training.")), None)
+    one_phase = (
+        " To change a training argument of a phase that is not finished, set it for that phase only "
+        f"(--finetune.{shared} …)."
+        if shared is not None
+        else ""
+    )
+    return (
+        f"{output_dir} holds a run of another recipe: values that its finished phases depend on have changed. To keep "
+        "these phases, set the old values again. To run the recipe as it is now, choose another --output_dir, or "
+        f"delete the folders in parentheses: they are made again.{one_phase} What differs (there → here):\n  "
+        + "\n  ".join(refused.values())
+    )
+
+
+def _session(recipe: Recipe, seed: int) -> Session:
+    return Session(recipe, RunData(recipe), seed, Screen())
+
+
+def known_arms(folder: RunFolder, recipe: Recipe, seed: int) -> list[Arm]:
+    """The arms of a recipe, and those that lie in the folder of one of its seeds."""
+    return list({**{arm.name: arm for arm in _arms_of_folder(folder, seed)}, **recipe.all_arms}.values())
+
+
+def _arms_of_folder(folder: RunFolder, seed: int) -> list[Arm]:
+    arms = []
+    for name in folder.arm_names(seed):
+        results = folder.arm(name, seed) / TRAIN_RESULTS
+        words = read_json(results).get("arm") if results.is_file() else None
+        arms.append(arm_of_folder(name, words))
+    return [arm for arm in arms if arm is not None]
+
+
+def _affected(key: str, phases: dict[str, Phase]) -> Iterable[Phase]:
+    """The phases that depend on a key of the recipe, and those that read them."""
+    names = {name for name, phase in phases.items() if _depends(phase, key)}
+    while True:
+        readers = {name for name, phase in phases.items() if names & set(phase.reads)} - names
+        if not readers:
+            return [phases[name] for name in phases if name in names]
+        names |= readers
+
+
+def _depends(phase: Phase, key: str) -> bool:
+    section, _, rest = key.partition(".")
+    if section == "data":
+        return rest.partition(".")[0] in phase.data
+    if section in ("meta", "teacher", "student", "distill", "finetune", "kd", "evaluation", "arms"):
+        return any(_is_inside(key, own) or _is_inside(own, key) for own in phase.sections)
+    return True
+
+
+def _is_inside(key: str, section: str) -> bool:
+    return key == section or key.startswith(f"{section}.")
+
+
+def _differences(theirs: Any, ours: Any, key: str = "") -> dict[str, str]:
+    if isinstance(theirs, dict) and isinstance(ours, dict):
+        changes: dict[str, str] = {}
+        for name in dict.fromkeys([*theirs, *ours]):
+            changes |= _differences(theirs.get(name), ours.get(name), f"{key}.{name}" if key else name)
+        return changes
+    return {} if theirs == ours else {key: f"{theirs} → {ours}"}

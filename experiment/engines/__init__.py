@@ -1,0 +1,1 @@
+"""Engines: what does the phases of a run, where."""

@@ -1,0 +1,42 @@
+"""The machine that a run is made on: how many phases at once, with how many threads."""
+
+import os
+
+import torch
+from accelerate import PartialState
+
+from m2mkd.errors import RunError
+from m2mkd.experiment.recipe import Recipe
+
+
+def num_processes(recipe: Recipe) -> int:
+    """How many phases run at once. Raises `RunError` if several processes share each phase already."""
+    alone = PartialState().num_processes == 1
+    if recipe.processes is not None:
+        if recipe.processes > 1 and not alone:
+            raise RunError(
+                f"`processes` is {recipe.processes}, but {PartialState().num_processes} processes already share each "
+                "phase. Leave `processes` out, or start one process."
+            )
+        return recipe.processes
+    if not alone or torch.accelerator.is_available():
+        return 1
+    # small networks gain nothing from a second thread, and all from a second process
+    return min(torch.get_num_threads(), len(recipe.arms) * (1 + len(recipe.repeat_seeds)))
+
+
+def use_all_cores() -> None:
+    """`accelerate launch` gives a process one thread unless told otherwise; alone on a CPU it may have them all."""
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1"
+    if launched and PartialState().num_processes == 1 and not torch.accelerator.is_available():
+        torch.set_num_threads(
+            len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        )
+
+
+def device_in_words(recipe: Recipe) -> str:
+    """What the run was made on."""
+    processes = num_processes(recipe)
+    aside = f", up to {processes} phases side by side" if processes > 1 else ""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    return f"{device}{aside}"

@@ -1,0 +1,63 @@
+"""The phases of a run. A new kind of phase is a class here and a line in `phases_of`."""
+
+from collections.abc import Iterable, Mapping
+
+from m2mkd.experiment.arms import Arm
+from m2mkd.experiment.phases.arm import ArmPhase
+from m2mkd.experiment.phases.meta import AlignedMetaPhase, MetaPhase
+from m2mkd.experiment.phases.pairs import PairsPhase
+from m2mkd.experiment.phases.phase import Phase
+from m2mkd.experiment.phases.teacher import IncubatedTeacherPhase, PublishedTeacherPhase, TrainedTeacherPhase
+from m2mkd.experiment.session import Session
+
+
+def phases_of(session: Session, arms: Iterable[Arm] | None = None) -> dict[str, Phase]:
+    """
+    The phases that the arms of a recipe need, by name, each after those that it reads.
+
+    Args:
+        session (`Session`): Phases that the further seeds share are those of the first.
+        arms (`Iterable[Arm]`, *optional*): `None`: the recipe's.
+    """
+    recipe = session.recipe
+    is_aligned, is_published = recipe.meta.init == "from_teacher", recipe.teacher.pretrained is not None
+    teacher = PublishedTeacherPhase if is_published else TrainedTeacherPhase if is_aligned else IncubatedTeacherPhase
+    beforehand: list[Phase] = [AlignedMetaPhase(session) if is_aligned else MetaPhase(session), teacher(session)]
+    known = {phase.name: phase for phase in [*beforehand, PairsPhase(session)]}
+    known |= {phase.name: phase for phase in (ArmPhase(session, arm) for arm in arms or recipe.all_arms.values())}
+    needed: set[str] = set()
+    for name in known:
+        if name.startswith("arms/"):
+            _need(name, known, needed)
+    ordered: dict[str, Phase] = {}
+    for name in known:
+        if name in needed:
+            _order(name, known, ordered)
+    return ordered
+
+
+def _need(name: str, known: Mapping[str, Phase], needed: set[str]) -> None:
+    if name in known:
+        needed.add(name)
+        for other in known[name].reads:
+            _need(other, known, needed)
+
+
+def _order(name: str, known: Mapping[str, Phase], ordered: dict[str, Phase]) -> None:
+    if name in known and name not in ordered:
+        for other in known[name].reads:
+            _order(other, known, ordered)
+        ordered[name] = known[name]
+
+
+__all__ = [
+    "AlignedMetaPhase",
+    "ArmPhase",
+    "IncubatedTeacherPhase",
+    "MetaPhase",
+    "PairsPhase",
+    "Phase",
+    "PublishedTeacherPhase",
+    "TrainedTeacherPhase",
+    "phases_of",
+]

@@ -1,0 +1,163 @@
+"""[FT / E2E / KD] The end-to-end phase of an arm."""
+
+import math
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from transformers import PreTrainedModel
+
+from m2mkd.distillation.pair_folder import load_stage, with_stitches
+from m2mkd.distillation.split import split_into_stages
+from m2mkd.experiment.arms import Arm
+from m2mkd.experiment.artifact import TRAIN_RESULTS
+from m2mkd.experiment.flops import training_flops_per_image
+from m2mkd.experiment.phases.phase import Phase
+from m2mkd.experiment.run_folder import work_folder
+from m2mkd.experiment.section import Training
+from m2mkd.experiment.session import NO_TEACHER, Results, Session
+from m2mkd.files import read_json, write_folder, write_json
+from m2mkd.trainer.m2mkd_config import M2MKDConfig
+
+
+if TYPE_CHECKING:
+    from m2mkd.experiment.plan.costs import Costs, PhaseCost
+
+
+class ArmPhase(Phase):
+    """
+    A student from its first weights to its results.
+
+    Args:
+        session (`Session`)
+        arm (`Arm`)
+    """
+
+    def __init__(self, session: Session, arm: Arm):
+        super().__init__(session)
+        self.arm, self.name = arm, f"arms/{arm.name}"
+        self.spent = None if arm.budget is None else session.recipe.all_arms[arm.budget]
+        modular = arm.is_modular or (self.spent is not None and self.spent.is_modular)
+        sources = [("pairs", modular), ("teacher", arm.has_teacher), (f"arms/{arm.sibling}", arm.sibling is not None)]
+        self.reads = tuple(name for name, is_read in sources if is_read)
+        teacher = ("kd",) if arm.has_teacher else ()
+        self.sections = ("student", "finetune", "evaluation", f"arms.{arm.name}", *teacher)
+        # the longest first; one that reads pairs comes last anyway
+        self.rank = 2 * (arm.budget is None) + (not arm.has_teacher)
+
+    @property
+    def artifacts(self) -> list[Path]:
+        """`arms/<name>`."""
+        return [self.session.folder.arm(self.arm.name, self.session.seed)]
+
+    @property
+    def data(self) -> tuple[str, ...]:
+        """The training set and the test sets."""
+        return (self.recipe.data_of(self.arm), *self.tested_on())
+
+    def training_arguments(self) -> dict[str, Training]:
+        """Those of the arm, under the key that says most about it."""
+        is_taught = self.arm.has_teacher and self.recipe.kd.training
+        key = f"arms.{self.arm.name}" if self.arm.spec.training else "kd" if is_taught else "finetune"
+        return {f"{key}.training": self.training()}
+
+    def training(self) -> Training:
+        """The recipe's arguments: those of `finetune`, of `kd` under a teacher, and the arm's own."""
+        taught = self.recipe.kd.training if self.arm.has_teacher else {}
+        return {**self.recipe.finetune.training, **taught, **self.arm.spec.training}
+
+    def run(self) -> None:
+        """Train it, or take over its sibling's model where that has spent the budget."""
+        session, data = self.session, self.recipe.data_of(self.arm)
+        (folder,) = self.artifacts
+        teacher = None
+        if self.arm.has_teacher:
+            teacher = session.load_teacher()
+            session.check_processors(session.teacher_source(), data)
+        training = self.training()
+        if self.spent is not None:
+            training = {**training, "num_train_epochs": self._epochs_of_budget(), "max_steps": -1}
+            if self.arm.sibling is not None and training["num_train_epochs"] <= self._sibling_results()["epochs"]:
+                self._copy_sibling(folder)
+                return
+        model, extra = self.student()
+        if extra.get("reinitialized"):
+            session.say(
+                f"arm {self.arm.name}: {extra['reinitialized']} do not fit the data {data!r} and are re-initialized"
+            )
+        own = {} if self.arm.has_teacher else NO_TEACHER
+        results = session.train(folder, f"arm {self.arm.name}", data, model, training, own, teacher=teacher)
+        session.save_model(folder, model, data, {**results, **extra, "arm": self.arm.words()})
+
+    def student(self) -> tuple[PreTrainedModel, Results]:
+        """The student as the end-to-end phase starts with it, and what its results say of that."""
+        session, spec = self.session, self.recipe.finetune
+        model = session.new_network(
+            self.recipe.student.model, self.recipe.data_of(self.arm), session.depths, session.seed
+        )
+        if not self.arm.is_modular:
+            return model, {}
+        folders, misfits = [session.folder.pair(index, session.seed) for index in range(len(session.depths))], []
+        for stage, folder in zip(split_into_stages(model, session.depths), folders, strict=True):
+            misfits += load_stage(stage, folder, reinitialize=("classifier", "position_embeddings"))
+        if spec.keep_stitches:
+            model = with_stitches(model, folders)
+        return model, {"reinitialized": misfits, "keep_stitches": spec.keep_stitches}
+
+    def flops(self) -> float:
+        """
+        What the arm takes, its distillation included. Its end-to-end phase is counted and not read, so that no arm
+        with this budget has to wait for it.
+        """
+        session, total = self.session, self._flops_of_an_epoch() * self._arguments().num_train_epochs
+        for index in range(len(session.depths)) if self.arm.is_modular else ():
+            total += read_json(session.folder.pair(index, session.seed) / TRAIN_RESULTS)["train_flops"]
+        return total
+
+    def _arguments(self) -> M2MKDConfig:
+        (folder,) = self.artifacts
+        own = {} if self.arm.has_teacher else NO_TEACHER
+        return self.session.arguments(work_folder(folder), self.training(), own)
+
+    def _flops_of_an_epoch(self) -> float:
+        session, data = self.session, self.recipe.data_of(self.arm)
+        model, _ = self.student()
+        teacher = session.load_teacher() if self.arm.has_teacher else None
+        trainer = session.trainer(self._arguments(), data, model, teacher)
+        networks = [network for network in (model, teacher) if network is not None]
+        return training_flops_per_image(trainer, networks) * len(trainer.train_dataset)
+
+    def _epochs_of_budget(self) -> int:
+        """Rounded up: it never gets less than its budget."""
+        budget = ArmPhase(self.session, self.spent).flops()
+        if self.arm.sibling is not None:
+            plain = self._sibling_results()
+            return math.ceil(budget * plain["epochs"] / plain["train_flops"])
+        return math.ceil(budget / self._flops_of_an_epoch())
+
+    def _sibling_folder(self) -> Path:
+        return self.session.folder.arm(self.arm.sibling, self.session.seed)
+
+    def _sibling_results(self) -> Results:
+        return read_json(self._sibling_folder() / TRAIN_RESULTS)
+
+    def _copy_sibling(self, folder: Path) -> None:
+        source, name = self._sibling_folder(), self.arm.sibling
+
+        def write(temporary: Path) -> None:
+            shutil.copytree(source, temporary, dirs_exist_ok=True)
+            own = {"same_as": name, "arm": self.arm.words()}
+            write_json(temporary / TRAIN_RESULTS, {**self._sibling_results(), **own})
+
+        write_folder(folder, write)
+        self.session.say(
+            f"{folder.name}: {name} takes the FLOPs of {self.arm.budget} or more, so its result counts for both"
+        )
+
+    def cost(self, costs: "Costs") -> list["PhaseCost"]:
+        """Steps of the whole student, and of the teacher that it learns from."""
+        data = self.recipe.data_of(self.arm)
+        step = costs.whole(costs.network(self.recipe.student.model, data), data)
+        if self.arm.has_teacher:
+            step += costs.frozen(costs.teacher, data)
+        return [costs.phase(f"arm {self.arm.name}", data, self.training(), step)]

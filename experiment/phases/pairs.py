@@ -1,0 +1,135 @@
+"""[m2mKD] The distilled pairs."""
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from accelerate import PartialState
+
+from m2mkd.data.processing import build_image_processor
+from m2mkd.distillation.load import load_network
+from m2mkd.distillation.pair_folder import save_pair
+from m2mkd.experiment.artifact import TRAIN_RESULTS, is_finished, keep_tracker_files
+from m2mkd.experiment.flops import count_parameters
+from m2mkd.experiment.hybrids import check_hybrids
+from m2mkd.experiment.phases.phase import Phase
+from m2mkd.experiment.run_folder import work_folder
+from m2mkd.experiment.section import Training
+from m2mkd.experiment.session import Results
+from m2mkd.files import write_folder, write_json
+from m2mkd.trainer.m2mkd_trainer import M2MKDTrainer
+
+
+if TYPE_CHECKING:
+    from m2mkd.experiment.plan.costs import Costs, PhaseCost
+
+
+class PairsPhase(Phase):
+    """Those of the pairs that this run is asked to distil, in one process, with one pass through the meta model."""
+
+    name = "pairs"
+    reads = ("meta", "teacher")
+    sections = ("student", "distill", "teacher.depths", "meta.depths")
+
+    @property
+    def asked(self) -> list[int]:
+        """The pairs that are to be distilled here."""
+        pairs = self.recipe.distill.pairs
+        return list(range(len(self.session.depths))) if pairs == "all" else pairs
+
+    @property
+    def artifacts(self) -> list[Path]:
+        """`pairs/<i>` of all pairs, those that other processes distil included."""
+        return [self._folder(index) for index in range(len(self.session.depths))]
+
+    @property
+    def data(self) -> tuple[str, ...]:
+        """The training set."""
+        return (self.recipe.distill.data,)
+
+    def training_arguments(self) -> dict[str, Training]:
+        """Those of `distill`."""
+        return {"distill.training": self.recipe.distill.training}
+
+    def _folder(self, index: int) -> Path:
+        return self.session.folder.pair(index, self.session.seed)
+
+    def _unfinished(self) -> list[int]:
+        return [index for index in range(len(self.session.depths)) if not is_finished(self._folder(index))]
+
+    def is_finished(self) -> bool:
+        """Whether those asked for are there."""
+        return not set(self.asked) & set(self._unfinished())
+
+    def missing(self) -> list[int]:
+        """The pairs that are not distilled yet, and not asked for."""
+        return [index for index in self._unfinished() if index not in self.asked]
+
+    def run(self) -> None:
+        """Distil those asked for that are missing."""
+        session, spec = self.session, self.recipe.distill
+        unfinished = self._unfinished()
+        indices = [index for index in self.asked if index in unfinished]
+        teacher, meta = session.load_teacher(), load_network(session.folder.meta)
+        session.check_processors(session.teacher_source(), spec.data)
+        session.check_processors(session.folder.meta, spec.data)
+        work = session.folder.pairs(session.seed) / f"work-{'-'.join(map(str, indices))}"
+        hybrids = None
+        if session.arguments(work, spec.training, {}).alpha > 0:
+            # copies, so that this process keeps no more of either network than its pairs need
+            hybrids = check_hybrids(session, session.load_teacher(), load_network(session.folder.meta), indices)
+        # stages of other processes stay on the meta device
+        student = session.new_network(self.recipe.student.model, spec.data, session.depths, session.seed, indices)
+        cut = {
+            "student_depths": session.depths,
+            "teacher_depths": self.recipe.teacher.depths,
+            "meta_depths": session.meta_depths,
+            "pairs": indices,
+        }
+        trained: list[M2MKDTrainer] = []
+        results = session.train(
+            work,
+            f"distilling pairs {', '.join(map(str, indices))}",
+            spec.data,
+            student,
+            spec.training,
+            cut,
+            teacher=teacher,
+            meta=meta,
+            on_trained=trained.append,
+        )
+        self._write(work, trained[0], {**results, "hybrids": hybrids}, meta.config.hidden_size)
+        session.remove_work(work)
+        if not self._unfinished() and PartialState().is_main_process:
+            # of a run that was killed between two pairs
+            for leftover in session.folder.pairs(session.seed).glob(".work-*.work"):
+                shutil.rmtree(leftover)
+
+    def _write(self, work: Path, trainer: M2MKDTrainer, results: Results, stitch_size: int) -> None:
+        pairs = trainer.trained_pairs()
+        # pairs trained together share time and compute; the history is kept by each for its own curve
+        share = {name: results[name] / len(pairs) for name in ("train_seconds", "train_flops")}
+        processor = build_image_processor(self.session.data.config(self.recipe.distill.data))
+        for index, pair in pairs.items():
+
+            def write(temporary: Path, pair: Any = pair) -> None:
+                save_pair(pair, temporary, stitch_size, **trainer.network_hashes)
+                processor.save_pretrained(temporary)
+                write_json(temporary / TRAIN_RESULTS, {**results, **share, "parameters": count_parameters(pair)})
+                keep_tracker_files(work_folder(work), temporary)
+
+            write_folder(self._folder(index), write)
+
+    def cost(self, costs: "Costs") -> list["PhaseCost"]:
+        """`pair <i>`: each alone in a process of its own; `pairs`: all together."""
+        spec = self.recipe.distill
+        student = costs.network(self.recipe.student.model, spec.data)
+        names = ("stitch", "nac_codes", "read_in_latents")
+        options = {name: spec.training[name] for name in names if name in spec.training}
+        teacher = costs.teacher if spec.training.get("alpha", 1) > 0 else None
+        steps = costs.pairs(student, self.session.depths, spec.data, teacher, **options)
+        alone = [
+            costs.phase(f"pair {index}", spec.data, spec.training, costs.together(steps, spec.data, [index]))
+            for index in range(len(steps))
+        ]
+        return [*alone, costs.phase("pairs", spec.data, spec.training, costs.together(steps, spec.data))]

@@ -1,0 +1,81 @@
+"""What a phase of a run is."""
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from m2mkd.experiment.artifact import is_finished
+from m2mkd.experiment.section import Training
+from m2mkd.experiment.session import Session
+
+
+if TYPE_CHECKING:
+    from m2mkd.experiment.plan.costs import Costs, PhaseCost
+
+
+class Phase(ABC):
+    """
+    One step of a run: it reads artifacts of other phases and makes its own.
+
+    Args:
+        session (`Session`)
+
+    Attributes:
+        name (`str`): Unique within a seed: `"meta"`, `"teacher"`, `"pairs"`, `"arms/<name>"`.
+        reads (`tuple[str, ...]`): Names of the phases whose artifacts it reads.
+        sections (`tuple[str, ...]`): Keys of the recipe that its artifact depends on, beside those of what it reads;
+            the keys of the data sets that they name are not repeated.
+        is_shared (`bool`): Whether the further seeds take the artifact of the first.
+        rank (`int`): Of phases that could start at once, that of the lowest rank starts first.
+    """
+
+    name: str
+    reads: tuple[str, ...] = ()
+    sections: tuple[str, ...] = ()
+    is_shared: ClassVar[bool] = False
+    rank: int = 0
+
+    def __init__(self, session: Session):
+        self.session = session
+        self.recipe = session.recipe
+
+    @property
+    def title(self) -> str:
+        """The phase in messages; different for each seed, unless they share it."""
+        seed = self.recipe.seed if self.is_shared else self.session.seed
+        return f"[seed {seed}] {self.name.replace('arms/', 'arm ')}"
+
+    @property
+    def data(self) -> tuple[str, ...]:
+        """Names of the data sets that its artifact depends on, beside those of what it reads."""
+        return ()
+
+    @property
+    @abstractmethod
+    def artifacts(self) -> list[Path]:
+        """The folders that it makes."""
+
+    def training_arguments(self) -> dict[str, Training]:
+        """The recipe's arguments of its trainings, by their key in the recipe."""
+        return {}
+
+    def is_finished(self) -> bool:
+        """Whether all its artifacts are there."""
+        return all(is_finished(folder) for folder in self.artifacts)
+
+    def missing(self) -> list[int]:
+        """Parts that other processes have to make before a phase that reads this one can start."""
+        return []
+
+    @abstractmethod
+    def run(self) -> None:
+        """Make the artifacts. What it reads is finished."""
+
+    @abstractmethod
+    def cost(self, costs: "Costs") -> list["PhaseCost"]:
+        """What running it takes, part by part, counted on the meta device."""
+
+    def tested_on(self) -> tuple[str, ...]:
+        """Names of the recipe's test sets."""
+        evaluation = self.recipe.evaluation
+        return tuple(name for name in (evaluation.iid, evaluation.ood) if name is not None)

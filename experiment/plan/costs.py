@@ -1,0 +1,228 @@
+"""Counts the steps of a recipe's phases on the meta device: no data, no GPU, no training."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from functools import cache, partial
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from m2mkd.data.known_sets import KNOWN_SETS
+from m2mkd.distillation.checks import num_special_tokens
+from m2mkd.distillation.split import count_layers, split_into_stages
+from m2mkd.distillation.stage import Stage
+from m2mkd.errors import DataError
+from m2mkd.experiment.flops import count_parameters
+from m2mkd.experiment.plan.step_cost import (
+    COUNTED_IMAGES,
+    StageCounter,
+    StepCost,
+    stitched_pairs,
+    trained_cost,
+)
+from m2mkd.experiment.recipe import NetworkSpec, Recipe
+from m2mkd.experiment.recipe_networks import RecipeNetworks, class_names_without_images
+from m2mkd.experiment.run_data import RunData, describe_set
+from m2mkd.experiment.section import Training
+from m2mkd.trainer.m2mkd_config import M2MKDConfig
+
+
+# float32 weights, gradients and the two moments of AdamW
+BYTES_A_TRAINED_PARAMETER = 16
+_DEFAULTS = {field.name: field.default for field in fields(M2MKDConfig)}
+
+
+@dataclass(frozen=True)
+class PhaseCost:
+    """
+    One phase, or a part of one.
+
+    Args:
+        name (`str`)
+        parameters (`int`): Trained ones, stitches included.
+        frozen (`int`): Parameters of what the images pass through untrained.
+        images (`int`): In an epoch.
+        epochs (`float`)
+        batch (`int`): Images of a step, over all GPUs and accumulation steps.
+        flops_per_image (`float`): Forward and backward, multiplications and additions apart.
+        memory (`float`): Bytes on each GPU: weights, gradients, AdamW's moments, and the activations of one device
+            batch without attention maps, which fused attention does not keep.
+    """
+
+    name: str
+    parameters: int
+    frozen: int
+    images: int
+    epochs: float
+    batch: int
+    flops_per_image: float
+    memory: float
+
+    @property
+    def steps(self) -> int:
+        """Updates of the weights."""
+        return math.ceil(math.ceil(self.images / self.batch) * self.epochs)
+
+    @property
+    def flops(self) -> float:
+        """Of the whole phase."""
+        return self.flops_per_image * self.images * self.epochs
+
+    def with_flops(self, flops: float) -> "PhaseCost":
+        """As many epochs as take these FLOPs, rounded up; no fewer than it has."""
+        epochs = math.ceil(flops / (self.flops_per_image * self.images))
+        return replace(self, epochs=max(epochs, self.epochs))
+
+
+class Costs:
+    """
+    The networks of a recipe without weights, and what steps through them take.
+
+    Args:
+        recipe (`Recipe`)
+        gpus (`int`): Devices that share each phase.
+    """
+
+    def __init__(self, recipe: Recipe, gpus: int):
+        self.recipe, self.gpus, self.data, self._counter = recipe, gpus, RunData(recipe), StageCounter()
+        # a set that does not exist is named before networks that do not fit it
+        self.sets = self._describe_sets()
+        self._networks = RecipeNetworks(recipe, partial(class_names_without_images, self.data))
+        self._meta_depths = self._networks.meta_depths
+        self.teacher, self.meta = self._networks.teacher, self._networks.meta
+
+    # ---- Networks and data ----
+
+    def network(self, spec: NetworkSpec, data: str) -> PreTrainedModel:
+        """A network of the recipe for a data set."""
+        return self._networks.build(spec, data)
+
+    @cache  # noqa: B019 - a plan is short-lived
+    def _size(self, name: str) -> int:
+        """Images of an epoch of a training set."""
+        published = self._published(name)
+        if published is None:
+            return len(self.data.training_set(name, seed=0))
+        images, _ = published
+        if images is None:
+            raise DataError(f"data.{name}: the number of its images is not published, so it is not a training set")
+        return images
+
+    def _published(self, name: str) -> tuple[int | None, list[str]] | None:
+        """Images (if their number is published) and classes of a published set; `None` for any other set."""
+        config = self.data.config(name)
+        source = config.source.partition(":")[0]
+        known = KNOWN_SETS.get(source)
+        if known is None or config.partial:
+            return None
+        split = config.split or (next(iter(known.splits)) if len(known.splits) == 1 else None)
+        if split not in known.splits:
+            raise DataError(
+                f"data.{name}: {source} has no split {config.split!r}: set split to "
+                f"{' or '.join(map(repr, known.splits))}"
+            )
+        _, images = known.splits[split]
+        classes = class_names_without_images(self.data, name)
+        if config.samples_per_class is not None:
+            images = config.samples_per_class * len(classes)
+        return images, classes
+
+    def _describe_sets(self) -> list[str]:
+        """A line for each set that the recipe uses."""
+        sizes = {name: self._published(name) or self.data.size(name) for name in self.recipe.used_data()}
+        return [describe_set(name, *size) for name, size in sizes.items()]
+
+    # ---- Phases ----
+
+    def phase(self, name: str, data: str, training: Training, step: StepCost) -> PhaseCost:
+        """What a phase takes whose images each take `step`."""
+        training = {**_DEFAULTS, **self.recipe.training, **training}
+        half = training["bf16"] or training["fp16"]
+        device_batch = training["per_device_train_batch_size"]
+        images = self._size(data)
+        batch = device_batch * training["gradient_accumulation_steps"] * self.gpus
+        epochs = training["num_train_epochs"]
+        if training["max_steps"] > 0:
+            epochs = training["max_steps"] / math.ceil(images / batch)
+        weights = step.parameters * BYTES_A_TRAINED_PARAMETER + step.frozen * (2 if half else 4)
+        memory = weights + step.saved * device_batch / (2 if half else 1)
+        return PhaseCost(name, step.parameters, step.frozen, images, epochs, batch, step.flops, memory)
+
+    # ---- Steps: what M2MKDTrainer and AlignmentTrainer do with one image ----
+
+    def _images(self, data: str) -> tuple[int, ...]:
+        size = self.data.config(data).image_size
+        return (COUNTED_IMAGES, 3, size, size)
+
+    def whole(self, network: PreTrainedModel, data: str) -> StepCost:
+        """A network that is trained end to end."""
+        (stage,) = split_into_stages(network, [count_layers(network)])
+        (pair,) = stitched_pairs(network, [stage], network.config.hidden_size, "none")
+        return trained_cost(pair, self._images(data))[0]
+
+    def frozen(self, network: PreTrainedModel, data: str) -> StepCost:
+        """A pass through a network without gradient."""
+        return self._chain(split_into_stages(network, [count_layers(network)]), data)[-1]
+
+    def _chain(self, stages: Sequence[Stage], data: str) -> list[StepCost]:
+        """A chain of stages without gradient: what it takes up to each."""
+        steps, shape = [StepCost()], self._images(data)
+        for stage in stages:
+            step, shape = self._counter.forward(stage, shape)
+            steps.append(steps[-1] + step)
+        return steps[1:]
+
+    def aligned(self, data: str) -> StepCost:
+        """The layers of the meta model on the boundaries of the teacher's stages."""
+        theirs = split_into_stages(self.teacher, self.recipe.teacher.depths)
+        own = split_into_stages(self.meta, self._meta_depths)
+        total, shape = self._chain(theirs, data)[-1], self._images(data)
+        pairs = stitched_pairs(self.meta, own, self.meta.config.hidden_size, "none")
+        for pair, source in zip(pairs, theirs, strict=True):
+            total += trained_cost(pair, shape, layers_only=True)[0]
+            shape = self._counter.forward(source, shape)[1]
+        return total
+
+    def pairs(
+        self,
+        student: PreTrainedModel,
+        depths: Sequence[int],
+        data: str,
+        teacher: PreTrainedModel | None,
+        stitch: str | None = None,
+        **options: Any,
+    ) -> list[StepCost]:
+        """Each pair on the meta model's hidden states, which the prefix gives; its teacher and suffix included."""
+        meta = split_into_stages(self.meta, self._meta_depths)
+        theirs = split_into_stages(teacher, self.recipe.teacher.depths) if teacher is not None else []
+        stages, shape, steps = split_into_stages(student, depths), self._images(data), []
+        options["special_tokens"] = num_special_tokens(self.meta.config)
+        pairs = stitched_pairs(
+            student, stages, self.meta.config.hidden_size, stitch if len(stages) > 1 else "none", **options
+        )
+        for index, pair in enumerate(pairs):
+            step, ours = trained_cost(pair, shape)
+            for stage in meta[index + 1 :]:
+                suffix, ours = self._counter.passed(stage, ours)
+                step += suffix
+            if theirs:
+                own, states = self._counter.forward(theirs[index], shape)
+                step += own
+                for stage in meta[index + 1 :]:
+                    suffix, states = self._counter.forward(stage, states)
+                    step += replace(suffix, frozen=0)
+            # the meta model is counted once, where the pairs come together
+            steps.append(replace(step, frozen=count_parameters(theirs[index]) if theirs else 0))
+            shape = self._counter.forward(meta[index], shape)[1]
+        return steps
+
+    def together(self, steps: Sequence[StepCost], data: str, indices: Sequence[int] | None = None) -> StepCost:
+        """Pairs (`None`: all) in one process, with one pass through the meta model up to the last of them."""
+        chosen = range(len(steps)) if indices is None else indices
+        meta = split_into_stages(self.meta, self._meta_depths)
+        prefix = [StepCost(), *self._chain(meta, data)][max(chosen)]
+        total = replace(prefix, frozen=count_parameters(self.meta))
+        for index in chosen:
+            total += steps[index]
+        return total

@@ -1,0 +1,78 @@
+"""What a recipe would cost: parameters, FLOPs, memory and steps of every phase, without data, GPUs or training."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from m2mkd.experiment.arms import Arm
+from m2mkd.experiment.phases import Phase, phases_of
+from m2mkd.experiment.plan.costs import Costs, PhaseCost
+from m2mkd.experiment.recipe import Recipe
+from m2mkd.experiment.session import Session
+from m2mkd.screen import Screen
+
+
+_IN_WORDS = {"meta": "meta model", "teacher": "teacher"}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """
+    A recipe's phases in the order in which they run, and what each arm adds up to.
+
+    Args:
+        name (`str`): The recipe's.
+        phases (`list[PhaseCost]`): `pair 0`, `pair 1`, … are each alone in a process of its own; `pairs` are those
+            that the recipe trains together.
+        totals (`dict[str, float]`): FLOPs by arm, and with what the arms need beforehand.
+        gpus (`int`): That the steps and the memory are for.
+        data (`list[str]`): Each data set in a line: its images and classes.
+    """
+
+    name: str
+    phases: list[PhaseCost]
+    totals: dict[str, float]
+    gpus: int
+    data: list[str] = field(default_factory=list)
+
+
+def make_plan(recipe: Recipe, gpus: int = 1) -> Plan:
+    """
+    Plan a recipe. Its networks are built on the meta device, without memory for their weights.
+
+    Args:
+        recipe (`Recipe`)
+        gpus (`int`, *optional*, defaults to 1): Devices that share each phase.
+
+    Raises:
+        `RecipeError` or `StageError`: the networks do not fit the recipe's depths or each other.
+        `DataError`: the images of a set can be counted only where they are, and they are not there.
+    """
+    costs = Costs(recipe, gpus)
+    phases = phases_of(Session(recipe, costs.data, recipe.seed, Screen()))
+    parts = {name: phase.cost(costs) for name, phase in phases.items()}
+    # the pairs are planned alone, too; what counts is all of them together
+    flops = {
+        name: own[-1].flops if name == "pairs" else sum(part.flops for part in own) for name, own in parts.items()
+    }
+    arms = recipe.all_arms
+    totals = {arm.name: _total(arm, flops) for arm in arms.values() if arm.budget is None}
+    for arm in arms.values():
+        if arm.budget is not None:
+            (part,) = parts[f"arms/{arm.name}"]
+            parts[f"arms/{arm.name}"] = [part.with_flops(totals[arm.budget])]
+    for arm in arms.values():
+        beforehand = sum(flops[name] for name in _beforehand(f"arms/{arm.name}", phases) if name in _IN_WORDS)
+        if arm.name in totals and beforehand:
+            what = " and ".join(_IN_WORDS[name] for name in arm.extra)
+            totals[f"{arm.name}, {what} included"] = totals[arm.name] + beforehand
+    return Plan(recipe.name, [part for own in parts.values() for part in own], totals, gpus, costs.sets)
+
+
+def _total(arm: Arm, flops: Mapping[str, float]) -> float:
+    return flops[f"arms/{arm.name}"] + (flops["pairs"] if arm.is_modular else 0.0)
+
+
+def _beforehand(name: str, phases: Mapping[str, Phase]) -> set[str]:
+    """Everything that a phase needs to be finished."""
+    reads = [other for other in phases[name].reads if other in phases]
+    return set(reads).union(*(_beforehand(other, phases) for other in reads))

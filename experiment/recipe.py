@@ -1,0 +1,273 @@
+"""Recipes: what a run trains, on which data, for how long."""
+
+import itertools
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import (
+    Field,
+    field_serializer,
+    field_validator,
+    model_validator,
+)
+
+from m2mkd.data.config import DataConfig
+from m2mkd.distillation.split import stage_class_of_type
+from m2mkd.experiment.arms import DEFAULT_ARMS, PRESETS, Arm, ArmSpec, named_specs, resolve
+from m2mkd.experiment.section import Section, Training
+
+
+class NetworkSpec(Section):
+    """
+    A network to build.
+
+    Args:
+        model_type (`str`): As in transformers: `"vit"`, `"deit"`, `"dinov2"`, `"nac"`, `"vmoe"`.
+        preset (`str`, *optional*): A size of `VMoEConfig.from_preset` or `NACConfig.from_preset`.
+        config (`dict`): Fields of the model's configuration. Image size and labels come from the data.
+    """
+
+    model_type: Literal["vit", "deit", "dinov2", "nac", "vmoe"]
+    preset: str | None = None
+    config: dict[str, Any] = Field(default_factory=dict)
+
+
+class MetaSpec(Section):
+    """
+    The meta model [PT].
+
+    Args:
+        init (`str`): `"random"`: `model` is trained by the labels, and the teacher can be incubated inside it.
+            `"from_teacher"`: made of the teacher, whose stage boundaries its layers learn; any pretrained ViT will do.
+        model (`NetworkSpec`, *optional*): What to train; `from_teacher` has the teacher's architecture.
+        depths (`list[int]`, *optional*): Layers of each stage. `None`: one.
+        data (`str`): Name of the training set; `from_teacher` does not read its labels.
+        training (`dict`): Training arguments.
+    """
+
+    init: Literal["random", "from_teacher"] = "random"
+    model: NetworkSpec | None = None
+    depths: list[int] | None = None
+    data: str
+    training: Training = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "MetaSpec":
+        if (self.init == "random") == (self.model is None):
+            raise ValueError(
+                "give `model` (what to train), or `init: from_teacher` (the teacher's architecture), and not both"
+            )
+        return self
+
+
+class TeacherSpec(Section):
+    """
+    The teacher: incubated inside the meta model and fine-tuned [MT + FT], or a published one. With
+    `meta.init: from_teacher` there is no meta model to incubate in yet: a `model` is trained by `finetuning` alone.
+
+    Args:
+        pretrained (`str`, *optional*): Hub id or folder of a trained classifier; beside it only `depths` is read.
+        model (`NetworkSpec`, *optional*): What to incubate.
+        depths (`list[int]`): Layers of each stage.
+        data (`str`, *optional*): Name of the training set.
+        incubation, finetuning (`dict`): Training arguments of the two steps.
+    """
+
+    pretrained: str | None = None
+    model: NetworkSpec | None = None
+    depths: list[int]
+    data: str | None = None
+    incubation: Training = Field(default_factory=dict)
+    finetuning: Training = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "TeacherSpec":
+        if (self.pretrained is None) == (self.model is None):
+            raise ValueError("give `pretrained` (a Hub id or folder) or `model` (to incubate one), and not both")
+        if self.model is not None and self.data is None:
+            raise ValueError("`data` is missing: the set that the teacher is trained on")
+        return self
+
+
+class StudentSpec(Section):
+    """The student and the layers of each of its stages."""
+
+    model: NetworkSpec
+    depths: list[int]
+
+
+class DistillSpec(Section):
+    """The distillation of the pairs [m2mKD]; `pairs` are those that this process trains, counted from 0."""
+
+    _has_teacher = True
+    data: str
+    pairs: list[int] | Literal["all"] = "all"
+    training: Training = Field(default_factory=dict)
+
+
+class FinetuneSpec(Section):
+    """The end-to-end phase [FT / E2E], the same for every arm; `keep_stitches` concerns the distilled student."""
+
+    data: str
+    keep_stitches: bool = False
+    training: Training = Field(default_factory=dict)
+
+
+class KDSpec(Section):
+    """Ordinary distillation from the whole teacher: what differs from the end-to-end phase, e.g. `alpha`."""
+
+    _has_teacher = True
+    training: Training = Field(default_factory=dict)
+
+
+class EvaluationSpec(Section):
+    """Names of the test sets; `ood` is another distribution of the same classes."""
+
+    iid: str
+    ood: str | None = None
+
+
+class Recipe(Section):
+    """
+    A whole experiment.
+
+    Args:
+        name (`str`): What the report calls it.
+        output_dir (`str`): The run's folder.
+        seed (`int`): Of weights, data order and augmentation.
+        repeat_seeds (`list[int]`): Repeat distillation and arms with these seeds, sharing meta model and teacher.
+        arms (`list` or `dict`): The arms to run, see `ArmSpec`: names of presets, or `{name: {init: …, supervision: …,
+            data: …, training: …, budget: …}}`.
+        equal_compute (`bool`): Also run each other arm with the FLOPs of the first arm that starts from modules: its
+            distillation becomes extra epochs of theirs (`budget: {flops_of: …}`). An arm that takes more anyway is
+            not run again; its result counts for both.
+        processes (`int`, *optional*): How many phases to run at once on this machine, each in a process of its own
+            with its share of the threads. `None`: on a CPU as many as there are arms and seeds, as far as there are
+            threads; 1 with a GPU, or where several processes share each phase (torchrun).
+        data (`dict[str, DataConfig]`): Data sets by name; the phases refer to them.
+        training (`dict`): Training arguments of every phase; a phase's own come on top.
+    """
+
+    name: str
+    output_dir: str
+    seed: int = Field(default=0, ge=0, lt=2**31)
+    repeat_seeds: list[int] = Field(default_factory=list)
+    arms: dict[str, ArmSpec] = Field(
+        default_factory=lambda: {name: PRESETS[name] for name in DEFAULT_ARMS}, min_length=1
+    )
+    equal_compute: bool = False
+    processes: int | None = Field(default=None, ge=1)
+    data: dict[str, DataConfig]
+    training: Training = Field(default_factory=dict)
+    meta: MetaSpec
+    teacher: TeacherSpec
+    student: StudentSpec
+    distill: DistillSpec
+    finetune: FinetuneSpec
+    kd: KDSpec = Field(default_factory=KDSpec)
+    evaluation: EvaluationSpec
+
+    @field_validator("arms", mode="before")
+    @classmethod
+    def _named_arms(cls, arms: Any) -> Any:
+        return named_specs(arms)
+
+    @field_serializer("arms")
+    def _short_arms(self, arms: dict[str, ArmSpec]) -> list[Any]:
+        return [
+            name if PRESETS.get(name) == spec else {name: spec.model_dump(mode="json", exclude_defaults=True)}
+            for name, spec in arms.items()
+        ]
+
+    @property
+    def all_arms(self) -> dict[str, Arm]:
+        """The arms by name, those that `equal_compute` adds included."""
+        return resolve(self.arms, self.equal_compute)
+
+    def data_of(self, arm: Arm) -> str:
+        """Name of the training set of an arm."""
+        return arm.spec.data or self.finetune.data
+
+    def _uses(self) -> dict[str, str]:
+        """The names of data sets, by the key that names them."""
+        names = {
+            **{f"arms.{name}.data": spec.data for name, spec in self.arms.items()},
+            "meta.data": self.meta.data,
+            "teacher.data": self.teacher.data,
+            "distill.data": self.distill.data,
+            "finetune.data": self.finetune.data,
+            "evaluation.iid": self.evaluation.iid,
+            "evaluation.ood": self.evaluation.ood,
+        }
+        return {key: name for key, name in names.items() if name is not None}
+
+    def used_data(self) -> dict[str, DataConfig]:
+        """The data sets that the phases read or are tested on."""
+        return {name: data for name, data in self.data.items() if name in self._uses().values()}
+
+    def all_training(self) -> list[Training]:
+        """The training arguments of every section."""
+        arms = self.arms.values()
+        sections = [section.training for section in (self, self.meta, self.distill, self.finetune, self.kd, *arms)]
+        return [*sections, self.teacher.incubation, self.teacher.finetuning]
+
+    @model_validator(mode="after")
+    def _check_holdouts(self) -> "Recipe":
+        """Both parts of a folder with a holdout must be in use, or images are lost silently."""
+        used = {name: data for name, data in self.used_data().items() if data.holdout}
+        for name, data in used.items():
+            rest = {"train": "test", "test": "train"}.get(data.split)
+            same = [other for other in used.values() if other.same_folder(data) and other.holdout == data.holdout]
+            if rest is not None and rest not in [other.split for other in same]:
+                raise ValueError(
+                    f"`data.{name}` has `holdout: {data.holdout}` and is split {data.split!r} of {data.source!r}, but "
+                    f"no other set of this recipe is split {rest!r} of that folder with the same `holdout`. For "
+                    f"separate folders, set data.{name}.holdout to 0 and data.{name}.split to null, as "
+                    "recipes/image_folders.yaml does for each set. For one folder, give both sets its path as `source`"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _check(self) -> "Recipe":
+        for key, name in self._uses().items():
+            if name not in self.data:
+                raise ValueError(f"`{key}` is {name!r}, but `data` has only {sorted(self.data)}")
+        num_pairs = len(self.student.depths)
+        for key, depths in (("teacher.depths", self.teacher.depths), ("meta.depths", self.meta.depths)):
+            if depths is not None and len(depths) != num_pairs:
+                raise ValueError(
+                    f"`student.depths` {self.student.depths} makes {num_pairs} stages and `{key}` {depths} makes "
+                    f"{len(depths)}; pair i takes stage i of each network"
+                )
+        if self.meta.init == "from_teacher" and self.teacher.incubation:
+            raise ValueError(
+                "`teacher.incubation` needs a meta model to incubate in, but `meta.init` is from_teacher; leave it "
+                "out (`teacher.finetuning` trains the whole teacher), or train a `meta.model`"
+            )
+        if self.finetune.keep_stitches and not stage_class_of_type(self.student.model.model_type).keeps_stitches:
+            raise ValueError(
+                f"`finetune.keep_stitches` is for a vmoe; a {self.student.model.model_type} has no place for stitches"
+            )
+        resolve(self.arms, self.equal_compute)
+        seeds = [self.seed, *self.repeat_seeds]
+        if len(set(seeds)) != len(seeds):
+            raise ValueError(f"`seed` {self.seed} and `repeat_seeds` {self.repeat_seeds} must all differ")
+        return self
+
+
+def list_recipes() -> dict[str, str]:
+    """The first sentence of the embedded recipe and of those in the folder `recipes` here, by name or path."""
+    embedded = {"(none given)": resources.files("m2mkd.trainer") / "default.yaml"}
+    recipes = {**embedded, **{str(path): path for path in _recipes_here()}}
+    return {name: _first_sentence(source.read_text(encoding="utf-8")) for name, source in recipes.items()}
+
+
+def _recipes_here() -> list[Path]:
+    return sorted(Path("recipes").glob("*.yaml"))
+
+
+def _first_sentence(text: str) -> str:
+    """Of the comment that a file starts with."""
+    lines = itertools.takewhile(lambda line: line.startswith("# "), text.splitlines())
+    return " ".join(line.removeprefix("# ") for line in lines).partition(". ")[0].removesuffix(".") + "."

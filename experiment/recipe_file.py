@@ -1,0 +1,204 @@
+"""Reads recipes: YAML in, checked objects out."""
+
+import copy
+import re
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ValidationError,
+)
+
+from m2mkd.errors import RecipeError
+from m2mkd.experiment.recipe import Recipe, _recipes_here
+from m2mkd.experiment.section import rule_of
+
+
+# What a value leaves no place for: (key, value or `None` for any, keys of the extended recipe that are dropped).
+_INSTEAD_OF: tuple[tuple[str, Any, tuple[str, ...]], ...] = (
+    ("meta.init", "from_teacher", ("meta.model", "teacher.incubation")),
+    ("meta.model", None, ("meta.init",)),
+    ("teacher.pretrained", None, ("teacher.model", "teacher.incubation")),
+    ("teacher.model", None, ("teacher.pretrained",)),
+)
+
+
+# The recipe that runs if none is given; others extend it as `default`.
+EMBEDDED = resources.files("m2mkd.experiment") / "default.yaml"
+
+
+def load_recipe(path: str | Path | None = None, overrides: dict[str, Any] | None = None) -> Recipe:
+    """
+    Read a recipe. Its key `extends` names another recipe, relative to its own folder, whose values it takes over but
+    for those that it gives itself: sections are merged key by key, anything else is replaced. So is a network by one
+    with another `model_type`, and what a value leaves no place for is dropped: `meta.model` by `meta.init:
+    from_teacher`, `teacher.model` by `teacher.pretrained`, and the other way round.
+
+    Args:
+        path (`str` or `Path`, *optional*): A YAML file. `None`: the embedded default.
+        overrides (`dict[str, Any]`, *optional*): Values by dotted key, e.g.
+            `{"finetune.training.num_train_epochs": 3}`.
+
+    Raises:
+        `RecipeError`: a file that is no YAML mapping, an unknown key, a wrong type or value.
+    """
+    source = Path(path) if path is not None else EMBEDDED
+    content = _read(source, [])
+    given: dict[str, Any] = {}
+    for key, value in (overrides or {}).items():
+        _set(given, key, value)
+    content = _without_replaced(content, given)
+    for key, value in (overrides or {}).items():
+        _set(content, key, value)
+    return parse_recipe(content, str(source))
+
+
+def _read(source: Any, extended: list[str]) -> dict[str, Any]:
+    """The content of a recipe, with what it extends; `extended` are those that extend it."""
+    if not source.is_file():
+        here = ", ".join(str(path) for path in _recipes_here())
+        raise RecipeError(
+            f"There is no recipe {source}. "
+            + (f"There are: {here}." if here else "The repository of m2mkd has some in its folder recipes/.")
+        )
+    try:
+        content = yaml.load(source.read_text(encoding="utf-8"), Loader=_Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{source} cannot be read as YAML: {_yaml_problem(error)}") from error
+    if not isinstance(content, dict):
+        raise RecipeError(f"{source} holds no mapping of keys to values.")
+    base = content.pop("extends", None)
+    if base is None:
+        return content
+    if not isinstance(base, str):
+        raise RecipeError(f"{source}: `extends` is {base!r}; give the path of one recipe.")
+    if str(source) in extended:
+        raise RecipeError(f"{source} extends itself, by way of {extended}.")
+    inherited = _read(EMBEDDED if base == "default" else source.parent / base, [*extended, str(source)])
+    return _merged(_without_replaced(inherited, content), content)
+
+
+def _merged(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in own.items():
+        both = isinstance(value, dict) and isinstance(base.get(key), dict)
+        merged[key] = _merged(base[key], value) if both else value
+    return merged
+
+
+def _without_replaced(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """The content of a recipe without what `own`, which comes on top of it, leaves no place for."""
+    base = copy.deepcopy(base)
+    dropped = [
+        key
+        for decisive, value, keys in _INSTEAD_OF
+        if (given := _get(own, decisive)) is not None and value in (None, given)
+        for key in keys
+    ]
+    for section in ("meta", "teacher", "student"):
+        before, after = (_get(content, f"{section}.model.model_type") for content in (base, own))
+        if None not in (before, after) and before != after:
+            dropped.append(f"{section}.model")
+    for key in dropped:
+        *parents, last = key.split(".")
+        section = _get(base, ".".join(parents))
+        if isinstance(section, dict):
+            section.pop(last, None)
+    return base
+
+
+def _get(content: Any, key: str) -> Any:
+    """The value under a dotted key; `None` if there is none."""
+    for part in key.split("."):
+        content = content.get(part) if isinstance(content, dict) else None
+    return content
+
+
+def parse_recipe(content: dict[str, Any], source: str) -> Recipe:
+    """Check the content of a recipe; `source` is what the message of a `RecipeError` calls it."""
+    try:
+        return Recipe.model_validate(content)
+    except ValidationError as error:
+        problems = [_explain(problem) for problem in error.errors()]
+        raise RecipeError("\n".join([f"{source} is no valid recipe:", *problems])) from error
+
+
+def parse_value(text: str) -> Any:
+    """A value from the command line, as YAML reads it: `3`, `1e-3`, `true`, `[0, 1]`, `text`."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise RecipeError(
+            f"The value {text!r} cannot be read as YAML. Close its brackets and quotes, or, if it is text, put it in "
+            f"quotes of its own: \"'{text}'\"."
+        ) from error
+
+
+def _yaml_problem(error: yaml.YAMLError | UnicodeDecodeError) -> str:
+    """Where a file is no YAML, why, and what to do."""
+    if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
+        return f"{error}. Save it as text in UTF-8."
+    mark = error.problem_mark
+    advice = (
+        "Keep one of them"
+        if isinstance(error, yaml.constructor.ConstructorError)
+        else "Check the colons, quotes and brackets of this line and the one before, and indent with spaces"
+    )
+    return f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}. {advice}."
+
+
+def _explain(problem: Any) -> str:
+    key = ".".join(str(part) for part in problem["loc"]) or "the recipe"
+    if problem["type"] == "extra_forbidden":
+        return f"  {key}: there is no such key"
+    if problem["type"] == "missing":
+        return f"  {key}: this key is missing"
+    given = "" if isinstance(problem["input"], dict | BaseModel) else f" (given: {problem['input']!r})"
+    return f"  {key}: {rule_of(problem)}{given}"
+
+
+def _set(content: dict[str, Any], key: str, value: Any) -> None:
+    *parents, last = key.split(".")
+    node = content
+    for parent in parents:
+        if node.get(parent) is None:
+            node[parent] = {}
+        node = node[parent]
+        if not isinstance(node, dict):
+            raise RecipeError(f"{key}: `{parent}` is a value, not a section, so nothing can be set inside it.")
+    node[last] = value
+
+
+class _Loader(yaml.SafeLoader):
+    """
+    Safe YAML that reads `1e-3` as a number and `no`, `off`, `yes` and `on` as text, as YAML 1.2 does, and refuses a
+    key given twice.
+    """
+
+    # no list of another loader's is changed
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        # before `<<` is resolved: a merged key may well be given again
+        given: set[str] = set()
+        for key, _ in node.value:
+            if key.tag != "tag:yaml.org,2002:merge" and key.value in given:
+                raise yaml.constructor.ConstructorError(None, None, f"`{key.value}` is given twice", key.start_mark)
+            given.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)

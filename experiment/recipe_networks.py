@@ -1,0 +1,143 @@
+"""The networks of a recipe before anything is trained: whether they fit their depths, each other and the images."""
+
+from collections.abc import Callable, Sequence
+
+from transformers import PreTrainedModel
+from transformers.image_processing_utils import BaseImageProcessor
+
+from m2mkd.data.config import DataConfig
+from m2mkd.data.imagenet_classes import imagenet_classes
+from m2mkd.data.known_sets import KNOWN_SETS
+from m2mkd.data.processing import build_image_processor
+from m2mkd.distillation.checks import check_same_normalization, check_stitchable
+from m2mkd.distillation.load import load_network_config, load_processor
+from m2mkd.distillation.meta_from_teacher import meta_from_teacher
+from m2mkd.distillation.split import split_into_stages
+from m2mkd.experiment.networks import build_config, fit_to_data
+from m2mkd.experiment.plan.step_cost import build_on_meta
+from m2mkd.experiment.recipe import NetworkSpec, Recipe
+from m2mkd.experiment.run_data import RunData
+
+
+# Of published sets that are not drawn from ImageNet.
+_CLASSES = {"cifar10": range(10), "cifar100": range(100), "cub-200": range(200)}
+
+
+class RecipeNetworks:
+    """
+    The networks that the arms of a recipe need, on the meta device, without memory for their weights. The runner, the
+    plan and the miniature build them first: a recipe that cannot run is refused here.
+
+    Args:
+        recipe (`Recipe`)
+        class_names (`Callable[[str], Sequence[str]]`): The classes of a training set, by its name.
+
+    Attributes:
+        meta_depths (`list[int]`): Layers of each stage of the meta model.
+        teacher (`PreTrainedModel`, *optional*): As it is distilled from, on the images of `distill.data`.
+        meta (`PreTrainedModel`, *optional*)
+
+    Raises:
+        `RecipeError`: a configuration is refused.
+        `StageError`: depths do not add up, networks do not fit together, or the teacher cannot be had or is untrained.
+        `DataError`: the teacher has no image processor.
+    """
+
+    def __init__(self, recipe: Recipe, class_names: Callable[[str], Sequence[str]]):
+        self.recipe, self._class_names = recipe, class_names
+        self.meta_depths = recipe.meta.depths or [1] * len(recipe.student.depths)
+        arms, is_aligned = recipe.all_arms.values(), recipe.meta.init == "from_teacher"
+        self._is_modular = any(arm.is_modular for arm in arms)
+        # training sets on which a student learns from the teacher as a whole
+        self._taught = sorted({recipe.data_of(arm) for arm in arms if arm.has_teacher})
+        has_teacher = self._is_modular or bool(self._taught)
+        self.is_incubated = has_teacher and recipe.teacher.pretrained is None and not is_aligned
+        self.teacher = self._teacher() if has_teacher else None
+        self.meta: PreTrainedModel | None = None
+        if self._is_modular or self.is_incubated:
+            self.meta = (
+                meta_from_teacher(self.teacher, recipe.teacher.depths, self.meta_depths)
+                if is_aligned
+                else self.build(recipe.meta.model, recipe.meta.data)
+            )
+        self._check_networks()
+        self._check_processors()
+
+    def build(self, spec: NetworkSpec, data: str) -> PreTrainedModel:
+        """A network of the recipe for one of its training sets."""
+        return build_on_meta(build_config(spec, self.recipe.data[data], self._class_names(data)))
+
+    def _teacher(self) -> PreTrainedModel:
+        spec, data = self.recipe.teacher, self.recipe.distill.data
+        if spec.model is not None:
+            teacher = self.build(spec.model, spec.data)
+        else:
+            teacher = build_on_meta(load_network_config(spec.pretrained))
+        fit_to_data(teacher, self.recipe.data[data], self._class_names(data))
+        return teacher
+
+    def _check_networks(self) -> None:
+        """The networks among each other."""
+        recipe = self.recipe
+        used = {recipe.distill.data, *map(recipe.data_of, recipe.all_arms.values())}
+        students = {data: self.build(recipe.student.model, data) for data in sorted(used)}
+        distilled = students[recipe.distill.data]
+        cuts = (
+            (distilled, recipe.student.depths),
+            (self.teacher, recipe.teacher.depths),
+            (self.meta, self.meta_depths),
+        )
+        for network, depths in cuts:
+            if network is not None:
+                split_into_stages(network, depths)
+        if self.is_incubated:
+            check_stitchable(self.build(recipe.teacher.model, recipe.teacher.data).config, None, self.meta.config)
+        if self._is_modular:
+            check_stitchable(distilled.config, self.teacher.config, self.meta.config)
+        for data in self._taught:
+            check_stitchable(students[data].config, self.teacher.config, None)
+
+    def _check_processors(self) -> None:
+        """What is trained on one data set and used on another must be given the same pixels."""
+        recipe, distill = self.recipe, self.recipe.distill.data
+        if self.teacher is None:
+            return
+        spec = recipe.teacher
+        name = "teacher" if spec.pretrained is None else f"teacher {spec.pretrained}"
+        teacher = load_processor(spec.pretrained) if spec.pretrained else build_image_processor(recipe.data[spec.data])
+        if self._is_modular:
+            check_pixels(distill, recipe.data[distill], name, teacher)
+            meta = build_image_processor(recipe.data[recipe.meta.data])
+            check_pixels(distill, recipe.data[distill], "meta model", meta)
+        for data in self._taught:
+            check_pixels(data, recipe.data[data], name, teacher)
+
+
+def check_pixels(data: str, config: DataConfig, network: str, processor: BaseImageProcessor) -> None:
+    """
+    Check that a data set feeds a network the pixels that it was trained on.
+
+    Args:
+        data (`str`), config (`DataConfig`): The data set, by its name in the recipe.
+        network (`str`), processor (`BaseImageProcessor`): The network as messages call it, and its image processor.
+
+    Raises:
+        `StageError`: mean, standard deviation, rescaling or size differ.
+    """
+    check_same_normalization(build_image_processor(config), processor, (f"data set {data!r}", network))
+
+
+def class_names_without_images(data: RunData, name: str) -> list[str]:
+    """
+    The classes of a training set; those of a published set are known without its images.
+
+    Raises:
+        `DataError`: it is no published set, and its images cannot be had.
+    """
+    config = data.config(name)
+    source = config.source.partition(":")[0]
+    known = KNOWN_SETS.get(source)
+    if known is None or config.partial:
+        return data.class_names(name)
+    classes = imagenet_classes(*known.marks) if known.marks is not None else _CLASSES[source]
+    return [str(class_name) for class_name in classes]

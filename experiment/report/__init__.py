@@ -1,0 +1,76 @@
+"""The report of a run: what its phases left behind, as JSON, Markdown and pictures."""
+
+import json
+import os
+from pathlib import Path
+
+from accelerate import PartialState
+
+from m2mkd.distillation.split import stage_class_of_type
+from m2mkd.experiment.machine import device_in_words
+from m2mkd.experiment.recipe import Recipe
+from m2mkd.experiment.report.cards import write_cards
+from m2mkd.experiment.report.collect import Histories, Report, collect, plain, read_histories
+from m2mkd.experiment.report.figure import render_figure
+from m2mkd.experiment.report.graph import density, draw_graphs, read_graphs
+from m2mkd.experiment.report.markdown import to_markdown
+from m2mkd.experiment.report.terminal import print_report
+from m2mkd.experiment.run_folder import RunFolder
+
+
+def make_report(recipe: Recipe) -> Path:
+    """
+    Write `report.json`, `report.md` and `report.png` from the folders of a finished run, and the model card of each
+    arm into its folder. Returns the path of `report.md`.
+    """
+    folder = RunFolder(recipe.output_dir, recipe.seed)
+    if PartialState().is_main_process:
+        content = recipe.model_dump(mode="json")
+        report = collect(folder.path, content, recipe.seed, recipe.repeat_seeds, device_in_words(recipe))
+        graph = None
+        if stage_class_of_type(recipe.student.model.model_type).has_graph:
+            arms = {arm: folder.arm(arm, recipe.seed) for arm in report["arms"]}
+            affinities = read_graphs(arms, recipe.student.depths, recipe.seed)
+            report["graph_density"] = {name: density(affinity) for name, affinity in affinities.items()}
+            graph = draw_graphs(affinities)
+        write_report(folder.path, report, read_histories(folder.path, recipe.seed, recipe.repeat_seeds), graph)
+        write_cards(folder.path)
+        print_report(report)
+    PartialState().wait_for_everyone()
+    return folder.report("md")
+
+
+def write_report(output_dir: Path, report: Report, histories: Histories, graph: bytes | None = None) -> Path:
+    """
+    Write report.json, report.md and report.png into `output_dir`, and graph.png for a NAC, each whole or not at all.
+
+    Args:
+        output_dir (`Path`): The run's folder; made if it does not exist.
+        report (`dict[str, Any]`): From `collect`, or a report.json read back.
+        histories (`dict`): From `read_histories`; `{}` leaves the training curves out.
+        graph (`bytes`, *optional*): Picture of a NAC's graph.
+
+    Returns:
+        The path of report.md.
+    """
+    report = plain(report)
+    contents = {
+        "report.json": (json.dumps(report, indent=2, allow_nan=False, ensure_ascii=False) + "\n").encode(),
+        "report.png": render_figure(report, histories),
+        "report.md": to_markdown(report).encode(),
+        **({} if graph is None else {"graph.png": graph}),
+    }
+    folder = Path(output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in contents.items():
+        _replace(folder / name, content)
+    return folder / "report.md"
+
+
+def _replace(path: Path, content: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

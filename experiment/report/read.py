@@ -1,0 +1,42 @@
+"""Reads report.json."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from m2mkd.errors import HubError
+from m2mkd.experiment.arms import arm_of_folder
+from m2mkd.experiment.artifact import check_is_run
+from m2mkd.model_cards.parts import REPORT_FILE
+
+
+def read_report(run_folder: Path) -> dict[str, Any]:
+    """`report.json` of a run. Raises `HubError` if it is missing or damaged, `RunError` if the folder is no run."""
+    path = run_folder / REPORT_FILE
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        check_is_run(run_folder)
+        raise HubError(
+            f"{path} is missing: a card tells what was measured. Finish the run, or write the report again with "
+            f"`m2mkd report {run_folder}`."
+        ) from error
+    except ValueError as error:
+        raise HubError(f"{path} is damaged ({error}). Write it again with `m2mkd report {run_folder}`.") from error
+    for own in (report, *report["seeds"].values()):
+        for name, result in own["arms"].items():
+            # reports of earlier versions name presets only
+            arm = arm_of_folder(name, result.get("arm"))
+            result["arm"] = None if arm is None else arm.described()
+    return report
+
+
+def result_of(report: dict[str, Any], run_folder: Path, arm: str, seed: int) -> dict[str, Any]:
+    """What the report says of one arm. Raises `HubError` if it has no such seed or arm."""
+    seeds = report["seeds"]
+    if str(seed) not in seeds:
+        raise HubError(f"{run_folder / REPORT_FILE} has no seed {seed}, only {', '.join(seeds)}.")
+    arms = seeds[str(seed)]["arms"]
+    if arm not in arms:
+        raise HubError(f"{run_folder / REPORT_FILE} has no arm {arm!r}, only {', '.join(arms)}.")
+    return arms[arm]

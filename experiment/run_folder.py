@@ -1,0 +1,82 @@
+"""Where everything of a run lies: the one place that joins paths."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+
+class RunFolder:
+    """
+    The folder of a run.
+
+    Args:
+        path (`str` or `Path`)
+        seed (`int`): The recipe's own, whose pairs and arms lie in `path` itself; those of its `repeat_seeds` lie in
+            `path/seeds/<seed>`.
+    """
+
+    def __init__(self, path: str | Path, seed: int):
+        self.path, self.seed = Path(path), seed
+
+    @property
+    def recipe(self) -> Path:
+        """The recipe that the folder belongs to."""
+        return self.path / "recipe.json"
+
+    def report(self, kind: str) -> Path:
+        """The report as `json`, `md` or `png`."""
+        return self.path / f"report.{kind}"
+
+    @property
+    def meta(self) -> Path:
+        """The meta model."""
+        return self.path / "meta"
+
+    @property
+    def teacher(self) -> Path:
+        """The teacher; of a published one the results only."""
+        return self.path / "teacher"
+
+    @property
+    def incubation(self) -> Path:
+        """Where checkpoints of the teacher's incubation are named after; no artifact."""
+        return self.path / "teacher-incubation"
+
+    def of_seed(self, seed: int) -> Path:
+        """The folder with the pairs and arms of a seed."""
+        return self.path if seed == self.seed else self.path / "seeds" / str(seed)
+
+    def pairs(self, seed: int) -> Path:
+        """The folder of all pairs of a seed."""
+        return self.of_seed(seed) / "pairs"
+
+    def pair(self, index: int, seed: int) -> Path:
+        """One distilled pair."""
+        return self.pairs(seed) / str(index)
+
+    def arm(self, name: str, seed: int) -> Path:
+        """One arm."""
+        return self.of_seed(seed) / "arms" / name
+
+    def arm_names(self, seed: int) -> list[str]:
+        """Names of the arms that have a folder."""
+        arms = self.of_seed(seed) / "arms"
+        return sorted(path.name for path in arms.glob("*") if path.is_dir() and not path.name.startswith("."))
+
+    def seeds(self) -> list[int]:
+        """The seeds that have a folder, the recipe's own first."""
+        further = [int(path.name) for path in self.path.glob("seeds/*") if path.name.isdigit()]
+        return [self.seed, *sorted(seed for seed in further if seed != self.seed)]
+
+    def num_pairs(self, seed: int) -> int:
+        """The highest index of a pair that has a folder, plus one."""
+        found = [int(path.name) for path in self.pairs(seed).glob("*") if path.name.isdigit()]
+        return max(found, default=-1) + 1
+
+    def work_folders(self) -> Iterator[Path]:
+        """The folders with the checkpoints of all phases that are not finished."""
+        return self.path.rglob(".*.work")
+
+
+def work_folder(artifact: Path) -> Path:
+    """Where a phase keeps its checkpoints until `artifact` is finished."""
+    return artifact.parent / f".{artifact.name}.work"

@@ -1,0 +1,266 @@
+"""What the phases of a run share: its recipe, data and folder, and how a network is trained, tested and saved."""
+
+import math
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.state import AcceleratorState
+from transformers import PreTrainedModel, ProgressCallback, TrainerState
+
+from m2mkd.data.loading import default_workers
+from m2mkd.data.processing import build_image_processor
+from m2mkd.distillation.load import load_network, load_processor
+from m2mkd.distillation.split import new_network
+from m2mkd.evaluation.expert_load import expert_load
+from m2mkd.evaluation.predict import evaluate_model
+from m2mkd.experiment.artifact import EVAL_RESULTS, TRAIN_RESULTS, keep_tracker_files, last_complete_checkpoint
+from m2mkd.experiment.flops import count_parameters, training_flops_per_image
+from m2mkd.experiment.networks import build_config, fit_to_data
+from m2mkd.experiment.progress import ShownProgress
+from m2mkd.experiment.recipe import NetworkSpec, Recipe
+from m2mkd.experiment.recipe_networks import check_pixels
+from m2mkd.experiment.run_data import RunData
+from m2mkd.experiment.run_folder import RunFolder, work_folder
+from m2mkd.experiment.section import Training
+from m2mkd.files import explained_write_errors, write_folder, write_json
+from m2mkd.screen import Screen
+from m2mkd.trainer.callbacks import DataEpoch, Stopwatch
+from m2mkd.trainer.m2mkd_config import M2MKDConfig
+from m2mkd.trainer.m2mkd_trainer import M2MKDTrainer
+
+
+# Defaults of the phases, under those of the recipe.
+_DEFAULTS = {
+    "report_to": "none",
+    # by default it follows the verbosity of transformers, which is turned down
+    "disable_tqdm": False,
+    "save_strategy": "epoch",
+    "save_total_limit": 2,
+    "logging_strategy": "epoch",
+    "eval_strategy": "no",
+}
+# Of a phase that has no teacher.
+NO_TEACHER = {"alpha": 0.0}
+Results = dict[str, Any]
+
+
+class Session:
+    """
+    One seed of a recipe at work.
+
+    Args:
+        recipe (`Recipe`)
+        data (`RunData`): The recipe's images.
+        seed (`int`): The recipe's own, or one of its `repeat_seeds`, which share its meta model and teacher.
+        screen (`Screen`): Shows what is done.
+    """
+
+    def __init__(self, recipe: Recipe, data: RunData, seed: int, screen: Screen):
+        self.recipe, self.data, self.seed, self.screen = recipe, data, seed, screen
+        self.folder = RunFolder(recipe.output_dir, recipe.seed)
+        self.depths = recipe.student.depths
+        self.meta_depths = recipe.meta.depths or [1] * len(self.depths)
+
+    def say(self, text: str) -> None:
+        """Print a line that names the seed."""
+        self.screen.say(f"[seed {self.seed}] {text}")
+
+    # ---- Networks ----
+
+    def new_network(
+        self, spec: NetworkSpec, data: str, depths: list[int], seed: int, indices: list[int] | None = None
+    ) -> PreTrainedModel:
+        """A network of the recipe for a data set; stages that `indices` leaves out stay on the meta device."""
+        return new_network(
+            build_config(spec, self.data.config(data), self.data.class_names(data)), depths, seed, indices
+        )
+
+    def load_teacher(self) -> PreTrainedModel:
+        """The trained or published teacher, for the images and classes of the distillation."""
+        teacher, data = load_network(self.teacher_source()), self.recipe.distill.data
+        fit_to_data(teacher, self.data.config(data), self.data.class_names(data))
+        return teacher
+
+    def teacher_source(self) -> str | Path:
+        """Hub id or folder of the teacher."""
+        return self.recipe.teacher.pretrained or self.folder.teacher
+
+    def check_processors(self, source: str | Path, data: str) -> None:
+        """Check that a network takes the pixels of a data set. Raises `DataError` or `StageError`."""
+        check_pixels(data, self.data.config(data), f"network {source}", load_processor(source))
+
+    # ---- Training ----
+
+    def train(
+        self,
+        folder: Path,
+        name: str,
+        data: str,
+        model: PreTrainedModel,
+        training: Training,
+        own: Training,
+        teacher: PreTrainedModel | None = None,
+        meta: PreTrainedModel | None = None,
+        on_trained: Callable[[M2MKDTrainer], None] | None = None,
+        trainer_class: type[M2MKDTrainer] = M2MKDTrainer,
+    ) -> Results:
+        """
+        Train `model` in place, from its last checkpoint if there is one.
+
+        Args:
+            folder (`Path`): The artifact; its checkpoints lie beside it.
+            name (`str`): What the screen calls it.
+            data (`str`): Name of the training set.
+            model (`PreTrainedModel`)
+            training (`dict`): The recipe's arguments of the phase.
+            own (`dict`): What the phase itself sets, on top.
+            teacher, meta (`PreTrainedModel`, *optional*): As of the trainer.
+            on_trained (`Callable`, *optional*): Called with the trainer when it has trained.
+            trainer_class (`type`)
+
+        Returns:
+            What `train_results.json` says.
+        """
+        work = work_folder(folder)
+        args = self.arguments(work, training, own)
+        networks = [network for network in (model, teacher, meta) if network is not None]
+        trainer = self.trainer(args, data, model, teacher, meta, trainer_class)
+        flops_per_image = training_flops_per_image(trainer, networks)
+        images = len(trainer.train_dataset)
+        self.say(f"{name}: {images} images, {trainer.args.num_train_epochs:g} epochs")
+        checkpoint = last_complete_checkpoint(work)
+        stopwatch = Stopwatch(checkpoint)
+        for callback in (DataEpoch(trainer.train_dataset), stopwatch):
+            trainer.add_callback(callback)
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(ShownProgress(f"[seed {self.seed}] {name}", self.screen))
+        with explained_write_errors(work):
+            history = _train_or_restore(trainer, checkpoint)
+        if on_trained is not None:
+            on_trained(trainer)
+        epochs = float(trainer.args.num_train_epochs)
+        return {
+            "train_seconds": stopwatch.seconds,
+            "train_samples_seen": int(images * epochs),
+            "train_flops": flops_per_image * images * epochs,
+            "parameters": sum(count_parameters(stage) for stage in trainer.trained_pairs().values()),
+            "images": images,
+            "labels": images if trainer.args.alpha < 1 else 0,
+            "epochs": epochs,
+            # the Trainer's last entry sums up the session, not the training
+            "log_history": [_without_clocks(entry) for entry in history if "train_loss" not in entry],
+        }
+
+    def arguments(self, work: Path, training: Training, own: Training) -> M2MKDConfig:
+        """The arguments of a phase: the defaults, then the recipe's for all phases, its own, and what it sets."""
+        # the Trainer's state outlives it; a phase may compute in another precision than the last one
+        AcceleratorState._reset_state()
+        use_cpu = not torch.accelerator.is_available()
+        workers = default_workers(max(data.image_size for data in self.recipe.data.values()), use_cpu)
+        device = {"use_cpu": use_cpu, "dataloader_pin_memory": not use_cpu, "dataloader_num_workers": workers}
+        if use_cpu and PartialState().num_processes > 1:
+            device["ddp_backend"] = "gloo"
+        settings = {**_DEFAULTS, **device, **self.recipe.training, **training, **own}
+        # to start workers anew each epoch takes longer than a short epoch
+        settings.setdefault("dataloader_persistent_workers", settings["dataloader_num_workers"] > 0)
+        return M2MKDConfig(output_dir=str(work), seed=self.seed, **settings)
+
+    def trainer(
+        self,
+        args: M2MKDConfig,
+        data: str,
+        model: PreTrainedModel,
+        teacher: PreTrainedModel | None = None,
+        meta: PreTrainedModel | None = None,
+        trainer_class: type[M2MKDTrainer] = M2MKDTrainer,
+    ) -> M2MKDTrainer:
+        """A trainer on a data set of the recipe, which tests on the IID set if it is asked to and can."""
+        evaluates = args.eval_strategy != "no" and self.has_test_set(self.recipe.evaluation.iid, data)
+        args.eval_strategy = args.eval_strategy if evaluates else "no"
+        networks = {name: network for name, network in (("teacher", teacher), ("meta", meta)) if network is not None}
+        return trainer_class(
+            model=model,
+            args=args,
+            **networks,
+            train_dataset=self.data.training_set(data, self.seed),
+            eval_dataset=self.test_set(self.recipe.evaluation.iid, data) if evaluates else None,
+        )
+
+    # ---- Testing and saving ----
+
+    def test_set(self, name: str, like: str) -> Any:
+        """A test set for a model trained on the data set `like`."""
+        return self.data.test_set(name, like, self.data.class_names(like))
+
+    def has_test_set(self, name: str, like: str) -> bool:
+        """A meta model or teacher may be trained on other classes than the arms; then it is not tested on theirs."""
+        is_arms_data = like in map(self.recipe.data_of, self.recipe.all_arms.values())
+        return is_arms_data or self.data.shares_labels(name, self.data.class_names(like))
+
+    def eval_batch_size(self) -> int:
+        """Images a device in evaluations."""
+        return self.arguments(self.folder.path / ".evaluation", {}, {}).per_device_eval_batch_size
+
+    def evaluate(self, model: PreTrainedModel, data: str) -> Results:
+        """`iid` and `ood` of `eval_results.json` for a model trained on `data`, and its experts' load."""
+        results: Results = {"iid": None, "ood": None, "expert_load": None}
+        batch_size, use_cpu = self.eval_batch_size(), not torch.accelerator.is_available()
+        for key, name in (("iid", self.recipe.evaluation.iid), ("ood", self.recipe.evaluation.ood)):
+            if name is not None and self.has_test_set(name, data):
+                test_set = self.test_set(name, data)
+                results[key] = evaluate_model(model, test_set, batch_size, use_cpu)
+                if key == "iid":
+                    results["expert_load"] = expert_load(model, test_set, batch_size)
+        return results
+
+    def save_model(
+        self, folder: Path, model: PreTrainedModel, data: str, results: Results, before: Sequence[Path] = ()
+    ) -> None:
+        """Test a trained model and write its folder. `before`: trainings that came before that of `folder`."""
+        evaluation = self.evaluate(model, data)
+
+        def write(temporary: Path) -> None:
+            model.save_pretrained(temporary)
+            build_image_processor(self.data.config(data)).save_pretrained(temporary)
+            write_json(temporary / EVAL_RESULTS, evaluation)
+            write_json(temporary / TRAIN_RESULTS, {**results, "parameters": count_parameters(model)})
+            for training in (*before, folder):
+                keep_tracker_files(work_folder(training), temporary)
+
+        write_folder(folder, write)
+        self.remove_work(folder)
+        scores = [
+            f"{key.upper()} {100 * evaluation[key]['accuracy']:.2f} %" for key in ("iid", "ood") if evaluation[key]
+        ]
+        self.say(f"{folder.name}: {', '.join(scores) or 'not tested: other classes than the test set'}")
+
+    def remove_work(self, folder: Path) -> None:
+        """Delete the checkpoints of a finished artifact."""
+        if PartialState().is_main_process:
+            shutil.rmtree(work_folder(folder), ignore_errors=True)
+
+
+def _train_or_restore(trainer: M2MKDTrainer, checkpoint: Path | None) -> list[dict[str, Any]]:
+    """Train from a checkpoint, or take its weights if it is the last one. Returns the log history."""
+    if checkpoint is not None:
+        state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        if state.global_step >= state.max_steps:
+            # the Trainer would take one step too many
+            trainer._load_from_checkpoint(str(checkpoint))
+            return state.log_history
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
+    return trainer.state.log_history
+
+
+def _without_clocks(entry: dict[str, Any]) -> dict[str, Any]:
+    """A log entry without wall-clock readings, which differ from run to run, and without what is not finite."""
+    clocks = ("runtime", "per_second")
+    return {
+        name: value
+        for name, value in entry.items()
+        if not name.endswith(clocks) and not (isinstance(value, float) and not math.isfinite(value))
+    }

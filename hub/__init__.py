@@ -1,0 +1,1 @@
+"""The Hub: push, assemble and export."""

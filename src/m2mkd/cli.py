@@ -1,0 +1,396 @@
+"""The command line: `train.py` and `m2mkd run`, `report`, `evaluate`, `few-shot`, `push`, `assemble`, `convert`."""
+
+import logging
+import math
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from m2mkd import __version__
+
+
+app = typer.Typer(no_args_is_help=True, add_completion=False)
+
+
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        print(f"m2mkd {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main_options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Modular vision models, distilled module by module."""
+
+
+# Whatever is not a parameter of a command is a value of the recipe.
+_OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+
+@app.command("run", context_settings=_OVERRIDES, options_metavar="[RECIPE.yaml] [--key.sub value]...")
+def run_command(
+    context: typer.Context,
+    plan: Annotated[bool, typer.Option("--plan", help="Print what it would cost, and train nothing.")] = False,
+    miniature: Annotated[
+        bool, typer.Option("--miniature", help="The same phases on tiny networks and a few generated images.")
+    ] = False,
+    throughput: Annotated[str, typer.Option(help="TFLOP/s of a GPU for --plan, or 'measured' on this machine.")] = "",
+    gpus: Annotated[int | None, typer.Option(help="GPUs for --plan; by default the processes started.")] = None,
+    list_recipes: Annotated[
+        bool, typer.Option("--list", help="Name the embedded recipe and those in the folder recipes, and run none.")
+    ] = False,
+) -> None:
+    """
+    Run a recipe: train what is not finished, skip what is, write the report.
+
+    Without a recipe, the embedded one runs: a V-MoE for digits, in minutes on a CPU.
+
+    Any value of the recipe can be overridden: --seed 1 --finetune.training.num_train_epochs 3 --arms '[e2e, m2mkd]'.
+
+    Several processes: accelerate launch train.py RECIPE.yaml, or torchrun --nproc_per_node N train.py RECIPE.yaml.
+
+    What it would cost, without data or GPUs: train.py RECIPE.yaml --plan --gpus 8 --throughput 150.
+
+    Whether it runs, in seconds: train.py RECIPE.yaml --miniature.
+    """
+
+    def work() -> None:
+        from m2mkd.experiment import recipe as recipes
+
+        if list_recipes:
+            for name, sentence in recipes.list_recipes().items():
+                _print_once(f"{name}: {sentence}")
+            return
+        # not a parameter of the command: click would take the value of the first override for it
+        has_recipe = bool(context.args) and not context.args[0].startswith("--")
+        path, options = (context.args[0], context.args[1:]) if has_recipe else (None, context.args)
+        recipe = recipes.load_recipe(path, _overrides(options))
+        if miniature:
+            from m2mkd.experiment.miniature import make_miniature
+
+            recipe = make_miniature(recipe)
+        if plan:
+            _print_plan(recipe, throughput, gpus)
+            return
+        from m2mkd.experiment.runner import run
+
+        report = run(recipe)
+        if report is not None:
+            _print_once(f"The report is in {report} (and report.json, report.png beside it).")
+
+    _explained(work, "Finished phases are kept; run the same command again to go on.")
+
+
+@app.command("report", context_settings=_OVERRIDES)
+def report_command(context: typer.Context, run_folder: Annotated[Path, typer.Argument(metavar="RUN_FOLDER")]) -> None:
+    """Write the report of a finished run again, from its folders."""
+
+    def work() -> None:
+        from m2mkd.experiment.artifact import RECIPE_FILE, read_noted_recipe
+        from m2mkd.experiment.recipe_file import parse_recipe
+        from m2mkd.experiment.report import make_report
+
+        content = {**read_noted_recipe(run_folder), "output_dir": str(run_folder), **_overrides(context.args)}
+        _print_once(f"The report is in {make_report(parse_recipe(content, str(run_folder / RECIPE_FILE)))}.")
+
+    _explained(work)
+
+
+@app.command("push")
+def push_command(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN_FOLDER", help="A finished run.")],
+    repo_id: Annotated[str, typer.Option(metavar="USER/NAME", help="The repository; it is made if need be.")],
+    arm: Annotated[str, typer.Option(help="Which of the run's arms.")] = "m2mkd",
+    seed: Annotated[int | None, typer.Option(help="Of which seed, if the run has several.")] = None,
+    public: Annotated[bool, typer.Option("--public", help="Let everybody read it; otherwise it is private.")] = False,
+    with_code: Annotated[
+        bool, typer.Option("--with-code", help="Add the model's code, for readers without m2mkd.")
+    ] = False,
+    license: Annotated[str, typer.Option(help="Of the weights, as the Hub names it.")] = "apache-2.0",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would go; send nothing.")] = False,
+) -> None:
+    """
+    Push one arm of a run to the Hub, in one commit: the model, its image processor and card, and, of a distilled
+    student, each of its modules in pairs/<i> with its stitches and contract.
+
+    Log in first with `hf auth login`, or set HF_TOKEN.
+    """
+
+    def work() -> None:
+        from m2mkd.hub.push import files_to_push, print_files, push
+
+        files = files_to_push(run_folder, arm, repo_id, seed, with_code, license)
+        print_files(files)
+        if dry_run:
+            print(f"Nothing was sent: this is what would go to {repo_id} ({'public' if public else 'private'}).")
+            return
+        print(f"It is at {push(files, repo_id, f'{arm} of {run_folder.resolve().name}', public)}.")
+
+    _explained(work)
+
+
+@app.command("assemble")
+def assemble_command(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to make.")],
+    sources: Annotated[list[str], typer.Argument(metavar="FOLDER_OR_ID...", help="Where the modules are.")],
+    keep_stitches: Annotated[
+        bool, typer.Option("--keep-stitches", help="Leave the stitches of a V-MoE between its modules.")
+    ] = False,
+) -> None:
+    """
+    Build a student from distilled modules: the folder of a run or of single pairs, or repositories on the Hub
+    (user/name, or user/name/pairs/0).
+
+    Modules of different distillations are refused. Train the student end to end next, with or without the stitches.
+    """
+
+    def work() -> None:
+        from m2mkd.hub.assemble import assemble
+
+        print("\n".join(assemble(out, sources, keep_stitches)))
+
+    _explained(work)
+
+
+@app.command("convert")
+def convert_command(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A .pth, .pt, .safetensors or .npz file.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to make.")],
+    kind: Annotated[str, typer.Option(help="nac, nac-student, vmoe, vmoe-student, vit or vmoe-jax.")],
+    config: Annotated[Path, typer.Option(help="The official YAML file; for vit and vmoe JSON, see below.")],
+    stage: Annotated[int | None, typer.Option(help="Stage of a student or of a teacher, from 0.")] = None,
+    num_stages: Annotated[int | None, typer.Option(help="Stages of a student's model. NAC: 10, V-MoE: 4.")] = None,
+    back: Annotated[
+        bool, typer.Option("--to-official", help="The other way: CHECKPOINT is a folder, OUT a .pth or .safetensors.")
+    ] = False,
+) -> None:
+    """
+    Convert an official checkpoint (of m2mKD, Deep Incubation or google-research/vmoe) to a Hugging Face folder.
+
+    A NAC student is known by its file's name (ReadInStudent, MediatorStudent_3, ReadOutStudent) or by --stage.
+
+    The official code has no file for the arguments of a ViT or V-MoE; give JSON or YAML, e.g.
+    {"kwargs": {"patch_size": 14, "embed_dim": 1280, "num_heads": 16, "divided_depths": [4, 3, 4]}, "norm_eps": 1e-5}
+
+    A vmoe-jax is the parameter tree of google-research/vmoe, flattened into one file of named arrays; its --config
+    says what they do not show, e.g. {"num_selected_experts": 2}
+
+    The folder of a student or of one stage holds that stage's tensors and its stitches, as a run's pairs/ do.
+
+    --to-official makes of the folder of a nac, vmoe or vit a checkpoint that the official code loads. The --config is
+    the one that the official code will build its model from; it is refused if that is another model.
+    """
+
+    def work() -> None:
+        from m2mkd.conversion.convert import convert
+        from m2mkd.conversion.to_official import to_official
+
+        if not back:
+            print(convert(kind, config, checkpoint, out, stage, num_stages))
+        elif (stage, num_stages) != (None, None):
+            raise typer.BadParameter("--stage and --num-stages do not go with --to-official, which takes whole models")
+        else:
+            print(to_official(kind, config, checkpoint, out))
+
+    _explained(work)
+
+
+@app.command("evaluate")
+def evaluate_command(
+    model: Annotated[str, typer.Argument(metavar="FOLDER", help="A saved model, or its id on the Hub.")],
+    data: Annotated[list[str], typer.Option(help="A source as in a recipe; may be given several times.")],
+    split: Annotated[str | None, typer.Option(help="Split of the data. By default the one for tests.")] = None,
+    partial: Annotated[bool, typer.Option("--partial", help="Take a copy that lacks classes or images.")] = False,
+    iid_accuracy: Annotated[float | None, typer.Option(help="The model's accuracy without shift, 0 to 1.")] = None,
+    baseline: Annotated[list[str] | None, typer.Option(help="IID:OOD accuracies of another model, 0 to 1.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images a device.")] = 64,
+    per_class: Annotated[bool, typer.Option("--per-class", help="Also print the classes, the worst first.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, per-class figures included.")] = False,
+) -> None:
+    """
+    Evaluate a saved model on whole data sets, over the classes that both have.
+
+    m2mkd evaluate runs/nac/arms/m2mkd --data tiny-imagenet:PATH --data tiny-imagenet-r:PATH
+
+    Logits of classes that a set does not have are left out, and so are images of classes that the model does not know.
+
+    --iid-accuracy gives the gap to it; with --baseline IID:OOD (more than one draws a line) also the effective
+    robustness: how far the accuracy lies above what the baselines let expect.
+    """
+
+    def work() -> None:
+        import json
+
+        from rich.console import Console
+        from transformers.utils.logging import disable_progress_bar
+
+        from m2mkd.evaluation.saved_model import evaluate_folder
+        from m2mkd.evaluation.show import show
+
+        disable_progress_bar()
+        baselines = [_accuracy_pair(text) for text in baseline or []]
+        results = evaluate_folder(model, data, split, partial, batch_size, iid_accuracy, baselines)
+        if int(os.environ.get("RANK", "0")) > 0:
+            return
+        if as_json:
+            print(json.dumps(results, indent=2))
+        else:
+            show(results, Console(), per_class)
+
+    _explained(work)
+
+
+@app.command("few-shot")
+def few_shot_command(
+    model: Annotated[str, typer.Argument(metavar="FOLDER", help="A saved model, or its id on the Hub.")],
+    data: Annotated[str, typer.Option(help="A source as in a recipe, e.g. cifar100:PATH.")],
+    ways: Annotated[int, typer.Option(min=2, help="Classes of an episode.")] = 8,
+    shots: Annotated[int, typer.Option(min=1, help="Images of each class to learn from.")] = 5,
+    episodes: Annotated[int, typer.Option(min=1, help="Number of episodes.")] = 20,
+    seed: Annotated[int, typer.Option(min=0, help="Of classes, images and heads.")] = 0,
+    train_split: Annotated[str | None, typer.Option(help="Split to learn from.")] = None,
+    val_split: Annotated[str | None, typer.Option(help="Split to test on.")] = None,
+    partial: Annotated[bool, typer.Option("--partial", help="Take a copy that lacks classes or images.")] = False,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images at once for the features.")] = 64,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with the accuracy of each episode.")] = False,
+) -> None:
+    """
+    Train a new head on a few images of a few classes, many times: mean accuracy and its 95 % interval.
+
+    m2mkd few-shot runs/vmoe/arms/m2mkd --data cifar100:PATH --ways 8 --shots 5
+
+    The rest of the model is frozen. Each episode is tested on three times as many other images of its classes.
+    """
+
+    def work() -> None:
+        import json
+
+        from transformers.utils.logging import disable_progress_bar
+
+        from m2mkd.evaluation.few_shot import few_shot
+
+        disable_progress_bar()
+        result = few_shot(model, data, ways, shots, episodes, seed, train_split, val_split, partial, batch_size)
+        if as_json:
+            print(json.dumps(result, indent=2))
+            return
+        half = "" if result["interval"] is None else f" ± {100 * result['interval']:.2f}"
+        print(f"{ways}-way {shots}-shot on {data}: {100 * result['accuracy']:.2f}{half} % ({episodes} episodes)")
+
+    _explained(work)
+
+
+def _accuracy_pair(text: str) -> tuple[float, float]:
+    iid, _, ood = text.partition(":")
+    try:
+        return float(iid), float(ood)
+    except ValueError as error:
+        raise typer.BadParameter(f"{text!r}: --baseline takes IID:OOD, such as 0.608:0.195") from error
+
+
+def main() -> None:
+    """Entry point of the console script `m2mkd`."""
+    app()
+
+
+def train() -> None:
+    """Entry point of `train.py`: `m2mkd run` under its own name."""
+    app(["run", *sys.argv[1:]], prog_name="train.py")
+
+
+def _print_plan(recipe: Any, throughput: str, gpus: int | None) -> None:
+    from rich.console import Console
+    from transformers.utils.logging import disable_progress_bar
+
+    from m2mkd.errors import RecipeError
+    from m2mkd.experiment.check import check_arguments
+    from m2mkd.experiment.phases import phases_of
+    from m2mkd.experiment.plan.plan import make_plan
+    from m2mkd.experiment.plan.table import print_plan
+    from m2mkd.experiment.plan.throughput import THROUGHPUT, measure_throughput
+    from m2mkd.experiment.run_data import RunData
+    from m2mkd.experiment.session import Session
+    from m2mkd.screen import Screen
+
+    # in every process: they meet while the arguments are built
+    check_arguments(phases_of(Session(recipe, RunData(recipe), recipe.seed, Screen())).values())
+    if int(os.environ.get("RANK", "0")) != 0:
+        return
+    try:
+        measured = throughput == "measured"
+        value = measure_throughput() if measured else float(throughput or THROUGHPUT)
+        if not 0 < value < math.inf:
+            raise ValueError
+    except ValueError as error:
+        raise RecipeError(
+            f"--throughput is {throughput!r}; give a positive number of TFLOP/s, or 'measured'."
+        ) from error
+    how = "measured on this machine" if measured else "stated" if throughput else "assumed; see --throughput"
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    disable_progress_bar()
+    with Console(stderr=True).status("Counting a step of each phase"):
+        plan = make_plan(recipe, gpus or processes)
+    print_plan(plan, value, how)
+
+
+def _overrides(arguments: list[str]) -> dict[str, Any]:
+    """`--key value` and `--key=value` as values by dotted key."""
+    from m2mkd.errors import RecipeError
+    from m2mkd.experiment.recipe_file import parse_value
+
+    overrides: dict[str, Any] = {}
+    rest = list(arguments)
+    while rest:
+        name, equals, value = rest.pop(0).partition("=")
+        if not name.startswith("--"):
+            raise RecipeError(f"{name!r} is no option. Values of the recipe are given as --key.sub value.")
+        if not equals:
+            if not rest or rest[0].startswith("--"):
+                raise RecipeError(f"{name} has no value. Values of the recipe are given as --key.sub value.")
+            value = rest.pop(0)
+        overrides[name.removeprefix("--")] = parse_value(value)
+    return overrides
+
+
+def _explained(work: Callable[[], None], if_interrupted: str = "") -> None:
+    """
+    Run `work`; what a user can mend ends in its message alone, and so does Ctrl-C, with `if_interrupted` behind it.
+    Everything else ends in a traceback.
+    """
+    try:
+        _without_mendable_errors(work)
+    except KeyboardInterrupt:
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(f"Interrupted. {if_interrupted}".strip(), file=sys.stderr)
+        # what a shell gives for a command that Ctrl-C ended
+        raise typer.Exit(128 + signal.SIGINT) from None
+
+
+def _without_mendable_errors(work: Callable[[], None]) -> None:
+    from m2mkd.errors import M2MKDError
+
+    # transformers says for each of its image processors that torchvision, which we do not need, is not there
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    try:
+        work()
+    except M2MKDError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        raise typer.Exit(1) from error
+
+
+def _print_once(text: str) -> None:
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(text)
+
+
+if __name__ == "__main__":
+    main()

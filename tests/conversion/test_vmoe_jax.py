@@ -1,0 +1,91 @@
+"""The parameter tree of google-research/vmoe becomes ours, with the logits of that code."""
+
+import numpy as np
+import pytest
+import torch
+from jax_vmoe import CHOSEN, EXPERTS, HEADS, LABELS, MLP, PATCH, SIDE, SPARSE, WIDTH, Tree, forward, tree
+from testing_utils import vmoe, vmoe_config
+
+from m2mkd import VMoEForImageClassification
+from m2mkd.conversion.vmoe_jax import convert_vmoe_jax, plain_names, vmoe_jax_config
+from m2mkd.errors import ConversionError
+
+
+def tensors(arrays: Tree) -> dict[str, torch.Tensor]:
+    return plain_names({name: torch.from_numpy(array) for name, array in arrays.items()})
+
+
+def converted(arrays: Tree, **arguments) -> VMoEForImageClassification:
+    named = tensors(arrays)
+    model = VMoEForImageClassification(vmoe_jax_config(named, {"num_selected_experts": CHOSEN, **arguments}))
+    model.load_state_dict(convert_vmoe_jax(named), strict=True)
+    return model.eval()
+
+
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
+def test_the_logits_are_those_of_the_code(implementation: str) -> None:
+    images = np.random.default_rng(1).normal(size=(3, SIDE * PATCH, SIDE * PATCH, 3))
+    model = converted(tree())
+    model.set_experts_implementation(implementation)
+    with torch.no_grad():
+        ours = model(torch.from_numpy(images).float().permute(0, 3, 1, 2)).logits.numpy()
+    expected = forward(tree(), images)
+    assert np.abs(ours - expected).max() < 1e-5 * np.abs(expected).max()
+
+
+def test_sizes_come_from_the_arrays() -> None:
+    config = converted(tree(), noise_std=1.0, importance_loss_weight=0.005, load_loss_weight=0.005).config
+    assert (config.hidden_size, config.num_hidden_layers, config.num_attention_heads) == (WIDTH, 3, HEADS)
+    assert (config.intermediate_size, config.num_experts, config.num_experts_per_tok) == (MLP, EXPERTS, CHOSEN)
+    assert (config.image_size, config.patch_size, config.num_labels) == ([8, 8], [4, 4], LABELS)
+    assert config.moe_layers == list(SPARSE) and config.norm_topk_prob is False
+    # the sum over two layers
+    assert (config.router_noise_std, config.router_importance_loss_coef) == (1.0, 0.01)
+
+
+def test_a_name_in_front_of_all_and_dots_do_not_matter() -> None:
+    again = {f"params.{name.replace('/', '.')}": torch.from_numpy(array) for name, array in tree().items()}
+    assert plain_names(again).keys() == tensors(tree()).keys()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"cls": None}, "only classifier=.token. can be converted"),
+        ({"pre_logits/kernel": np.zeros((2, 2))}, "representation layer"),
+        ({"head/kernel": None}, "`head/kernel` is missing"),
+        ({"embedding/kernel": None}, "one `embedding/kernel`; this one has 0"),
+        ({"Encoder/posembed_input/pos_embedding": np.zeros((1, 7, WIDTH))}, "6 patches are no square"),
+        (
+            {"Encoder/encoderblock_0/SelfAttention/query_ln/scale": np.zeros(4)},
+            r"no part of a V-MoE .*encoderblock_0.SelfAttention.query_ln.scale",
+        ),
+    ],
+)
+def test_what_ours_does_not_have_is_refused(change: dict, message: str) -> None:
+    arrays = {name: array for name, array in {**tree(), **change}.items() if array is not None}
+    with pytest.raises(ConversionError, match=message):
+        converted(arrays)
+
+
+def test_arguments_are_taken_or_refused() -> None:
+    with pytest.raises(ConversionError, match="`num_selected_experts` is missing"):
+        vmoe_jax_config(tensors(tree()), {})
+    with pytest.raises(ConversionError, match="not known.*capacity"):
+        converted(tree(), capacity=3)
+
+
+class TestShares:
+    """`norm_topk_prob`, which sets Google's routers apart from m2mKD's."""
+
+    def test_they_are_of_all_experts_or_of_the_chosen(self) -> None:
+        hidden_states = torch.randn(7, 16)
+        for normalised in (True, False):
+            router = vmoe(norm_topk_prob=normalised).vmoe.layers[1].mlp.router
+            logits, _, weights, index = router(hidden_states)
+            shares = logits.softmax(-1).gather(-1, index)
+            expected = shares / shares.sum(-1, keepdim=True) if normalised else shares
+            torch.testing.assert_close(weights, expected)
+
+    def test_the_default_is_that_of_m2mkd(self) -> None:
+        assert vmoe_config().norm_topk_prob is True

@@ -1,0 +1,192 @@
+"""
+README and the hand-written cards: every code block does what it says. (Generated cards: test_cards, test_push,
+test_trainer_push.)
+"""
+
+import json
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+from configparser import ConfigParser
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from jax_vmoe import tree
+from official_nac_cases import nac_case
+from PIL import Image
+from testing_utils import code_blocks, commands, vit
+from tiny_run import write_images
+from typer.testing import CliRunner
+
+from m2mkd.cli import _overrides, app
+from m2mkd.experiment.recipe_file import load_recipe, parse_recipe
+from m2mkd.experiment.run_data import RunData
+
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "model_cards").glob("digits_*.md"))]
+# What makes minutes into seconds.
+QUICK = ["--training.max_steps", "2", "--equal_compute", "false", "--data.train.samples_per_class", "4"]
+DIGITS = [
+    *("--data.labelled.samples_per_class", "2"),
+    *("--data.iid.samples_per_class", "2", "--data.ood.samples_per_class", "2"),
+]
+# They take no time, and are no values of a recipe.
+SWITCHES = {"--plan", "--miniature", "--gpus"}
+LAUNCHERS = {"accelerate": ("accelerate.commands.launch", 2), "torchrun": ("torch.distributed.run", 1)}
+
+
+def all_commands() -> list[list[str]]:
+    return [words for document in DOCUMENTS for words in commands(document.read_text(encoding="utf-8"))]
+
+
+def runs() -> list[list[str]]:
+    """The commands that take a recipe, each once."""
+    found = [words for words in all_commands() if "train.py" in words or words[:2] == ["m2mkd", "run"]]
+    return [words for index, words in enumerate(found) if words not in found[:index]]
+
+
+def trainings() -> list[list[str]]:
+    """Those of them that train as long as the recipe says."""
+    return [words for words in runs() if SWITCHES.isdisjoint(words)]
+
+
+def recipe_arguments(words: list[str]) -> list[str]:
+    last = words.index("train.py") if "train.py" in words else words.index("run")
+    return words[last + 1 :]
+
+
+@pytest.fixture
+def folder(finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with what the blocks read: runs, a picture, checkpoints, a recipe's images."""
+    for name in ("digits", "nac_digits", "mine"):
+        shutil.copytree(finished_run, tmp_path / "runs" / name)
+    for seed, name in enumerate(("test", "sketches")):
+        write_images(tmp_path / name, seed=seed)
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "image.png")
+    case = nac_case("nac_small_eval")
+    shutil.copy(case.folder / "config.json", tmp_path / "nac_scale_tinyimnet_config.yml")
+    torch.save({"model": case.state_dict, "model_ema": None}, tmp_path / "checkpoint_best.pt")
+    np.savez(tmp_path / "params.npz", **tree())
+    (tmp_path / "router.json").write_text(json.dumps({"num_selected_experts": 2}))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.stem)
+def test_the_python_blocks_run_one_after_the_other(document: Path, folder: Path) -> None:
+    # that of the embedded recipe, which README's blocks cut
+    vit(num_hidden_layers=4, image_size=27, patch_size=9, num_labels=10).save_pretrained("runs/digits/teacher")
+    names: dict[str, Any] = {}
+    scripts = code_blocks(document.read_text(encoding="utf-8"), "python")
+    assert scripts
+    for index, script in enumerate(scripts):
+        path = folder / f"block_{index}.py"
+        path.write_text(script)
+        names = {**names, **runpy.run_path(str(path), init_globals=names)}
+    if document.stem == "README":
+        # the last stage returns the model's own logits
+        with torch.no_grad():
+            assert torch.equal(names["hidden_states"], names["model"](names["pixel_values"]).logits)
+        assert names["trainer"].state.global_step > 0
+        assert (folder / "runs" / "digits" / "arms" / "m2mkd" / "modeling_vmoe.py").is_file()
+
+
+def test_the_commands_that_train_nothing_run(folder: Path) -> None:
+    ran = set()
+    for words in all_commands():
+        if words[0] == "m2mkd" and words[1] != "run":
+            done = CliRunner().invoke(app, words[1:])
+            assert done.exit_code == 0, f"{words}: {done.output}"
+            ran.add(words[1])
+            shutil.rmtree("student", ignore_errors=True)
+    assert ran == {"assemble", "convert", "evaluate", "few-shot", "push", "report"}
+
+
+def test_the_recipes_and_overrides_of_the_others_are_valid() -> None:
+    assert len(trainings()) > 5
+    for words in trainings():
+        arguments = recipe_arguments(words)
+        has_recipe = bool(arguments) and not arguments[0].startswith("--")
+        path, options = (ROOT / arguments[0], arguments[1:]) if has_recipe else (None, arguments)
+        load_recipe(path, _overrides(options))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "sizes"),
+    [("image_folder", {"train": 27, "iid": 3}), ("image_folders", {"train": 30, "iid": 30, "ood": 30})],
+)
+def test_the_commands_for_own_images_lose_none(recipe: str, sizes: dict[str, int], tmp_path: Path) -> None:
+    (words,) = [words for words in trainings() if f"recipes/{recipe}.yaml" in words]
+    options = [word.replace(":PATH", f":{tmp_path}/PATH") for word in recipe_arguments(words)[1:]]
+    for source in (word.partition(":")[2] for word in options if word.startswith("imagefolder:")):
+        write_images(Path(source), per_class=10)
+    data = RunData(load_recipe(ROOT / "recipes" / f"{recipe}.yaml", _overrides(options)))
+    data.check()
+    assert {name: data.size(name)[0] for name in data.recipe.used_data()} == sizes
+
+
+def test_the_sections_of_recipes_are_valid() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    sections = [yaml.safe_load(block) for block in code_blocks(text, "yaml")]
+    assert sections
+    recipe = load_recipe(ROOT / "recipes" / "vmoe_base_imagenet.yaml").model_dump(mode="json")
+    for own in sections:
+        parse_recipe({**recipe, **own}, "README")
+
+
+def test_the_commands_with_a_switch_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    quick = [words for words in runs() if not SWITCHES.isdisjoint(words)]
+    assert {word for words in quick for word in words} >= {"--plan", "--miniature"}
+    monkeypatch.chdir(ROOT)
+    for words in quick:
+        arguments = ["run", *recipe_arguments(words), "--output_dir", str(tmp_path / "run")]
+        done = CliRunner().invoke(app, arguments)
+        assert done.exit_code == 0, f"{words}: {done.output}"
+        if "--plan" in words:
+            assert "In all, at" in done.output and not list(tmp_path.iterdir())
+        else:
+            assert (tmp_path / "run-miniature" / "run" / "report.md").is_file()
+
+
+def test_what_is_to_be_installed_is_there() -> None:
+    setup = ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    for words in all_commands():
+        if words[0] == "pip":
+            extras = [name for word in words for name in re.findall(r"\[(\w+)\]", word)]
+            assert set(extras) <= set(setup["options.extras_require"]), words
+            constraints = [word for option, word in pairwise(words) if option == "-c"]
+            assert all((ROOT / name).is_file() for name in constraints), words
+    kinds = {words[0] for words in all_commands()}
+    assert kinds <= {"pip", "pytest", "m2mkd", *LAUNCHERS}, "a command of a kind that no test runs"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", trainings(), ids=" ".join)
+def test_the_commands_that_train_run(words: list[str], tmp_path: Path) -> None:
+    """As they stand, but for the sizes, the folder of the run and the reader's own images."""
+    own_folders = [word.partition(":PATH")[2] for word in words if ":PATH" in word]
+    for folder in set(own_folders):
+        write_images(tmp_path / f"PATH{folder}", per_class=40)
+    module, skipped = LAUNCHERS.get(words[0], ("m2mkd.cli", 1))
+    words = [word.replace(":PATH", f":{tmp_path}/PATH") for word in words[skipped:]]
+    sizes = [] if own_folders else DIGITS
+    quick = [*QUICK, *sizes, "--output_dir", str(tmp_path / "run")]
+    done = subprocess.run(
+        [sys.executable, "-m", module, *words, *quick],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "run" / "recipe.json").is_file()

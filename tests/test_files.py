@@ -1,0 +1,48 @@
+"""Files and folders that appear whole or not at all."""
+
+from pathlib import Path
+
+import pytest
+
+from m2mkd.errors import WriteError
+from m2mkd.files import explained_write_errors, write_folder, write_json
+
+
+class TestWriteFolder:
+    def test_it_takes_the_place_of_the_old_one(self, tmp_path: Path) -> None:
+        folder = tmp_path / "new" / "model"
+        for text in ("old", "new"):
+            write_folder(folder, lambda temporary, text=text: (temporary / text).touch())
+        assert [path.name for path in folder.iterdir()] == ["new"]
+        assert [path.name for path in folder.parent.iterdir()] == ["model"]
+
+    def test_a_write_that_fails_leaves_the_old_one(self, tmp_path: Path) -> None:
+        folder = tmp_path / "model"
+        write_folder(folder, lambda temporary: (temporary / "old").touch())
+
+        def no_space(temporary: Path) -> None:
+            (temporary / "new").touch()
+            raise OSError(28, "No space left on device")
+
+        with pytest.raises(WriteError, match="No space left on device.*GB are free there. Free up disk space"):
+            write_folder(folder, no_space)
+        assert [path.name for path in folder.iterdir()] == ["old"]
+
+
+class TestExplainedWriteErrors:
+    def test_torchs_own_error_of_a_full_disk_is_one(self, tmp_path: Path) -> None:
+        with pytest.raises(WriteError, match="Cannot write"), explained_write_errors(tmp_path / "x" / "y"):
+            raise RuntimeError("[enforce fail at inline_container.cc:672] PytorchStreamWriter failed writing file")
+
+    def test_another_error_stays_what_it_is(self, tmp_path: Path) -> None:
+        with pytest.raises(RuntimeError, match="unrelated"), explained_write_errors(tmp_path):
+            raise RuntimeError("unrelated")
+
+
+def test_json_is_replaced_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    write_json(path, {"a": 1})
+    with pytest.raises(ValueError, match="Out of range float"):
+        write_json(path, {"a": float("nan")})
+    assert path.read_text() == '{\n  "a": 1\n}\n'
+    assert list(tmp_path.iterdir()) == [path]

@@ -1,5 +1,0 @@
-from m2mkd.trainer.throughput import measure_throughput
-
-
-def test_throughput_is_measured_on_this_machine() -> None:
-    assert measure_throughput(seconds=0.1) > 1e-4

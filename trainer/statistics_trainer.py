@@ -1,0 +1,73 @@
+"""A trainer of pairs that logs and evaluates statistics of each image."""
+
+import math
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import EvalPrediction
+
+from m2mkd.trainer.student_trainer import StudentTrainer
+
+
+# What one image says about one pair; means of these are logged and evaluated.
+STATISTICS = ("cross_entropy", "accuracy", "kl", "agreement")
+
+
+class StatisticsTrainer(StudentTrainer):
+    """
+    A [`StudentTrainer`] whose predictions are statistics of each image and pair, so that means over a whole data set
+    are exact.
+
+    Args:
+        compute_metrics (`Callable[[EvalPrediction], dict]`, *optional*): In addition to the statistics; it is given
+            the logits.
+        arguments: The others of [`~transformers.Trainer`].
+    """
+
+    _statistic_names: tuple[str, ...] = STATISTICS
+
+    def __init__(
+        self, *, compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None, **arguments: Any
+    ):
+        self._given_metrics = compute_metrics
+        self._statistics: dict[str, torch.Tensor] = defaultdict(float)
+        self._num_batches = 0
+        super().__init__(compute_metrics=self._metrics, **arguments)
+
+    def _metrics(self, found: EvalPrediction) -> dict[str, float]:
+        """Mean statistics, and what the metrics that the trainer was given make of the logits."""
+        if self._given_metrics is None:
+            return self._mean_statistics(found.predictions)
+        statistics, logits = found.predictions
+        given = self._given_metrics(EvalPrediction(predictions=logits, label_ids=found.label_ids))
+        return {**self._mean_statistics(statistics), **given}
+
+    def _mean_statistics(self, statistics: np.ndarray) -> dict[str, float]:
+        means = statistics.mean(axis=0).reshape(-1, len(self._statistic_names))
+        return {
+            self._metric_name(index, name): float(value)
+            for index, values in zip(self.args.pair_indices, means, strict=True)
+            for name, value in zip(self._statistic_names, values, strict=True)
+            if not math.isnan(value)
+        }
+
+    def _metric_name(self, index: int, name: str) -> str:
+        return f"pair_{index}_{name}" if self.args.num_pairs > 1 else name
+
+    def _add_statistic(self, index: int, name: str, value: torch.Tensor) -> None:
+        self._statistics[self._metric_name(index, name)] += value
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the pairs' mean statistics since the last log to the Trainer's own entries."""
+        if self._num_batches and "loss" in logs:
+            names = list(self._statistics)
+            means = torch.stack([self._statistics[name] for name in names]) / self._num_batches
+            means = self.accelerator.reduce(means.float(), reduction="mean").tolist()
+            # `loss` itself is the Trainer's: the sum over the pairs
+            logs = {**{n: v for n, v in zip(names, means, strict=True) if not math.isnan(v)}, **logs}
+            self._statistics.clear()
+            self._num_batches = 0
+        super().log(logs, start_time)
