@@ -1,8 +1,5 @@
 """Recipes: what a run trains, on which data, for how long."""
 
-import itertools
-from importlib import resources
-from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import (
@@ -254,20 +251,3 @@ class Recipe(Section):
         if len(set(seeds)) != len(seeds):
             raise ValueError(f"`seed` {self.seed} and `repeat_seeds` {self.repeat_seeds} must all differ")
         return self
-
-
-def list_recipes() -> dict[str, str]:
-    """The first sentence of the embedded recipe and of those in the folder `recipes` here, by name or path."""
-    embedded = {"(none given)": resources.files("m2mkd.trainer") / "default.yaml"}
-    recipes = {**embedded, **{str(path): path for path in _recipes_here()}}
-    return {name: _first_sentence(source.read_text(encoding="utf-8")) for name, source in recipes.items()}
-
-
-def _recipes_here() -> list[Path]:
-    return sorted(Path("recipes").glob("*.yaml"))
-
-
-def _first_sentence(text: str) -> str:
-    """Of the comment that a file starts with."""
-    lines = itertools.takewhile(lambda line: line.startswith("# "), text.splitlines())
-    return " ".join(line.removeprefix("# ") for line in lines).partition(". ")[0].removesuffix(".") + "."

@@ -1,6 +1,7 @@
 """Reads recipes: YAML in, checked objects out."""
 
 import copy
+import itertools
 import re
 from importlib import resources
 from pathlib import Path
@@ -13,7 +14,7 @@ from pydantic import (
 )
 
 from m2mkd.errors import RecipeError
-from m2mkd.experiment.recipe import Recipe, _recipes_here
+from m2mkd.experiment.recipe import Recipe
 from m2mkd.experiment.section import rule_of
 
 
@@ -202,3 +203,20 @@ _Loader.add_implicit_resolver(
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
 )
+
+
+def list_recipes() -> dict[str, str]:
+    """The first sentence of the embedded recipe and of those in the folder `recipes` here, by name or path."""
+    embedded = {"(none given)": EMBEDDED}
+    recipes = {**embedded, **{str(path): path for path in _recipes_here()}}
+    return {name: _first_sentence(source.read_text(encoding="utf-8")) for name, source in recipes.items()}
+
+
+def _recipes_here() -> list[Path]:
+    return sorted(Path("recipes").glob("*.yaml"))
+
+
+def _first_sentence(text: str) -> str:
+    """Of the comment that a file starts with."""
+    lines = itertools.takewhile(lambda line: line.startswith("# "), text.splitlines())
+    return " ".join(line.removeprefix("# ") for line in lines).partition(". ")[0].removesuffix(".") + "."

@@ -1,1 +1,1 @@
-"""Model card templates and the cards of this repository's recipes (Markdown files beside this one)."""
+"""Model card templates, and the model cards of this repository's recipes, as Markdown files in this folder."""

@@ -41,7 +41,7 @@ class TestConsoleScript:
         script = (
             "import sys, m2mkd_cli, m2mkd\n"
             "from typer.testing import CliRunner\n"
-            "from m2mkd.trainer.cli import app\n"
+            "from m2mkd.cli import app\n"
             "commands = [command.name for command in app.registered_commands]\n"
             "for words in [['--help'], ['--version'], *([name, '--help'] for name in commands)]:\n"
             "    done = CliRunner().invoke(app, words)\n"

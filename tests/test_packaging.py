@@ -91,7 +91,8 @@ def test_import_needs_no_trainer():
 def test_a_clone_called_m2mkd_is_the_package_where_python_starts_above_it(tmp_path: Path):
     clone = tmp_path / "m2mkd"
     for folder in package_folders().values():
-        shutil.copytree(folder, clone / folder.relative_to(ROOT), ignore=shutil.ignore_patterns("__pycache__"))
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(folder, clone / folder.relative_to(ROOT), ignore=ignored, dirs_exist_ok=True)
     shutil.copy(ROOT / "__init__.py", clone)
     code = "import m2mkd, m2mkd.data; from m2mkd import NACConfig; print(m2mkd.__file__, m2mkd.data.__file__)"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)

@@ -45,7 +45,7 @@ def run_command(
     ] = False,
     throughput: Annotated[str, typer.Option(help="TFLOP/s of a GPU for --plan, or 'measured' on this machine.")] = "",
     gpus: Annotated[int | None, typer.Option(help="GPUs for --plan; by default the processes started.")] = None,
-    list_recipes: Annotated[
+    is_list: Annotated[
         bool, typer.Option("--list", help="Name the embedded recipe and those in the folder recipes, and run none.")
     ] = False,
 ) -> None:
@@ -54,7 +54,7 @@ def run_command(
 
     Without a recipe, the embedded one runs: a V-MoE for digits, in minutes on a CPU.
 
-    Any value of the recipe can be overridden: --seed 1 --finetune.training.num_train_epochs 3 --arms '[e2e, m2mkd]'.
+    Any value of the recipe can be overridden: --seed 1 --finetune.training.num_train_epochs 3.
 
     Several processes: accelerate launch train.py RECIPE.yaml, or torchrun --nproc_per_node N train.py RECIPE.yaml.
 
@@ -64,16 +64,16 @@ def run_command(
     """
 
     def work() -> None:
-        from m2mkd.experiment import recipe as recipes
+        from m2mkd.experiment.recipe_file import list_recipes, load_recipe
 
-        if list_recipes:
-            for name, sentence in recipes.list_recipes().items():
+        if is_list:
+            for name, sentence in list_recipes().items():
                 _print_once(f"{name}: {sentence}")
             return
         # not a parameter of the command: click would take the value of the first override for it
         has_recipe = bool(context.args) and not context.args[0].startswith("--")
         path, options = (context.args[0], context.args[1:]) if has_recipe else (None, context.args)
-        recipe = recipes.load_recipe(path, _overrides(options))
+        recipe = load_recipe(path, _overrides(options))
         if miniature:
             from m2mkd.experiment.miniature import make_miniature
 
@@ -109,7 +109,7 @@ def report_command(context: typer.Context, run_folder: Annotated[Path, typer.Arg
 def push_command(
     run_folder: Annotated[Path, typer.Argument(metavar="RUN_FOLDER", help="A finished run.")],
     repo_id: Annotated[str, typer.Option(metavar="USER/NAME", help="The repository; it is made if need be.")],
-    arm: Annotated[str, typer.Option(help="Which of the run's arms.")] = "m2mkd",
+    arm: Annotated[str, typer.Option(help="Which of the run's arms; by default the distilled student.")] = "",
     seed: Annotated[int | None, typer.Option(help="Of which seed, if the run has several.")] = None,
     public: Annotated[bool, typer.Option("--public", help="Let everybody read it; otherwise it is private.")] = False,
     with_code: Annotated[
@@ -126,14 +126,16 @@ def push_command(
     """
 
     def work() -> None:
+        from m2mkd.experiment.arms import PUSHED
         from m2mkd.hub.push import files_to_push, print_files, push
 
-        files = files_to_push(run_folder, arm, repo_id, seed, with_code, license)
+        name = arm or PUSHED
+        files = files_to_push(run_folder, name, repo_id, seed, with_code, license)
         print_files(files)
         if dry_run:
             print(f"Nothing was sent: this is what would go to {repo_id} ({'public' if public else 'private'}).")
             return
-        print(f"It is at {push(files, repo_id, f'{arm} of {run_folder.resolve().name}', public)}.")
+        print(f"It is at {push(files, repo_id, f'{name} of {run_folder.resolve().name}', public)}.")
 
     _explained(work)
 

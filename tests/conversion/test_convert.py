@@ -26,7 +26,7 @@ from m2mkd.conversion.official_pixels import M2MKD_PIXELS
 from m2mkd.data.processing import pixels_of_processor
 from m2mkd.distillation.pair_folder import load_stage, load_stitches, read_contract
 from m2mkd.distillation.stitched_student import StitchedStage
-from m2mkd.errors import ConversionError, RunError
+from m2mkd.errors import ConversionError, WriteError
 from m2mkd.evaluation.saved_model import load_for_evaluation
 from m2mkd.modeling import modeling_nac
 
@@ -488,7 +488,7 @@ class TestStrictness:
 
         monkeypatch.setattr(NACForImageClassification, "save_pretrained", fail)
         case = nac_case("nac_small_eval")
-        with pytest.raises(RunError, match="No space left"):
+        with pytest.raises(WriteError, match="No space left"):
             convert("nac", case.folder / "config.json", case.folder / "state_dict.safetensors", out)
         assert left(out) == []
 

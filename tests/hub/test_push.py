@@ -25,6 +25,7 @@ from m2mkd.cli import app
 from m2mkd.distillation.pair_folder import read_contract, tensors_sha256
 from m2mkd.errors import HubError, PairFileError, RunError
 from m2mkd.hub import requests as hub_module
+from m2mkd.hub.code_export import export_hub_code
 from m2mkd.hub.push import files_to_push, print_files, push
 
 
@@ -67,7 +68,7 @@ class TestFilesToPush:
 
     def test_without_it_nothing_names_code_that_is_not_there(self, finished_run: Path, tmp_path: Path):
         run = shutil.copytree(finished_run, tmp_path / "run")
-        hub_module.export_hub_code(run / "arms" / "e2e")
+        export_hub_code(run / "arms" / "e2e")
         files = files_to_push(run, "e2e", "alice/tiny")
         assert set(files) == MODEL and "auto_map" not in json.loads(files["config.json"])
 

@@ -40,7 +40,7 @@ def test_a_newcomer_finds_everything(card: ModelCard):
         "Results",
         "Training data",
         "Limits",
-        "Licence",
+        "License",
         "Citation",
     ]
     assert "import m2mkd" in card.text and "pip install" in card.text

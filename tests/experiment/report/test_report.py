@@ -233,7 +233,6 @@ class TestErrors:
         assert str(path) in str(caught.value)
         # the runner passes over a phase whose results are there, so its folder has to go
         assert f"Delete {path.parent} and run the recipe again" in str(caught.value)
-        assert isinstance(caught.value, ValueError)
 
     @pytest.mark.parametrize("value", [None, "1", True, -1, math.nan, math.inf])
     def test_costs_are_numbers(self, run_folder, value):
