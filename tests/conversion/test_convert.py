@@ -19,7 +19,9 @@ from torch import nn
 from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTForImageClassification, pipeline
 
 from m2mkd import NACConfig, NACForImageClassification, VMoEForImageClassification, split_into_stages
-from m2mkd.conversion.convert import convert, graph_loss_fields, read_checkpoint
+from m2mkd.conversion.checkpoint_file import read_checkpoint
+from m2mkd.conversion.convert import convert
+from m2mkd.conversion.nac_kinds import graph_loss_fields
 from m2mkd.conversion.official_models import convert_vit, without_aliases
 from m2mkd.conversion.official_nac import convert_nac_student
 from m2mkd.conversion.official_pixels import M2MKD_PIXELS
