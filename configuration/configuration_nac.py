@@ -112,6 +112,9 @@ class NACConfig(PreTrainedConfig):
         Initial strength with which a code modulates the inputs of a linear layer.
     learnable_code_scale_gain (`bool`, *optional*, defaults to `True`):
         Whether each linear layer learns its gain.
+    code_scale_normalization (`str`, *optional*, defaults to `"layer_norm"`):
+        What a projected code passes before the gain: `"layer_norm"`, `"l2"` (a vector of length 1), `"sigmoid"`,
+        `"tanh"` or `"none"`.
     add_one_to_code_scale (`bool`, *optional*, defaults to `True`):
         Whether a modulated linear layer starts from the identity modulation.
     code_noise_scale (`float`, *optional*, defaults to 0.05):
@@ -157,8 +160,11 @@ class NACConfig(PreTrainedConfig):
         With `"first"`, a modulated head computes the logits from the first output latent.
     pooling_temperature (`float`, *optional*, defaults to 1.0):
         Temperature of the pooling softmax.
+    latent_head_size (`int`, *optional*):
+        Output width of a modulated head that is applied to every output latent before the pooling; no such head if not
+        given. With `pooling="first"`, the head computes the logits, and this must not be given.
     head_layernorm (`bool`, *optional*, defaults to `True`):
-        Whether the modulated head of `pooling="first"` begins with a layer norm.
+        Whether a modulated head, of `pooling="first"` or of `latent_head_size`, begins with a layer norm.
     sample_in_eval (`bool`, *optional*, defaults to `False`):
         Whether evaluation draws seeder and Gumbel noise, as the official code does (two evaluations of one
         model then differ).
@@ -238,6 +244,7 @@ class NACConfig(PreTrainedConfig):
     learnable_signatures: bool = True
     code_scale_gain: float | int = 0.1
     learnable_code_scale_gain: bool = True
+    code_scale_normalization: Literal["layer_norm", "l2", "sigmoid", "tanh", "none"] = "layer_norm"
     add_one_to_code_scale: bool = True
     code_noise_scale: float | int = 0.05
     use_code_noise_in_latent_seeder: bool = True
@@ -259,6 +266,7 @@ class NACConfig(PreTrainedConfig):
     read_out_residual: bool = False
     pooling: Literal["gumbel", "gumbel_hard", "softmax", "first"] = "gumbel"
     pooling_temperature: float | int = 1.0
+    latent_head_size: int | None = None
     head_layernorm: bool = True
     sample_in_eval: bool = False
     graph_prior: str | None = None
@@ -317,6 +325,11 @@ class NACConfig(PreTrainedConfig):
         return 0 if self.input_to_output else self.num_input_latents
 
     @property
+    def pooled_size(self) -> int:
+        """Width of the pooled output latents, which the classifier of every `pooling` but `"first"` takes."""
+        return self.hidden_size if self.latent_head_size is None else self.latent_head_size
+
+    @property
     def token_size(self) -> int:
         """Width of the tokens that the read-in attends to: image channels, then position channels."""
         return self.tokenizer_hidden_sizes[-1] + self.position_embedding_size
@@ -334,6 +347,11 @@ class NACConfig(PreTrainedConfig):
             raise ValueError(
                 f"`num_attention_heads` times `head_dim` must be `hidden_size`, but {self.num_attention_heads} times "
                 f"{self.head_dim} is not {self.hidden_size}."
+            )
+        if self.latent_head_size is not None and (self.latent_head_size < 1 or self.pooling == "first"):
+            raise ValueError(
+                "`latent_head_size` must be at least 1 and needs a `pooling` other than 'first', but is "
+                f"{self.latent_head_size} with `pooling` {self.pooling!r}."
             )
         if self.mediators_start_as_inputs and self.num_input_latents != self.num_mediator_latents:
             raise ValueError(

@@ -62,6 +62,9 @@ def _rows() -> list[tuple[str, str]]:
         (f"{graph}.latent_seeder.code_to_state_logvar.*", "nac.latent_seeder.log_variance.*"),
         (f"{graph}.read_out.head.0.module.*", "classifier.layernorm.*"),
         *_modulated(f"{graph}.read_out.head.1", "classifier.projection"),
+        # of a NAC that pools what the head gives, see `_convert`
+        (f"{graph}.read_out.head.0.module.*", "latent_head.layernorm.*"),
+        *_modulated(f"{graph}.read_out.head.1", "latent_head.projection"),
         ("output_tokenizer.confidence_scorer.*", "pooling.confidence.*"),
         ("output_tokenizer.to_logits.*", "classifier.*"),
     ]
@@ -198,11 +201,15 @@ def _convert(
     official: Mapping[str, torch.Tensor], full_names: Mapping[str, str]
 ) -> tuple[dict[str, torch.Tensor], list[str]]:
     converted, unknown = {}, []
+    # a head that an output tokenizer follows does not give the logits
+    is_pooled = any(full_name.startswith("output_tokenizer.") for full_name in full_names.values())
     for name, full_name in full_names.items():
         ours = _TABLE.ours(full_name)
         if ours is None:
             unknown.append(name)
         elif full_name != _KEY_BIAS:
+            if is_pooled and ".read_out.head." in full_name:
+                ours = ours.replace("classifier.", "latent_head.", 1)
             converted[ours] = official[name][None] if ours.endswith("position_embeddings") else official[name]
     return converted, unknown
 
@@ -262,6 +269,7 @@ _GRAPH_PRIORS = {
     "hypercube": "hypercube",
     "complete": "complete",
 }
+_POOLINGS = {"gumbel": "gumbel", "gumbel-hard": "gumbel_hard", "vanilla": "softmax"}
 _TOKENIZER_DEPTHS = {
     "tiny": [3, 3, 9],
     "mini": [3, 3, 6],
@@ -285,20 +293,20 @@ def nac_config(kwargs: Mapping[str, Any], **overrides: Any) -> NACConfig:
         `ConversionError`: an argument is not known, or has a value that no `NACConfig` expresses.
     """
     model = OfficialArguments(kwargs)
-    fields: dict[str, Any] = {
-        "num_channels": model.take("input_dim", 3),
-        "num_labels": model.need("output_dim"),
-        "hidden_size": model.need("state_dim"),
-    }
+    num_labels, size = model.need("output_dim"), model.need("state_dim")
+    fields: dict[str, Any] = {"num_channels": model.take("input_dim", 3), "hidden_size": size}
     # where the official trainer finds weights, not what the model is
     for name in ("simplified_interface", "student_state_dict_dir", "student_type"):
         model.take(name, None)
     model.require("input_tokenizer_type", "ConvNeXtImageTokenizer")
     model.require("latent_graph_type", "LatentGraph")
-    fields.update(_tokenizer_fields(model.section("input_tokenizer_kwargs"), fields["hidden_size"]))
-    output = model.section("output_tokenizer_kwargs")
-    fields.update(_pooling_fields(model.take("output_tokenizer_type", "FirstSlotAsLogits"), output))
-    fields.update(_graph_fields(model.section("latent_graph_kwargs"), fields))
+    fields.update(_tokenizer_fields(model.section("input_tokenizer_kwargs"), size))
+    graph = model.section("latent_graph_kwargs")
+    graph.require("output_dim", num_labels)
+    read_out = graph.section("read_out_kwargs")
+    fields.update(_output_fields(model, "output_tokenizer", read_out, size, num_labels))
+    fields.update(_graph_fields(graph, size))
+    fields.update(_read_out_fields(read_out, fields["drop_path_rate"]))
     for name in ("predefined_states_dir", "stitch_ckpt_path", "stitch_dim"):
         model.require(name, None)
     model.end()
@@ -364,11 +372,8 @@ def _student_fields(share: Mapping[str, Any], role: str, own: Mapping[str, Any])
         attention.end()
     elif role == "readout":
         fields["read_out_drop_path_rate"] = rate
-        fields["num_labels"] = mine.need("output_dim")
         fields["read_out_residual"] = mine.take("include_residual_in_latent_attention", False)
-        tokenizer = mine.take("tokenizer_type", "FirstSlotAsLogits")
-        fields.update(_pooling_fields(tokenizer, mine.section("tokenizer_kwargs")))
-        fields.update(_head_fields(mine, fields["pooling"]))
+        fields.update(_output_fields(mine, "tokenizer", mine, fields["hidden_size"]))
     else:
         raise ConversionError(f"The role of a NAC student is 'readin', 'mediator' or 'readout', not {role!r}.")
     shared.end()
@@ -378,9 +383,7 @@ def _student_fields(share: Mapping[str, Any], role: str, own: Mapping[str, Any])
 
 def _tokenizer_fields(arguments: OfficialArguments, hidden_size: int) -> dict[str, Any]:
     num_stages = arguments.take("num_stages", 3)
-    preset = arguments.take("capacity_preset", "tiny")
-    if preset not in _TOKENIZER_DEPTHS:
-        raise ConversionError(f"`capacity_preset` is {preset!r}; known are {sorted(_TOKENIZER_DEPTHS)}.")
+    depths = _known(arguments, "capacity_preset", "tiny", _TOKENIZER_DEPTHS)
     arguments.require("convnext_kwargs", None)
     grid = arguments.section("positional_grid_kwargs")
     size, grid_size = grid.take("dim", 0), grid.take("grid_size", [8, 8])
@@ -389,36 +392,51 @@ def _tokenizer_fields(arguments: OfficialArguments, hidden_size: int) -> dict[st
     arguments.end()
     sizes = [stride * side for side in grid_size]
     return {
-        "tokenizer_depths": _TOKENIZER_DEPTHS[preset][:num_stages],
+        "tokenizer_depths": depths[:num_stages],
         "tokenizer_hidden_sizes": [hidden_size // 4, hidden_size // 2, hidden_size][:num_stages],
         "position_embedding_size": size,
         "image_size": sizes[0] if sizes[0] == sizes[1] else sizes,
     }
 
 
-def _pooling_fields(tokenizer: str, arguments: OfficialArguments) -> dict[str, Any]:
+def _output_fields(
+    model: OfficialArguments, name: str, head: OfficialArguments, hidden_size: int, num_labels: int | None = None
+) -> dict[str, Any]:
+    """What becomes of the output latents: a head for each, then the output tokenizer that `model` calls `name`."""
+    tokenizer, pooling = model.take(f"{name}_type", "FirstSlotAsLogits"), model.section(f"{name}_kwargs")
+    has_head = head.take("use_head", True)
+    if num_labels is None and (has_head or "output_dim" not in pooling.values):
+        num_labels = head.need("output_dim")
+    head_size = head.take("output_dim", num_labels)
+    fields = {"head_layernorm": head.take("pre_output_layernorm", True), "latent_head_size": None}
     if tokenizer == "FirstSlotAsLogits":
-        arguments.end()
-        return {"pooling": "first"}
+        pooling.end()
+        if not has_head:
+            raise ConversionError(f"`{head.path}use_head` is False; with FirstSlotAsLogits it must be True.")
+        return {**fields, "pooling": "first", "num_labels": head_size}
     if tokenizer != "OutputLatentPooling":
-        raise ConversionError(f"`output_tokenizer_type` {tokenizer!r} cannot be converted.")
-    names = {"gumbel": "gumbel", "gumbel-hard": "gumbel_hard", "vanilla": "softmax"}
-    softmax = arguments.take("softmax_type", "gumbel")
-    if softmax not in names:
-        raise ConversionError(f"`softmax_type` is {softmax!r}; known are {sorted(names)}.")
-    fields = {"pooling": names[softmax], "pooling_temperature": arguments.take("softmax_temperature", 1.0)}
-    arguments.end()
+        raise ConversionError(f"`{model.path}{name}_type` {tokenizer!r} cannot be converted.")
+    fields["pooling"] = _known(pooling, "softmax_type", "gumbel", _POOLINGS)
+    fields["pooling_temperature"] = pooling.take("softmax_temperature", 1.0)
+    given, taken = head_size if has_head else hidden_size, pooling.take("state_dim", hidden_size)
+    if given != taken:
+        raise ConversionError(
+            f"`{head.path}use_head` is {has_head}, so the output tokenizer is given {given} channels, but its "
+            f"`{pooling.path}state_dim` is {taken}. Both must be the same."
+        )
+    fields["latent_head_size"] = head_size if has_head else None
+    fields["num_labels"] = pooling.take("output_dim", num_labels)
+    pooling.end()
     return fields
 
 
-def _head_fields(arguments: OfficialArguments, pooling: str) -> dict[str, Any]:
-    has_head = arguments.take("use_head", True)
-    if has_head != (pooling == "first"):
-        raise ConversionError(
-            f"`{arguments.path}use_head` is {has_head}, but the output tokenizer is of type {pooling!r}: a head goes "
-            "with FirstSlotAsLogits, and only with it."
-        )
-    return {"head_layernorm": arguments.take("pre_output_layernorm", True)}
+def _known(arguments: OfficialArguments, name: str, default: Any, ours: Mapping[Any, Any]) -> Any:
+    """What a table has for the value of an argument."""
+    value = arguments.take(name, default)
+    if value not in ours:
+        known = sorted(key for key in ours if key is not None)
+        raise ConversionError(f"`{arguments.path}{name}` is {value!r}; known are {known}.")
+    return ours[value]
 
 
 def _common_fields(arguments: OfficialArguments, hidden_size: int) -> dict[str, Any]:
@@ -437,18 +455,19 @@ def _common_fields(arguments: OfficialArguments, hidden_size: int) -> dict[str, 
     fields["code_scale_gain"] = modulation.take("scale_gain", 1.0)
     fields["learnable_code_scale_gain"] = modulation.take("learnable_scale_gain", False)
     fields["add_one_to_code_scale"] = modulation.take("add_one_to_scale", False)
-    modulation.require("scale_normalization_type", "ln")
+    normalizations = {"ln": "layer_norm", **{name: name for name in ("l2", "sigmoid", "tanh", "none")}}
+    fields["code_scale_normalization"] = _known(modulation, "scale_normalization_type", "ln", normalizations)
     modulation.require("scale_dropout", 0.0)
     modulation.require("scale_times_input_normalization_type", "none")
     modulation.end()
     return fields
 
 
-def _graph_fields(graph: OfficialArguments, known: dict[str, Any]) -> dict[str, Any]:
+def _graph_fields(graph: OfficialArguments, hidden_size: int) -> dict[str, Any]:
     rate = graph.take("path_drop_prob", 0.0)
     heads = {"num_attention_heads": graph.take("num_heads", 1), "head_dim": graph.take("head_dim", 64)}
     fields = {
-        **_common_fields(graph, known["hidden_size"]),
+        **_common_fields(graph, hidden_size),
         **heads,
         "signature_size": graph.need("signature_dim"),
         "num_input_latents": graph.need("num_input_latents"),
@@ -479,8 +498,7 @@ def _graph_fields(graph: OfficialArguments, known: dict[str, Any]) -> dict[str, 
         ("student_state_dict_dir", None),
     ):
         graph.require(name, value)
-    graph.require("output_dim", known["num_labels"])
-    graph.require("state_dim", known["hidden_size"])
+    graph.require("state_dim", hidden_size)
     seeder = graph.section("latent_seeder_kwargs")
     fields["use_state_noise"] = seeder.take("use_state_noise", True)
     seeder.require("use_code_as_mean_state", False)
@@ -490,23 +508,19 @@ def _graph_fields(graph: OfficialArguments, known: dict[str, Any]) -> dict[str, 
     fields.update(_prior_fields(graph.section("mediator_latent_kwargs"), fields["num_mediator_latents"]))
     fields.update(_read_in_fields(graph.section("read_in_kwargs"), heads, rate, fields["layer_scale_init_value"]))
     fields.update(_propagator_fields(graph.section("propagator_kwargs")))
-    fields.update(_read_out_fields(graph.section("read_out_kwargs"), rate, known["pooling"]))
     graph.end()
     return fields
 
 
 def _prior_fields(latents: OfficialArguments, num_latents: int) -> dict[str, Any]:
-    preset = latents.take("graph_preset", None)
+    prior = _known(latents, "graph_preset", None, {None: None, **_GRAPH_PRIORS})
     generator = dict(latents.take("graph_generator_kwargs", None) or {})
     latents.require("init_with_identical_codes", False)
     latents.end()
-    if preset is not None and preset not in _GRAPH_PRIORS:
-        raise ConversionError(f"`graph_preset` is {preset!r}; known are {sorted(_GRAPH_PRIORS)}.")
     if generator.pop("n", num_latents) != num_latents:
         raise ConversionError(f"The graph's `n` is not the number of mediators, {num_latents}.")
     # the official fit has its truncation in the code
-    truncation = {} if preset is None else {"graph_prior_truncation": 0.8}
-    prior = _GRAPH_PRIORS[preset] if preset is not None else None
+    truncation = {} if prior is None else {"graph_prior_truncation": 0.8}
     return {"graph_prior": prior, "graph_prior_kwargs": generator, **truncation}
 
 
@@ -552,11 +566,10 @@ def _propagator_fields(propagator: OfficialArguments) -> dict[str, Any]:
     return fields
 
 
-def _read_out_fields(read_out: OfficialArguments, rate: float, pooling: str) -> dict[str, Any]:
+def _read_out_fields(read_out: OfficialArguments, rate: float) -> dict[str, Any]:
     fields = {
         "read_out_residual": read_out.take("include_residual_in_latent_attention", True),
         "read_out_drop_path_rate": read_out.take("path_drop_prob", rate),
-        **_head_fields(read_out, pooling),
     }
     read_out.end()
     return fields

@@ -5,22 +5,19 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from transformers import PreTrainedModel, ViTForImageClassification
+from transformers import PreTrainedModel
 
-from m2mkd.conversion.convert import described_model, official_tensors, own_memory, read_config
+from m2mkd.conversion.checkpoint_file import read_config
+from m2mkd.conversion.convert import KINDS
+from m2mkd.conversion.kind import ReversibleKind
 from m2mkd.conversion.official_models import check_tensors, cut_in_stages, shapes_of, with_aliases
+from m2mkd.conversion.output import own_memory
 from m2mkd.distillation.load import load_network
 from m2mkd.errors import ConversionError
 from m2mkd.files import explained_write_errors
-from m2mkd.modeling.modeling_nac import NACForImageClassification
-from m2mkd.modeling.modeling_vmoe import VMoEForImageClassification
 
 
-_CLASSES: dict[str, type[PreTrainedModel]] = {
-    "nac": NACForImageClassification,
-    "vmoe": VMoEForImageClassification,
-    "vit": ViTForImageClassification,
-}
+_KINDS = {name: kind for name, kind in KINDS.items() if isinstance(kind, ReversibleKind)}
 
 
 def to_official(kind: str, config_path: Path, folder: Path, out: Path) -> str:
@@ -43,29 +40,30 @@ def to_official(kind: str, config_path: Path, folder: Path, out: Path) -> str:
         `StageError`: the folder cannot be loaded.
         `RunError`: the file cannot be written.
     """
-    if kind not in _CLASSES:
-        raise ConversionError(f"--kind is {kind!r}; with --to-official it must be one of {', '.join(_CLASSES)}.")
+    if kind not in _KINDS:
+        raise ConversionError(f"--kind is {kind!r}; with --to-official it must be one of {', '.join(_KINDS)}.")
     if out.suffix not in (".pth", ".safetensors"):
         raise ConversionError(f"{out} must end in .pth, which the official code loads, or in .safetensors.")
     if out.exists():
         raise ConversionError(f"{out} is there already. Give a new name, or delete it.")
-    content, model = read_config(config_path), _model_in(folder, kind)
-    official = own_memory(official_tensors(model))
+    converter = _KINDS[kind]
+    content, model = read_config(config_path), _model_in(folder, converter)
+    official = own_memory(converter.official_tensors(model))
     try:
-        described = described_model(kind, content, official)
-        check_tensors(official, shapes_of(official_tensors(described)), f"the {kind}")
+        described = converter.described_model(content, official)
+        check_tensors(official, shapes_of(converter.official_tensors(described)), f"the {kind}")
         _check_logits(model, described)
     except ConversionError as error:
         raise ConversionError(f"{folder} with {config_path}: {error}") from error
-    _write(out, official, None if kind == "nac" else content["kwargs"]["divided_depths"])
+    _write(out, official, converter.official_depths(content))
     return f"{type(model).__name__} of {model.num_parameters() / 1e6:.1f} M parameters is in {out}."
 
 
-def _model_in(folder: Path, kind: str) -> PreTrainedModel:
+def _model_in(folder: Path, kind: ReversibleKind) -> PreTrainedModel:
     model = load_network(folder)
-    if type(model) is not _CLASSES[kind]:
+    if type(model) is not kind.model_class:
         raise ConversionError(
-            f"{folder} holds a {type(model).__name__}, but --kind {kind} is {_CLASSES[kind].__name__}."
+            f"{folder} holds a {type(model).__name__}, but --kind {kind.name} is {kind.model_class.__name__}."
         )
     for module in model.modules():
         # with the official noise in evaluation no two logits of a NAC are equal

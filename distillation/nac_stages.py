@@ -70,8 +70,9 @@ class NACStage(Stage):
         rounds = {0} if self.config.share_propagators and self.rounds else self.rounds
         paths += [f"nac.layers.{layer}.{part}" for layer in rounds for part in ("attention", "ffn")]
         if self.is_last:
-            pooling = [] if self.config.pooling == "first" else ["pooling"]
-            paths += ["nac.read_out.attention", "nac.read_out.ffn", *pooling, "classifier"]
+            paths += ["nac.read_out.attention", "nac.read_out.ffn"]
+            heads = ("latent_head", "pooling", "classifier")
+            paths += [name for name in heads if getattr(self._model[0], name) is not None]
         return paths
 
     def _paths(self) -> list[str]:
@@ -166,7 +167,5 @@ class NACDistilledStage(NACStage):
         if self.is_last:
             part = circuit.read_out
             states, _ = part.attention(latent_states, hidden_states, latent_codes, token_codes[-1])
-            states = part.ffn(states, latent_codes)
-            pooled = model.pooling is not None
-            hidden_states = model.classify(states) if pooled else model.classifier(states, latent_codes)
+            hidden_states = model.classify(part.ffn(states, latent_codes), latent_codes)
         return hidden_states

@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig
 
 from m2mkd.data.config import IMAGEFOLDER_PREFIX, PackagedSource
 from m2mkd.model_cards.parts import citation, model_facts, template, usage_section
-from m2mkd.model_cards.tables import compute_section, markdown_table, results_section
+from m2mkd.model_cards.tables import compute_section, markdown_table, results_section, teacher_text
 
 
 _UNPUBLISHED = ("output_dir", "processes")
@@ -63,7 +63,7 @@ def run_card(
         results=results_section(report),
         device=report["device"],
         versions=", ".join(f"{name} {version}" for name, version in report["versions"].items()),
-        data=_data_section(recipe),
+        data=_data_section(report, recipe),
         compute=compute_section(report),
         recipe=yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True),
         limits=_limits(report, result),
@@ -77,7 +77,8 @@ def card_data(report: dict[str, Any], result: dict[str, Any], name: str, license
     recipe = report["recipe"]
     model_type = recipe["student"]["model"]["model_type"]
     tests = {split: recipe["evaluation"].get(split) for split in ("iid", "ood")}
-    ids = [section["source"] for section in recipe["data"].values() if _kind(section["source"]) == "datasets"]
+    sources = [recipe["data"][name]["source"] for name in _data_users(report).values()]
+    ids = [source for source in sources if _kind(source) == "datasets"]
     return ModelCardData(
         model_name=name,
         license=license,
@@ -144,28 +145,31 @@ def _eval_result(name: str, section: dict[str, Any], accuracy: float) -> EvalRes
 
 
 def _arm_text(arm: dict[str, Any], report: dict[str, Any]) -> str:
-    text, teacher = arm["text"], report["teacher"] or {}
-    if "teacher" in arm["extra"] and teacher.get("pretrained"):
-        text += f" The teacher is {_published(teacher['pretrained'])}."
-    return text
+    return f"{arm['text']} {teacher_text(report['teacher'])}" if "teacher" in arm["extra"] else arm["text"]
 
 
-def _data_section(recipe: dict[str, Any]) -> str:
+def _data_users(report: dict[str, Any]) -> dict[str, str]:
+    """Names of the sets that the run used, by what it used them for."""
+    recipe, teacher = report["recipe"], report["teacher"]
+    is_distilled = any(result["arm"]["init"] == "modules" for result in report["arms"].values())
     users = {
-        "meta model": recipe["meta"]["data"],
-        "teacher": recipe["teacher"].get("data"),
-        "distillation": recipe["distill"]["data"],
+        "meta model": recipe["meta"]["data"] if report["meta"] else None,
+        "teacher": recipe["teacher"].get("data") if teacher and not teacher.get("pretrained") else None,
+        "distillation": recipe["distill"]["data"] if is_distilled else None,
         "end-to-end training": recipe["finetune"]["data"],
         "IID test": recipe["evaluation"]["iid"],
         "OOD test": recipe["evaluation"].get("ood"),
     }
+    return {user: name for user, name in users.items() if name is not None}
+
+
+def _data_section(report: dict[str, Any], recipe: dict[str, Any]) -> str:
     rows = []
-    for user, name in users.items():
-        if name is not None:
-            section = recipe["data"][name]
-            share = section.get("samples_per_class")
-            images = f"{share} of each class" if share else "all"
-            rows.append([user, name, section["source"], section.get("split") or "–", images, section["augmentation"]])
+    for user, name in _data_users(report).items():
+        section = recipe["data"][name]
+        share = section.get("samples_per_class")
+        images = f"{share} of each class" if share else "all"
+        rows.append([user, name, section["source"], section.get("split") or "–", images, section["augmentation"]])
     return markdown_table(("Used for", "Name", "Source", "Split", "Images", "Augmentation"), rows)
 
 

@@ -115,7 +115,7 @@ def _cost_rows(report: Report) -> list[list[str]]:
         extra = {network: report[network] for network in result.get("arm", {}).get("extra", ())}
         known = [network for network, own in extra.items() if not own.get("pretrained")]
         total = result["train_flops"] + sum(extra[network]["train_flops"] for network in known)
-        names = [network if network in known else f"{network} (published, not counted)" for network in extra]
+        names = [network if network in known else f"{network} (pretrained, not counted)" for network in extra]
         rows.append([name, *_costs(result), ", ".join(names) or "–", _tflops(total) if "arm" in result else "–"])
         for phase, costs in result.get("phases", {}).items():
             rows.append([f"– of it {phase}", *_costs(costs), "", ""])
@@ -136,12 +136,36 @@ def _compute_notes(report: Report) -> str:
             spent = arm["budget"]["flops_of"]
             notes.append(f"- {name}: the model of {same}, whose end-to-end epochs take {spent}'s FLOPs or more.")
             continue
-        needs = " and ".join(_NETWORKS[network] for network in arm["extra"])
-        extra = f"Training {needs} is extra." if needs else "It needs no other network."
+        needs = [_NETWORKS[network] for network in arm["extra"] if not report[network].get("pretrained")]
+        extra = "The teacher was pretrained." if arm["extra"] else "It needs no other network."
+        if needs:
+            extra = f"Training {' and '.join(needs)} is extra."
         notes.append(f"- {name}: {arm['covers']}. {extra}")
-    if "incubation" in (report["teacher"] or {}).get("phases", {}):
+    teacher = report["teacher"] or {}
+    if teacher.get("pretrained"):
+        notes.append(f"- {teacher_text(teacher)} Its training is not counted.")
+    if "incubation" in teacher.get("phases", {}):
         notes.append("- The teacher was itself incubated inside the meta model, whose training its row leaves out.")
     return "\n".join(notes)
+
+
+def teacher_text(teacher: Result) -> str:
+    """What the teacher of a report is and where its weights came from, in sentences."""
+    size, source, network = f"{teacher['parameters']:,} parameters", teacher.get("pretrained"), teacher.get("network")
+    if source is None:
+        is_incubated = "incubation" in teacher.get("phases", {})
+        how = "incubated inside the meta model and then fine-tuned" if is_incubated else "trained"
+        return f"The teacher has {size}. It was {how} in this run."
+    if network is None:  # tested before this was recorded
+        return f"The teacher is a pretrained network with {size}. It was not trained in this run."
+    layers = f"{network['num_hidden_layers']} layers of width {network['hidden_size']}"
+    what = f"{network['class']} with {layers} and {size}"
+    if network["folder"] is None:
+        return f"The teacher is {source} from the Hub, a {what}. It was not trained in this run."
+    return (
+        f'The teacher is a {what}, loaded from a local folder named "{network["folder"]}". It was not trained in this '
+        "run, and where its weights came from is not recorded."
+    )
 
 
 def markdown_table(header: Sequence[str], rows: list[list[str]]) -> str:

@@ -424,22 +424,31 @@ class NACForImageClassification(NACPreTrainedModel):
         self.num_labels = config.num_labels
         self.nac = NACModel(config)
         is_pooled = config.pooling != "first"
+        # CODEPATH: m2mKD's checkpoints pool the states themselves, official `use_head: true` what a head makes of them
+        self.latent_head = None if config.latent_head_size is None else NACModulatedHead(config, config.pooled_size)
         self.pooling = NACPooling(config) if is_pooled else None
         if config.num_labels == 0:
             self.classifier = nn.Identity()
         elif is_pooled:
-            self.classifier = NACClassifier(config.hidden_size, config.num_labels)
+            self.classifier = NACClassifier(config.pooled_size, config.num_labels)
         else:
-            self.classifier = NACModulatedHead(config)
+            self.classifier = NACModulatedHead(config, config.num_labels)
         self.post_init()
 
-    def classify(self, states: torch.Tensor) -> torch.Tensor:
-        """Compute logits from states of the output latents, `(batch_size, num_output_latents, hidden_size)`."""
+    def classify(self, states: torch.Tensor, codes: torch.Tensor | None = None) -> torch.Tensor:
+        """
+        Compute logits from states of the output latents, `(batch_size, num_output_latents, hidden_size)`, with the
+        codes of these latents or with `codes` of shape `(num_output_latents, code_size)`.
+        """
+        if codes is None:
+            codes = self.nac.output_latents()[1]
+        if self.latent_head is not None:
+            states = self.latent_head(states, codes)
         if self.pooling is not None:
             return self.classifier(self.pooling(states))
         if self.num_labels == 0:
             return states[:, 0]
-        return self.classifier(states, self.nac.output_latents()[1])
+        return self.classifier(states[:, :1], codes[:1])[:, 0]
 
     def graph_losses(self) -> dict[str, torch.Tensor]:
         """

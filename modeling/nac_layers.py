@@ -35,6 +35,16 @@ PART_BYTES = 2**21
 MIN_BANDWIDTH = 0.01
 
 
+# What the projection of a code of shape `(num_latents, in_features)` passes before the gain.
+CODE_SCALE_NORMALIZATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "layer_norm": lambda projected: F.layer_norm(projected, projected.shape[-1:], eps=1e-5),
+    "l2": lambda projected: F.normalize(projected, dim=-1),
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+    "none": lambda projected: projected,
+}
+
+
 def modulate(hidden_states: torch.Tensor, scale: torch.Tensor, activation_fn: Callable | None) -> torch.Tensor:
     """
     `hidden_states * scale`. With an activation, the hidden states are `[a, gate]`, and the result is the gated unit
@@ -115,13 +125,15 @@ class NACModulatedWeight(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
         self.code_projection = nn.Linear(config.code_size, in_features, bias=False)
+        self.normalization = config.code_scale_normalization
         self.offset = 1.0 if config.add_one_to_code_scale else 0.0
         self.gain_init_value = config.code_scale_gain
         self.gain = nn.Parameter(torch.empty(())) if config.learnable_code_scale_gain else None
 
     def code_scale(self, codes: torch.Tensor) -> torch.Tensor:
         """Scale of the inputs of each latent, `(num_latents, in_features)`, from `(num_latents, code_size)`."""
-        scale = F.layer_norm(self.code_projection(codes), (self.in_features,), eps=1e-5)
+        # CODEPATH: m2mKD's configurations leave the official `scale_normalization_type` at its default, the layer norm
+        scale = CODE_SCALE_NORMALIZATIONS[self.normalization](self.code_projection(codes))
         gain = self.gain_init_value if self.gain is None else self.gain
         return gain * scale + self.offset
 
@@ -129,7 +141,8 @@ class NACModulatedWeight(nn.Module):
 class NACModulatedLinear(NACModulatedWeight):
     """
     ModFC of the NAC paper: a linear layer whose inputs are scaled channel by channel, depending on the code of the
-    latent: `y_u = W (x_u ∘ (gain * layernorm(P code_u) + 1)) + b`.
+    latent: `y_u = W (x_u ∘ (gain * layernorm(P code_u) + 1)) + b`. `code_scale_normalization` may replace the layer
+    norm.
     """
 
     def forward(
@@ -527,10 +540,10 @@ class NACPooling(nn.Module):
         self.is_gumbel, self.is_hard = config.pooling.startswith("gumbel"), config.pooling == "gumbel_hard"
         self.temperature = config.pooling_temperature
         self.sample_in_eval = config.sample_in_eval
-        self.confidence = nn.Linear(config.hidden_size, 1)
+        self.confidence = nn.Linear(config.pooled_size, 1)
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
-        """Map `(batch_size, num_output_latents, hidden_size)` to `(batch_size, hidden_size)`."""
+        """Map `(batch_size, num_output_latents, pooled_size)` to `(batch_size, pooled_size)`."""
         confidences = self.confidence(states).squeeze(-1)
         if self.is_gumbel and (self.training or self.sample_in_eval):
             weights = F.gumbel_softmax(confidences, tau=self.temperature, hard=self.is_hard, dim=-1)
@@ -542,15 +555,18 @@ class NACPooling(nn.Module):
 
 
 class NACModulatedHead(nn.Module):
-    """Head that computes the logits from the first output latent and its code (`pooling="first"`)."""
+    """
+    Head that is applied to each output latent, depending on its code: it computes the logits from the first one
+    (`pooling="first"`), or what is pooled (`latent_head_size`).
+    """
 
-    def __init__(self, config: NACConfig):
+    def __init__(self, config: NACConfig, out_features: int):
         super().__init__()
         layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         # CODEPATH: official `pre_output_layernorm: true` normalizes; m2mKD's checkpoints have no such head
         self.layernorm = layernorm if config.head_layernorm else nn.Identity()
-        self.projection = NACModulatedLinear(config, config.hidden_size, config.num_labels)
+        self.projection = NACModulatedLinear(config, config.hidden_size, out_features)
 
     def forward(self, states: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
-        """Map `(batch_size, num_output_latents, hidden_size)` to `(batch_size, num_labels)`."""
-        return self.projection(self.layernorm(states[:, :1]), codes[:1])[:, 0]
+        """Map `(batch_size, num_latents, hidden_size)` and codes to `(batch_size, num_latents, out_features)`."""
+        return self.projection(self.layernorm(states), codes)

@@ -111,8 +111,17 @@ class PublishedTeacherPhase(TrainedTeacherPhase):
         session = self.session
         model = session.load_teacher()
         evaluation = session.evaluate(model, self.recipe.distill.data)
+        source, config = self.recipe.teacher.pretrained, model.config
+        network = {
+            "class": type(model).__name__,
+            "num_hidden_layers": config.num_hidden_layers,
+            "hidden_size": config.hidden_size,
+            # the name alone: cards and reports are published, paths of a machine are not
+            "folder": Path(source).resolve().name if Path(source).is_dir() else None,
+        }
         results = {
-            "pretrained": self.recipe.teacher.pretrained,
+            "pretrained": source,
+            "network": network,
             "parameters": count_parameters(model),
             **_NOTHING_TRAINED,
         }

@@ -191,7 +191,7 @@ def _read_costs(path: Path) -> Result:
         raise _damaged(path, "`phases` is no mapping")
     costs: Result = {name: _number(content, name, path) for name in COSTS}
     # a published network; an arm whose model stands for two arms
-    costs |= {name: content[name] for name in ("pretrained", "same_as") if content.get(name)}
+    costs |= {name: content[name] for name in ("pretrained", "network", "same_as") if content.get(name)}
     if phases:
         costs["phases"] = {phase: {name: _number(own, name, path) for name in COSTS} for phase, own in phases.items()}
     return costs

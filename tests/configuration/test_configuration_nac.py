@@ -28,6 +28,8 @@ REFUSED = [
     ({"num_mediator_latents": 0}, "num_mediator_latents", "at least 1"),
     ({"num_attention_heads": 5}, "num_attention_heads", "times `head_dim` must be `hidden_size`"),
     ({"head_dim": 15}, "head_dim", "3 times 15 is not 48"),
+    ({"latent_head_size": 0}, "latent_head_size", "at least 1"),
+    ({"latent_head_size": 5, "pooling": "first"}, "latent_head_size", "other than 'first'"),
     ({"mediators_start_as_inputs": True}, "mediators_start_as_inputs", "as many mediators as input latents"),
     ({"tokenizer_depths": []}, "tokenizer_depths", "at least one stage"),
     ({"tokenizer_depths": [1, -1]}, "tokenizer_depths", "0 or more blocks"),
@@ -99,6 +101,7 @@ class TestRules:
         [
             {"hidden_size": "48"},
             {"pooling": "mean"},
+            {"code_scale_normalization": "ln"},
             {"kernel_truncation_type": "soft"},
             {"input_to_mediator": "last"},
             {"use_geglu": "no"},

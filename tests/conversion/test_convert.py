@@ -12,17 +12,24 @@ from jax_vmoe import forward, tree
 from official_cases import Case, assert_close, stage_of, student_model, student_names, vit_stage
 from official_files import config_file, left, save, with_stitches
 from official_nac_cases import nac_case
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from testing_utils import assert_equal
-from transformers import AutoModelForImageClassification, ViTForImageClassification
+from torch import nn
+from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTForImageClassification, pipeline
 
-from m2mkd import NACForImageClassification, VMoEForImageClassification, split_into_stages
-from m2mkd.conversion.convert import convert, graph_loss_fields, read_checkpoint
+from m2mkd import NACConfig, NACForImageClassification, VMoEForImageClassification, split_into_stages
+from m2mkd.conversion.checkpoint_file import read_checkpoint
+from m2mkd.conversion.convert import convert
+from m2mkd.conversion.nac_kinds import graph_loss_fields
 from m2mkd.conversion.official_models import convert_vit, without_aliases
 from m2mkd.conversion.official_nac import convert_nac_student
+from m2mkd.conversion.official_pixels import M2MKD_PIXELS
+from m2mkd.data.processing import pixels_of_processor
 from m2mkd.distillation.pair_folder import load_stage, load_stitches, read_contract
 from m2mkd.distillation.stitched_student import StitchedStage
 from m2mkd.errors import ConversionError, WriteError
+from m2mkd.evaluation.saved_model import load_for_evaluation
 from m2mkd.modeling import modeling_nac
 
 
@@ -76,7 +83,8 @@ class TestNAC:
             assert_close(model(case.inputs["pixel_values"]).logits, case.outputs["noise_free.logits"], "logits")
         assert model.config.graph_prior == "planted_partition"
         assert (model.config.graph_prior_truncation, model.config.kernel_truncation) == (0.8, 0.9)
-        assert sorted(path.name for path in out.iterdir()) == ["config.json", "model.safetensors"]
+        files = ["config.json", "model.safetensors", "preprocessor_config.json"]
+        assert sorted(path.name for path in out.iterdir()) == files
 
     def test_the_official_yaml_brings_the_losses_of_the_graph(self, tmp_path: Path, out: Path) -> None:
         case = nac_case("nac_small_eval")
@@ -160,6 +168,46 @@ class TestNACStudents:
         stage = split_into_stages(fresh, [1] * 4)[index].distilled()
         assert load_stage(stage, out) == []
         assert_equal(stage.state_dict(), tensors)
+
+    def test_a_read_out_whose_head_is_pooled(self, tmp_path: Path, out: Path) -> None:
+        case = nac_case("nac_student_readout")
+        share, own = case.config["share_kwargs"], case.config["role_kwargs"]
+        sizes = {"use_head": True, "pre_output_layernorm": True, "output_dim": 7}
+        own = {**own, **sizes, "tokenizer_kwargs": {"softmax_type": "vanilla", "state_dim": 7, "output_dim": 11}}
+        head = {
+            "head.0.module.weight": (48,),
+            "head.0.module.bias": (48,),
+            "head.1.native_weight": (7, 48),
+            "head.1.native_bias": (7,),
+            "head.1.scale.weight": (48, 32),
+            "head.1.scale_gain": (),
+            "tokenizer.confidence_scorer.weight": (1, 7),
+            "tokenizer.confidence_scorer.bias": (1,),
+            "tokenizer.to_logits.weight": (11, 7),
+            "tokenizer.to_logits.bias": (11,),
+        }
+        tensors = {**case.state_dict, **{name: torch.randn(shape) for name, shape in head.items()}}
+        checkpoint = save(tmp_path / "ReadOutStudent.pth", {"model": tensors})
+        config = config_file(tmp_path, {"share_kwargs": share, "readout": own, "stitch_dim": 56})
+        convert("nac-student", config, checkpoint, out, num_stages=4)
+        model = NACForImageClassification.from_pretrained(out)
+        assert (model.config.latent_head_size, model.config.num_labels) == (7, 11)
+        stage = split_into_stages(model, [1] * 4)[3].distilled()
+        assert load_stage(stage, out) == []
+        # before the head it is the student of the case
+        plain, _ = convert_nac_student(case.state_dict, 3, 4)
+        assert_equal({name: value for name, value in stage.state_dict().items() if "read_out" in name}, {
+            name: value for name, value in plain.items() if "read_out" in name
+        })  # fmt: skip
+        states, codes, norm = torch.randn(3, 2, 48), torch.randn(2, 32), nn.functional.layer_norm
+        inputs = norm(states, (48,), tensors["head.0.module.weight"], tensors["head.0.module.bias"])
+        scale = tensors["head.1.scale_gain"] * norm(codes @ tensors["head.1.scale.weight"].T, (48,)) + 1
+        latents = (inputs * scale) @ tensors["head.1.native_weight"].T + tensors["head.1.native_bias"]
+        weights = (latents @ tensors["tokenizer.confidence_scorer.weight"][0]).softmax(-1)
+        pooled = (latents * weights[..., None]).sum(1)
+        expected = pooled @ tensors["tokenizer.to_logits.weight"].T + tensors["tokenizer.to_logits.bias"]
+        with torch.no_grad():
+            assert_close(model.classify(states, codes), expected, "logits")
 
     @pytest.fixture
     def official_yaml(self, tmp_path: Path) -> Path:
@@ -523,6 +571,46 @@ class TestCommandLine:
         assert again.stderr.startswith("Error: ") and "not empty" in again.stderr and "Traceback" not in again.stderr
 
 
+class TestPixels:
+    """What is written takes images as the code that it comes from does when it tests."""
+
+    IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225), "resample": "bicubic"}
+
+    @pytest.mark.parametrize(
+        "kind, name", [("nac", "nac_small_train"), ("vmoe", "vmoe_full"), ("vit", "incubated_vit")]
+    )
+    def test_a_pipeline_and_the_evaluation_take_the_folder(self, out: Path, kind: str, name: str) -> None:
+        case = nac_case(name)
+        convert(kind, case.folder / "config.json", case.folder / "state_dict.safetensors", out)
+        image = Image.new("RGB", (50, 40), "red")
+        answer = pipeline("image-classification", model=str(out))(image)
+        model, pixels = load_for_evaluation(out)
+        assert answer[0]["label"] in model.config.id2label.values()
+        # images of up to 32 pixels are not cropped
+        assert model.config.image_size <= 32
+        assert pixels == {"image_size": model.config.image_size, "center_crop": None, **self.IMAGENET}
+
+    @pytest.mark.parametrize("size, short", [(224, 256), (64, 73)])
+    def test_the_middle_of_larger_images_is_cut_out(self, size: int, short: int) -> None:
+        said = M2MKD_PIXELS.processor(NACConfig(image_size=size)).to_dict()
+        assert said["size"] == {"shortest_edge": short} and said["crop_size"] == {"height": size, "width": size}
+        assert said["do_center_crop"] and said["do_normalize"] and said["rescale_factor"] == pytest.approx(1 / 255)
+
+    def test_images_that_are_not_square_are_resized_as_a_whole(self) -> None:
+        processor = M2MKD_PIXELS.processor(NACConfig(image_size=[64, 128]))
+        pixel_values = processor(Image.new("RGB", (300, 90), "red"), return_tensors="pt")["pixel_values"]
+        assert pixel_values.shape == (1, 3, 64, 128)
+
+    @pytest.mark.parametrize(
+        "kind, name", [("nac-student", "nac_student_readin"), ("vmoe-student", "vmoe_student_middle")]
+    )
+    def test_modules_have_one_too(self, out: Path, kind: str, name: str) -> None:
+        case = nac_case(name)
+        convert(kind, case.folder / "config.json", case.folder / "state_dict.safetensors", out, num_stages=3)
+        pixels = pixels_of_processor(AutoImageProcessor.from_pretrained(out), "it")
+        assert {name: pixels[name] for name in self.IMAGENET} == self.IMAGENET
+
+
 class TestVMoEJax:
     """google-research/vmoe's parameter tree, in a file of named arrays."""
 
@@ -545,6 +633,19 @@ class TestVMoEJax:
             ours = model(torch.from_numpy(pixels).float().permute(0, 3, 1, 2)).logits.numpy()
         expected = forward(tree(), pixels)
         assert np.abs(ours - expected).max() < 1e-5 * np.abs(expected).max()
+
+    def test_a_pipeline_takes_the_folder(self, tmp_path: Path, out: Path) -> None:
+        config = config_file(tmp_path, {"num_selected_experts": 2}, "router.json")
+        convert("vmoe-jax", config, self.arrays(tmp_path / "params.npz"), out)
+        image = Image.fromarray(np.random.default_rng(2).integers(0, 256, (8, 8, 3), dtype=np.uint8))
+        answer = pipeline("image-classification", model=str(out), top_k=None, function_to_apply="none")(image)
+        # value_range(-1, 1) there
+        expected = forward(tree(), np.asarray(image)[None] / 127.5 - 1)[0]
+        ours = {entry["label"]: entry["score"] for entry in answer}
+        assert ours == pytest.approx({f"LABEL_{i}": value for i, value in enumerate(expected)}, abs=1e-4)
+        assert load_for_evaluation(out)[1] == {
+            "image_size": 8, "center_crop": None, "resample": "bilinear", "mean": (0.5,) * 3, "std": (0.5,) * 3
+        }  # fmt: skip
 
     def test_what_is_missing_is_listed_by_its_name(self, tmp_path: Path, out: Path) -> None:
         config = config_file(tmp_path, {"num_selected_experts": 2}, "router.json")

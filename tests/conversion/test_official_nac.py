@@ -182,6 +182,16 @@ class TestNACConfig:
             (f"{GRAPH}.latent_seeder_kwargs", {"use_state_noise": False}, "use_state_noise", False),
             (f"{GRAPH}.mod_fc_kwargs.learnable_scale_gain", False, "learnable_code_scale_gain", False),
             (f"{GRAPH}.read_out_kwargs.include_residual_in_latent_attention", True, "read_out_residual", True),
+            *(
+                (f"{GRAPH}.mod_fc_kwargs.scale_normalization_type", theirs, "code_scale_normalization", ours)
+                for theirs, ours in {
+                    "ln": "layer_norm",
+                    "l2": "l2",
+                    "none": "none",
+                    "sigmoid": "sigmoid",
+                    "tanh": "tanh",
+                }.items()
+            ),
             ("output_tokenizer_kwargs.softmax_type", "gumbel-hard", "pooling", "gumbel_hard"),
             ("output_tokenizer_kwargs.softmax_type", "vanilla", "pooling", "softmax"),
             ("output_tokenizer_kwargs.softmax_temperature", 2.0, "pooling_temperature", 2.0),
@@ -206,7 +216,14 @@ class TestNACConfig:
             (f"{GRAPH}.mediator_latent_kwargs.graph_preset", "star", "graph_preset` is 'star'"),
             (f"{GRAPH}.mediator_latent_kwargs.graph_generator_kwargs.n", 255, "not the number of mediators"),
             (f"{GRAPH}.read_in_kwargs.num_heads", 3, "read_in_kwargs.num_heads` is 3"),
-            (f"{GRAPH}.read_out_kwargs.use_head", True, "use_head` is True"),
+            (
+                f"{GRAPH}.mod_fc_kwargs.scale_normalization_type",
+                "max",
+                "scale_normalization_type` is 'max'; known are",
+            ),
+            (f"{GRAPH}.read_out_kwargs.use_head", True, "given 200 channels, but its.*state_dim` is 384"),
+            ("output_tokenizer_kwargs.state_dim", 200, "use_head` is False.*given 384 channels.*is 200"),
+            ("output_tokenizer_type", "FirstSlotAsLogits", "output_tokenizer_kwargs.softmax_type"),
             (f"{GRAPH}.num_iterations", None, "latent_graph_kwargs.num_iterations` is missing"),
             ("state_dim", None, "state_dim` is missing"),
             ("output_tokenizer_kwargs.softmax_type", "sparsemax", "softmax_type` is 'sparsemax'"),
@@ -222,6 +239,38 @@ class TestNACConfig:
 
     def test_overrides_win(self) -> None:
         assert nac_config(official(), num_hidden_layers=2).num_hidden_layers == 2
+
+
+class TestOutput:
+    """Head and output tokenizer; each of them may say its own sizes."""
+
+    @pytest.mark.parametrize(
+        "head, tokenizer, expected",
+        [
+            ({"use_head": False}, {"output_dim": 7}, ("gumbel", None, 7)),
+            ({"use_head": False}, {"state_dim": 384, "output_dim": 7}, ("gumbel", None, 7)),
+            ({"use_head": True}, {"state_dim": 200}, ("gumbel", 200, 200)),
+            ({"use_head": True, "output_dim": 9}, {"state_dim": 9, "output_dim": 7}, ("gumbel", 9, 7)),
+            ({"use_head": True}, None, ("first", None, 200)),
+            ({"use_head": True, "output_dim": 9}, None, ("first", None, 9)),
+        ],
+    )
+    @pytest.mark.parametrize("is_student", [False, True])
+    def test_sizes(
+        self, head: dict[str, Any], tokenizer: dict[str, Any] | None, expected: tuple[Any, ...], is_student: bool
+    ) -> None:
+        kind = "FirstSlotAsLogits" if tokenizer is None else "OutputLatentPooling"
+        if is_student:
+            # the official default is the role's, and need not be given if the tokenizer has it and there is no head
+            default = {} if tokenizer and "output_dim" in tokenizer and not head["use_head"] else {"output_dim": 200}
+            own = {**ROLES["readout"], "tokenizer_type": kind, "tokenizer_kwargs": tokenizer}
+            del own["output_dim"]
+            config = nac_student_config(SHARE, "readout", {**own, **default, **head})
+        else:
+            changes = {f"{GRAPH}.read_out_kwargs.{name}": value for name, value in head.items()}
+            changes |= {"output_tokenizer_type": kind, "output_tokenizer_kwargs": tokenizer}
+            config = nac_config(changed_at(official(), changes))
+        assert (config.pooling, config.latent_head_size, config.num_labels) == expected
 
 
 class TestStudentConfig:
@@ -246,6 +295,8 @@ class TestStudentConfig:
             ("mediator", {"depth": 2}, "mediator.depth"),
             ("mediator", {"latent_attention_kwargs": {"dropout": 0.1}}, "mediator.latent_attention_kwargs.dropout"),
             ("readout", {"use_head": False}, "readout.output_dim` is missing"),
+            ("readout", {"tokenizer_kwargs": {"output_dim": 3}}, "readout.output_dim` is missing"),
+            ("readout", {"use_head": False, "output_dim": 3}, "readout.use_head` is False"),
         ],
     )
     def test_what_is_not_known_is_named(self, role: str, own: dict[str, Any], said: str) -> None:
@@ -263,6 +314,8 @@ FORMS: dict[str, dict[str, Any]] = {
     "codes_by_round": {"share_codes_between_layers": False},
     "fixed_gain": {"learnable_code_scale_gain": False},
     "first_latent": {"pooling": "first"},
+    "pooled_heads": {"latent_head_size": 7},
+    "pooled_heads_without_layernorm": {"latent_head_size": 7, "head_layernorm": False},
     "no_positions": {"position_embedding_size": 0},
     "three_tokenizer_stages": {"tokenizer_depths": [1, 0, 1]},
     "shared_propagators": {"share_propagators": True},

@@ -13,9 +13,11 @@ from safetensors.torch import load_file
 from testing_utils import assert_equal, nac, vit
 from typer.testing import CliRunner, Result
 
+from m2mkd import NACForImageClassification
 from m2mkd.cli import app
 from m2mkd.conversion.convert import convert
 from m2mkd.conversion.official_models import without_aliases
+from m2mkd.conversion.official_nac import nac_config
 from m2mkd.conversion.to_official import to_official
 from m2mkd.errors import ConversionError, StageError
 
@@ -85,6 +87,34 @@ class TestNAC:
         to_official("nac", config, tmp_path / "ours", out)
         given = dict(case.state_dict)
         assert_equal(torch.load(out)["model"], {**given, KEY_BIAS: torch.zeros_like(given[KEY_BIAS])})
+
+    @pytest.mark.parametrize(
+        "modulation, head, tokenizer",
+        [
+            *(({"scale_normalization_type": name}, {}, {}) for name in ("l2", "none", "sigmoid", "tanh")),
+            ({}, {"use_head": True, "output_dim": 7}, {"state_dim": 7, "output_dim": 11}),
+        ],
+    )
+    def test_options_that_the_paper_does_not_use(
+        self, tmp_path: Path, out: Path, modulation: dict[str, Any], head: dict[str, Any], tokenizer: dict[str, Any]
+    ) -> None:
+        kwargs = nac_case("nac_small_train").config["kwargs"]
+        graph = kwargs["latent_graph_kwargs"]
+        graph["mod_fc_kwargs"].update(modulation)
+        graph["read_out_kwargs"].update(head)
+        kwargs["output_tokenizer_kwargs"].update(tokenizer)
+        config = config_file(tmp_path, {"kwargs": kwargs})
+        model = NACForImageClassification(nac_config(kwargs))
+        model.save_pretrained(tmp_path / "ours")
+        to_official("nac", config, tmp_path / "ours", out)
+        official = torch.load(out)["model"]
+        assert ("latent_graphs.0.read_out.head.1.native_weight" in official) == bool(head)
+        convert("nac", config, out, tmp_path / "again")
+        assert_equal(load_file(tmp_path / "again" / "model.safetensors"), model.state_dict())
+        # without the options it is another model
+        plain = nac_case("nac_small_train").folder / "config.json"
+        with pytest.raises(ConversionError, match="code_scale_normalization|unexpected: .*read_out.head"):
+            to_official("nac", plain, tmp_path / "ours", out.with_name("other.pth"))
 
     def test_one_with_the_official_noise_in_evaluation(self, tmp_path: Path, out: Path) -> None:
         case = nac_case("nac_small_train")

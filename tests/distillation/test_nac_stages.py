@@ -12,6 +12,7 @@ from m2mkd.errors import StageError
 VARIANTS = [
     {},
     {"pooling": "first"},
+    {"latent_head_size": 7},
     {"share_codes_between_layers": False},
     {"use_latent_seeder": False},
     {"input_to_mediator": "first"},
@@ -48,11 +49,12 @@ def test_the_state_dicts_of_the_stages_are_the_models(depths: list[int]) -> None
             assert tensor.data_ptr() == model.get_parameter(name).data_ptr()
 
 
-def test_what_is_distilled_is_what_the_papers_students_hold() -> None:
-    model = circuit()
+@pytest.mark.parametrize("fields", [{}, {"pooling": "first"}, {"latent_head_size": 7}], ids=str)
+def test_what_is_distilled_is_what_the_papers_students_hold(fields: dict) -> None:
+    model = circuit(**fields)
     stages = split_into_stages(model, [1, 1, 1, 1])
     names = [name for stage in stages for name in stage.distilled().state_dict()]
-    left_out = {name for name in model.state_dict() if "latent" in name or "kernel" in name}
+    left_out = {name for name in model.state_dict() if "latents." in name or "seeder" in name or "kernel" in name}
     assert set(names) == set(model.state_dict()) - left_out
     assert all(isinstance(stage.distilled(), NACDistilledStage) for stage in stages)
 

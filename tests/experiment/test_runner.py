@@ -254,6 +254,14 @@ class TestRun:
         runner.run(recipe)
         report = json.loads((tmp_path / "run" / "report.json").read_text())
         assert report["teacher"]["train_flops"] == 0 and report["teacher"]["iid"] is not None
+        card = " ".join((tmp_path / "run" / "arms" / "kd" / "README.md").read_text().split())
+        assert (
+            "The teacher is a ViTForImageClassification with 3 layers of width 12 and 4,275 parameters, loaded from a "
+            'local folder named "teacher". It was not trained in this run, and where its weights came from is not '
+            "recorded."
+        ) in card
+        # nothing was distilled, so no data are listed for it
+        assert "| end-to-end training | labelled |" in card and "| distillation |" not in card
 
 
 class TestBadInput:

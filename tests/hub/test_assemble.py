@@ -125,7 +125,7 @@ class TestAssemble:
             assemble(tmp_path / "mine", [str(finished_run)])
 
     def test_what_nobody_knows_is_said(self, tmp_path: Path):
-        # as converted modules are: no hashes, no image processor
+        # no hashes, as in converted modules, and no image processor
         for stage in split_into_stages(vmoe(), [2, 2]):
             save_pair(StitchedStage(stage, 12), tmp_path / "pairs" / str(stage.index), 12)
         said = "\n".join(assemble(tmp_path / "student", [str(tmp_path / "pairs")]))

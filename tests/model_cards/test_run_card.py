@@ -18,6 +18,7 @@ from m2mkd.errors import HubError
 from m2mkd.experiment.recipe_file import parse_recipe
 from m2mkd.experiment.report.cards import render_card, write_cards
 from m2mkd.model_cards.run_card import public_recipe
+from m2mkd.model_cards.tables import teacher_text
 
 
 def report_of(run: Path) -> dict[str, Any]:
@@ -59,6 +60,57 @@ def test_the_card_tells_what_was_measured_and_how_to_repeat_it(finished_run: Pat
     parse_recipe(yaml.safe_load(recipe), "the card's recipe")
     assert "m2mkd assemble" not in text
     assert "{{" not in card.content and "None" not in text
+
+
+def test_the_card_says_where_the_teacher_came_from(finished_run: Path):
+    said = "It was incubated inside the meta model and then fine-tuned in this run."
+    assert said in " ".join(render_card(finished_run, "m2mkd", "alice/tiny").text.split())
+    assert said not in render_card(finished_run, "e2e", "alice/tiny").text
+    (row,) = [
+        line
+        for line in render_card(finished_run, "m2mkd", "alice/tiny").text.splitlines()
+        if "| teacher | train" in line
+    ]
+    assert "imagefolder" in row
+
+
+@pytest.mark.parametrize(
+    "teacher, said",
+    [
+        ({"phases": {"finetuning": {}}}, "The teacher has 1,234 parameters. It was trained in this run."),
+        (
+            {"pretrained": "google/vit", "network": {"folder": None}},
+            "The teacher is google/vit from the Hub, a ViT with 2 layers of width 8 and 1,234 parameters.",
+        ),
+        (
+            {"pretrained": "/home/me/mine", "network": {"folder": "mine"}},
+            'named "mine". It was not trained in this run, and where its weights came from is not recorded.',
+        ),
+        ({"pretrained": "/home/me/mine"}, "The teacher is a pretrained network with 1,234 parameters. It was not"),
+    ],
+)
+def test_teachers_of_every_source(teacher: dict[str, Any], said: str):
+    if "network" in teacher:
+        sizes = {"class": "ViT", "num_hidden_layers": 2, "hidden_size": 8}
+        teacher = {**teacher, "network": {**sizes, **teacher["network"]}}
+    text = teacher_text({"parameters": 1234, **teacher})
+    assert said in text and "/home" not in text
+
+
+def test_a_pretrained_teacher_has_no_training_data(finished_run: Path, tmp_path: Path):
+    run = tmp_path / "run"
+    shutil.copytree(finished_run, run)
+    report = report_of(run)
+    report["recipe"]["data"]["only the teacher's"] = {**report["recipe"]["data"]["train"], "source": "org/set"}
+    report["recipe"]["teacher"]["data"] = "only the teacher's"
+    (run / "report.json").write_text(json.dumps(report))
+    card = render_card(run, "m2mkd", "alice/tiny")
+    assert "| teacher | only the teacher's | org/set |" in card.text and card.data.datasets == ["org/set"]
+    report["teacher"]["pretrained"] = "google/vit"
+    (run / "report.json").write_text(json.dumps(report))
+    card = render_card(run, "m2mkd", "alice/tiny")
+    assert "| teacher | only" not in card.text and "| meta model | train |" in card.text
+    assert card.data.datasets is None
 
 
 def test_no_path_of_this_machine_and_no_token_is_published(finished_run: Path):

@@ -1,5 +1,6 @@
 import copy
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from m2mkd import NACConfig, NACForImageClassification, NACModel
 from m2mkd.modeling import modeling_nac
 from m2mkd.modeling.graph_losses import block_model_graphon, block_model_loss, link_probability
 from m2mkd.modeling.graph_priors import adjacency_matrix, cosine_distance, make_graph
-from m2mkd.modeling.nac_layers import MIN_BANDWIDTH, LowerBound, NACPooling
+from m2mkd.modeling.nac_layers import MIN_BANDWIDTH, LowerBound, NACModulatedLinear, NACPooling
 
 
 SIZE = 32  # pixels: 16 tokens
@@ -34,6 +35,7 @@ PRIORS: dict[str, dict[str, Any]] = {
 FORMS: dict[str, dict[str, Any]] = {
     "first_latent": {"pooling": "first"},
     "first_latent_without_layernorm": {"pooling": "first", "head_layernorm": False},
+    "pooled_heads": {"latent_head_size": 7},
     "no_seeder": {"use_latent_seeder": False},
     "no_state_noise": {"use_state_noise": False},
     "shared_propagators": {"share_propagators": True},
@@ -319,6 +321,63 @@ class TestOutputs:
 
     def test_sdpa_is_the_default(self) -> None:
         assert nac().config._attn_implementation == "sdpa"
+
+
+class TestOfficialOptions:
+    """Options that m2mKD's checkpoints do not use, beside plain formulas of what the official code does with them."""
+
+    @pytest.mark.parametrize(
+        "name, formula",
+        [
+            (
+                "layer_norm",
+                lambda x: (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, correction=0) + 1e-5).sqrt(),
+            ),
+            ("l2", lambda x: x / x.square().sum(-1, keepdim=True).sqrt()),
+            ("sigmoid", lambda x: 1 / (1 + (-x).exp())),
+            ("tanh", lambda x: (x.exp() - (-x).exp()) / (x.exp() + (-x).exp())),
+            ("none", lambda x: x),
+        ],
+    )
+    @pytest.mark.parametrize("add_one", [True, False])
+    def test_normalization_of_the_scale(
+        self, name: str, formula: Callable[[torch.Tensor], torch.Tensor], add_one: bool
+    ) -> None:
+        config = NACConfig.from_preset("tiny", code_scale_normalization=name, add_one_to_code_scale=add_one)
+        torch.manual_seed(0)
+        linear = NACModulatedLinear(config, 6, 5).double()
+        for parameter in linear.parameters():
+            nn.init.normal_(parameter)
+        inputs = [torch.randn(shape, dtype=torch.double, requires_grad=True) for shape in ((2, 4, 6), (4, 32))]
+        hidden_states, codes = inputs
+        scale = linear.gain * formula(codes @ linear.code_projection.weight.T) + float(add_one)
+        expected = (hidden_states * scale) @ linear.weight.T + linear.bias
+        ours = linear(hidden_states, codes)
+        torch.testing.assert_close(ours, expected)
+        wanted, probe = [*inputs, *linear.parameters()], torch.randn_like(ours)
+        torch.testing.assert_close(
+            torch.autograd.grad(ours, wanted, probe), torch.autograd.grad(expected, wanted, probe)
+        )
+
+    @pytest.mark.parametrize("has_layernorm", [True, False])
+    def test_a_head_for_each_latent_before_they_are_pooled(self, has_layernorm: bool) -> None:
+        model = nac(latent_head_size=7, head_layernorm=has_layernorm, pooling="softmax")
+        states = torch.randn(3, 4, 48, requires_grad=True)
+        head, codes = model.latent_head.projection, model.nac.output_latents.codes
+        norm = nn.functional.layer_norm
+        inputs = states if not has_layernorm else norm(states, (48,), *model.latent_head.layernorm.parameters())
+        scale = head.gain * norm(codes @ head.code_projection.weight.T, (48,)) + 1
+        latents = (inputs * scale) @ head.weight.T + head.bias
+        weights = (latents @ model.pooling.confidence.weight[0]).softmax(-1)
+        expected = model.classifier((latents * weights[..., None]).sum(1))
+        ours = model.classify(states)
+        assert ours.shape == (3, 5)
+        torch.testing.assert_close(ours, expected)
+        wanted = [states, codes, *model.latent_head.parameters(), model.pooling.confidence.weight]
+        probe = torch.randn_like(ours)
+        torch.testing.assert_close(
+            torch.autograd.grad(ours, wanted, probe), torch.autograd.grad(expected, wanted, probe)
+        )
 
 
 class TestImageSizes:

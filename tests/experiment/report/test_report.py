@@ -337,11 +337,20 @@ class TestWriteReport:
         path = write_report(run_folder, collect_all(run_folder), {})
         assert path.stat().st_mode == (run_folder / "any").stat().st_mode
 
-    def test_a_published_teacher_is_not_counted(self, run_folder):
-        write_phase(run_folder / "teacher", train_flops=0, pretrained="google/vit")
+    @pytest.mark.parametrize(
+        "folder, said", [(None, "google/vit from the Hub, a ViT"), ("mine", 'folder named "mine"')]
+    )
+    def test_a_pretrained_teacher_is_not_counted(self, run_folder, folder, said):
+        network = {"class": "ViT", "num_hidden_layers": 2, "hidden_size": 8, "folder": folder}
+        write_phase(run_folder / "teacher", train_flops=0, pretrained="google/vit", network=network)
         report = collect_all(run_folder)
-        assert report["teacher"]["pretrained"] == "google/vit"
-        assert "| 7 | meta, teacher (published, not counted) | 11 |" in to_markdown(report)
+        assert report["teacher"]["pretrained"] == "google/vit" and report["teacher"]["network"] == network
+        text = to_markdown(report)
+        assert "| 7 | meta, teacher (pretrained, not counted) | 11 |" in text
+        assert said in text and "2 layers of width 8" in text
+        # its training is not among what the arms need, and an arm that needs nothing else needs no other training
+        assert "Training the meta model is extra." in text and "the teacher is extra" not in text
+        assert "- kd: " in text and "The teacher was pretrained." in text
 
 
 class TestPrintReport:
