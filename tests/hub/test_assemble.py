@@ -106,15 +106,15 @@ class TestAssemble:
             assert part in done.output
 
     def test_a_pair_twice_or_none(self, finished_run: Path, tmp_path: Path):
-        with pytest.raises(PairFileError, match="both say `index` 0"):
+        with pytest.raises(PairFileError, match="both have `index` 0"):
             assemble(tmp_path / "student", [str(finished_run), str(finished_run / "pairs" / "0")])
-        with pytest.raises(PairFileError, match=r"\[1\] are missing"):
+        with pytest.raises(PairFileError, match=r"missing: \[1\]"):
             assemble(tmp_path / "student", [str(finished_run / "pairs" / "0")])
 
     def test_tensors_that_are_not_those_of_the_contract_are_refused(self, finished_run: Path, tmp_path: Path):
         pairs = shutil.copytree(finished_run / "pairs", tmp_path / "pairs")
         shutil.copy(pairs / "1" / "model.safetensors", pairs / "0" / "model.safetensors")
-        with pytest.raises(PairFileError, match="lacks"):
+        with pytest.raises(PairFileError, match="model.safetensors does not fit; missing: "):
             assemble(tmp_path / "student", [str(pairs)])
         assert not (tmp_path / "student").exists()
 

@@ -180,7 +180,9 @@ class TestPush:
 
     def test_without_permission(self, finished_run: Path, hub: LocalHub):
         done = cli("push", finished_run, "--repo-id", "bob/tiny")
-        assert done.exit_code == 1 and "not allowed to write to bob/tiny (403" in done.output and "hf auth" in done.output
+        assert (
+            done.exit_code == 1 and "not allowed to write to bob/tiny (403" in done.output and "hf auth" in done.output
+        )
         # a repository that alice can read
         hub.repos["bob/tiny"] = Repo(private=False)
         done = cli("push", finished_run, "--repo-id", "bob/tiny", "--public")
