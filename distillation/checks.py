@@ -1,4 +1,4 @@
-"""Whether networks can exchange hidden states and be compared."""
+"""Checks that networks can exchange hidden states and be compared."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,17 +11,17 @@ from m2mkd.distillation.split import stage_class_of
 from m2mkd.errors import StageError
 
 
-# Of architectures that have more than the class token.
+# Number of special tokens of architectures that have more than the class token.
 _SPECIAL_TOKENS = {"deit": 2}
 
 
 def num_special_tokens(config: PreTrainedConfig) -> int:
-    """Tokens before those of the patches: the class token, and the distillation token of a DeiT."""
+    """Number of tokens before the patches: the class token, and for a DeiT the distillation token."""
     return _SPECIAL_TOKENS.get(config.model_type, 1)
 
 
 def num_tokens(config: PreTrainedConfig) -> int:
-    """Tokens of a hidden state of a model with this configuration: its special tokens and its patches."""
+    """Number of tokens in a model's hidden states: its special tokens and its patches."""
     return num_special_tokens(config) + _num_patches(config)
 
 
@@ -40,11 +40,11 @@ def check_stitchable(
     Check that the three networks can exchange hidden states and be compared on one label space.
 
     Args:
-        student, teacher, meta (`PreTrainedConfig`): `None` where a network takes no part.
+        student, teacher, meta (`PreTrainedConfig`): `None` for a network that does not take part.
 
     Raises:
-        `StageError`: teacher and meta model differ in width or special tokens, two networks differ in patches or label
-            space.
+        `StageError`: teacher and meta model differ in width or special tokens, or two networks differ in patches or
+            label space.
     """
     if teacher is not None and meta is not None and teacher.hidden_size != meta.hidden_size:
         raise StageError(
@@ -53,10 +53,10 @@ def check_stitchable(
         )
     if teacher is not None and meta is not None and num_special_tokens(teacher) != num_special_tokens(meta):
         raise StageError(
-            f"Before the tokens of the patches the teacher (a {teacher.model_type}) has {num_special_tokens(teacher)} "
-            f"and the meta model (a {meta.model_type}) {num_special_tokens(meta)}; their modules exchange hidden "
-            "states without a stitch. Use a meta model of the teacher's architecture, e.g. one made with "
-            "`meta_from_teacher` (in a recipe, `meta.init: from_teacher`)."
+            "The number of tokens before the patches must be equal, because the modules exchange hidden states "
+            f"without a stitch: the teacher (a {teacher.model_type}) has {num_special_tokens(teacher)} and the meta "
+            f"model (a {meta.model_type}) {num_special_tokens(meta)}. Use a meta model of the teacher's architecture, "
+            "e.g. one made with `meta_from_teacher` (in a recipe, `meta.init: from_teacher`)."
         )
     for name, other in (("teacher", teacher), ("meta model", meta)):
         if other is None:
@@ -76,7 +76,7 @@ def _check_label_space(student: PreTrainedConfig, other: PreTrainedConfig, name:
     if student.num_labels != other.num_labels:
         raise StageError(
             f"The student has {student.num_labels} classes and the {name} {other.num_labels}; the distillation loss "
-            "compares them class by class. Use networks with one label space."
+            "compares them class by class. Use networks with the same label space."
         )
     ours, theirs = dict(student.id2label), dict(other.id2label)
     generic = {i: f"LABEL_{i}" for i in range(student.num_labels)}
@@ -91,11 +91,11 @@ def _check_label_space(student: PreTrainedConfig, other: PreTrainedConfig, name:
 
 def check_same_normalization(first: Any, second: Any, names: tuple[str, str]) -> None:
     """
-    Check that two image processors feed their networks the same pixels: both see the very same batch.
+    Check that two image processors feed their networks the same pixels, because both networks see the same batch.
 
     Args:
         first, second (image processors of transformers)
-        names (`tuple[str, str]`): What the message calls their networks.
+        names (`tuple[str, str]`): Names of their networks in the message.
 
     Raises:
         `StageError`: mean, standard deviation, rescaling or size differ.
@@ -112,18 +112,18 @@ def check_same_normalization(first: Any, second: Any, names: tuple[str, str]) ->
 
 
 def _final(field: str, processor: Any) -> str:
-    """Where the size of the pixels is said that reach the network: after a resize the centre may be cut out."""
+    """Name of the field with the final image size: after a resize, the center may be cropped."""
     return "crop_size" if field == "size" and getattr(processor, "do_center_crop", None) else field
 
 
 def take_class_names(config: PreTrainedConfig, class_names: Sequence[str]) -> None:
     """
-    Call the classes of a published network as the data do, in order, if it has as many and shares no name with them:
-    the Hub has other words for ImageNet's classes. Its accuracy tells whether the order is the same.
+    Give the classes of a published network the names of the data's classes, in order, if their number is the same and
+    they share no name: the Hub has other names for ImageNet's classes. The accuracy shows whether the order is right.
 
     Args:
         config (`PreTrainedConfig`): Changed in place.
-        class_names (`Sequence[str]`): Of the data.
+        class_names (`Sequence[str]`): Class names of the data.
     """
     if len(class_names) == config.num_labels and set(class_names).isdisjoint(config.id2label.values()):
         config.id2label = dict(enumerate(class_names))

@@ -28,17 +28,17 @@ class FrozenNetworks(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """What all of it computes in."""
+        """The dtype that all of it computes in."""
         return next((parameter.dtype for parameter in self.parameters()), torch.float32)
 
     def train(self, mode: bool = True) -> "FrozenNetworks":
-        """Stay in evaluation mode, whatever is asked: dropout in a teacher is noise in the target."""
+        """Stay in evaluation mode whatever `mode` is: dropout in a teacher is noise in the target."""
         return super().train(False)
 
     @torch.no_grad()
     def prefix(self, pixel_values: torch.Tensor, indices: Sequence[int]) -> dict[int, torch.Tensor]:
         """
-        `h_i = M_{i-1} ∘ … ∘ M_1 (x)` for every pair, by one pass through the meta model.
+        Compute `h_i = M_{i-1} ∘ … ∘ M_1 (x)` for every pair, in one pass through the meta model.
 
         Args:
             pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`)
@@ -57,24 +57,28 @@ class FrozenNetworks(nn.Module):
 
     def suffix(self, hidden_states: torch.Tensor, index: int) -> torch.Tensor:
         """
-        `M_N ∘ … ∘ M_{i+1}`: carries the output of pair `index` to logits, passing gradient to its input alone.
+        Apply `M_N ∘ … ∘ M_{i+1}`, which turns the output of pair `index` into logits. Gradient passes to its input
+        only.
 
         Args:
-            hidden_states (`torch.Tensor` of shape `(batch_size, num_tokens, hidden_size)`): Logits already, for the
-                last pair.
+            hidden_states (`torch.Tensor` of shape `(batch_size, num_tokens, hidden_size)`): Output of the pair; for
+                the last pair, already the logits.
             index (`int`): Pair index, from 0.
 
         Returns:
             `torch.Tensor` of shape `(batch_size, num_labels)`.
         """
         for stage in self.meta[index + 1 :]:
-            # a student under autocast hands over float32
+            # a student under autocast returns float32
             hidden_states = stage(hidden_states.to(self.dtype))
         return hidden_states
 
     @torch.no_grad()
     def teacher_logits(self, inputs: Mapping[int, torch.Tensor]) -> dict[int, torch.Tensor]:
-        """`z_T = M_N ∘ … ∘ M_{i+1} ∘ T_i (h_i)` of shape `(batch_size, num_labels)` for every pair with a teacher."""
+        """
+        Compute `z_T = M_N ∘ … ∘ M_{i+1} ∘ T_i (h_i)`, of shape `(batch_size, num_labels)`, for every pair with a
+        teacher.
+        """
         return {
             index: self.suffix(self.teacher[str(index)](hidden_states), index)
             for index, hidden_states in inputs.items()

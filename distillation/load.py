@@ -1,4 +1,4 @@
-"""Loads saved classifiers."""
+"""Loading of saved classifiers."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -21,8 +21,8 @@ from m2mkd.errors import DataError, StageError
 
 def load_network(source: str | Path, **kwargs: Any) -> PreTrainedModel:
     """
-    A trained classifier from a Hub id or folder. On the CPU its tensors stay in the file until they are used, so a
-    process that keeps one stage does not pay for the others.
+    Load a trained classifier from a Hub id or folder. On the CPU, its tensors stay in the file until they are used, so
+    a process that keeps one stage needs no memory for the others.
 
     Raises:
         `StageError`: there is no such model, its file is damaged, or it lacks weights, such as those of a head.
@@ -38,8 +38,8 @@ def load_network(source: str | Path, **kwargs: Any) -> PreTrainedModel:
 
 def load_network_config(source: str | Path) -> PreTrainedConfig:
     """
-    The configuration of a trained classifier, after a look at what the classifier's file holds. No weights are read;
-    of a Hub id that is not downloaded yet, the configuration tells whether it is a classifier.
+    Load the configuration of a trained classifier, and check that its file has all weights. The weights themselves are
+    not read. For a Hub id that is not downloaded yet, the configuration tells whether it is a classifier.
 
     Raises:
         `StageError`: there is no such model, its file is damaged, or it lacks weights, such as those of a head.
@@ -70,18 +70,18 @@ def _untrained(source: str | Path, missing: Iterable[str]) -> StageError:
 
 
 def load_processor(source: str | Path) -> BaseImageProcessor:
-    """The image processor beside a saved network. Raises `DataError` if there is none."""
+    """Load the image processor of a saved network. Raises `DataError` if there is none."""
     try:
         return AutoImageProcessor.from_pretrained(source)
     except Exception as error:
         raise DataError(
             f"{source} has no image processor that can be loaded, so its input size and normalization are unknown. "
-            f"Save the one that it was trained with in that folder, with `save_pretrained`. ({error})"
+            f"Save the one that it was trained with to that folder, with `save_pretrained`. ({error})"
         ) from error
 
 
 def _why_no_model(source: str | Path, error: Exception) -> str:
-    """Why there is no model to load, and the way out."""
+    """Explain why there is no model to load, and what to do."""
     folder = Path(source)
     if (folder / "config.json").is_file():
         return f"The model {source} cannot be loaded: {error}"
@@ -92,5 +92,5 @@ def _why_no_model(source: str | Path, error: Exception) -> str:
     try:
         validate_repo_id(str(source))
     except HFValidationError:
-        return f"There is no folder {source}, and it is no id on the Hub (name or user/name). Check the path."
-    return f"There is no folder {source}, and no such model can be loaded from the Hub: {error}"
+        return f"There is no folder {source}, and it is not a valid Hub id (name or user/name). Check the path."
+    return f"There is no folder {source}, and the model cannot be loaded from the Hub: {error}"

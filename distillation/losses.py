@@ -12,7 +12,7 @@ DistillationType = Literal["soft", "hard"]
 
 def per_sample_cross_entropy(logits: torch.Tensor, labels: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
     r"""
-    Cross entropy of every image, in float32: `-sum_c y_c log softmax(z)_c`.
+    Cross entropy per image, in float32: `-sum_c y_c log softmax(z)_c`.
 
     Args:
         logits (`torch.Tensor` of shape `(batch_size, num_labels)`)
@@ -30,7 +30,7 @@ def per_sample_kl(
     student_logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float = 1.0
 ) -> torch.Tensor:
     r"""
-    Divergence of the student from the teacher for every image, in float32:
+    Divergence of the student from the teacher per image, in float32:
     `temperature^2 * KL(softmax(z_T / temperature) || softmax(z_S / temperature))`.
 
     Args:
@@ -73,8 +73,8 @@ def hard_distillation_loss(student_logits: torch.Tensor, teacher_logits: torch.T
 def boundary_loss(hidden_states: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     r"""
     Squared distance of hidden states from those of another network, in float32, relative to the variance of the
-    latter: `mean((h - t)^2) / mean((t - mean(t))^2)`. `mean(t)` is taken for each channel over the batch and the
-    tokens. The best constant has a loss of 1.
+    latter: `mean((h - t)^2) / mean((t - mean(t))^2)`. `mean(t)` is taken per channel over the batch and the
+    tokens. The best constant prediction has a loss of 1.
 
     Args:
         hidden_states, target (`torch.Tensor` of shape `(..., hidden_size)`): Two tensors of the same shape; `target`

@@ -1,4 +1,4 @@
-"""A meta model made of a pretrained teacher: its embeddings, norm and head, and few of its layers."""
+"""A meta model made from a pretrained teacher: its embeddings, norm and head, and a few of its layers."""
 
 from collections.abc import Sequence
 
@@ -14,10 +14,10 @@ def meta_from_teacher(
     teacher: PreTrainedModel, teacher_depths: Sequence[int], meta_depths: Sequence[int]
 ) -> PreTrainedModel:
     """
-    A model of the teacher's architecture and width with `sum(meta_depths)` layers. Embeddings, final norm and head are
-    the teacher's; the layers of each stage start as the first layers of the teacher's stage. Training them to map
-    each boundary between the teacher's stages to the next one makes the meta model of m2mKD, in the teacher's own
-    feature space (`AlignmentTrainer`).
+    Build a model of the teacher's architecture and width with `sum(meta_depths)` layers. Embeddings, final norm and
+    head are the teacher's; the layers of each stage start as the first layers of the teacher's stage. Train them with
+    `AlignmentTrainer` to map each boundary between the teacher's stages to the next one. The result is the meta model
+    of m2mKD, in the teacher's own feature space.
 
     Args:
         teacher (`PreTrainedModel`): A ViT, DeiT, DINOv2 or V-MoE classifier.
@@ -28,29 +28,33 @@ def meta_from_teacher(
         `PreTrainedModel`: In float32, on the teacher's device, sharing no tensor with it.
 
     Raises:
-        `StageError`: the teacher cannot be cut so, is a NAC, or has a stage of fewer layers than the meta model's.
+        `StageError`: the teacher cannot be cut this way, is a NAC, or has a stage with fewer layers than the meta
+            model's.
     """
     if len(meta_depths) != len(teacher_depths) or any(
         own > theirs for own, theirs in zip(meta_depths, teacher_depths, strict=False)
     ):
         raise StageError(
-            f"The meta model's depths are {list(meta_depths)} and the teacher's {list(teacher_depths)}: its stages "
-            "are as many, and none has more layers than the teacher's. Lower `meta.depths`."
+            f"The meta model's depths are {list(meta_depths)} and the teacher's are {list(teacher_depths)}. The meta "
+            "model needs as many stages as the teacher, none with more layers than the teacher's. Change the meta "
+            "model's depths (in a recipe, `meta.depths`)."
         )
     theirs = split_into_stages(teacher, teacher_depths)
     if not stage_class(type(teacher)).is_meta_source:
-        raise StageError(f"A {type(teacher).__name__} cannot give a meta model; use a ViT, DeiT, DINOv2 or V-MoE.")
+        raise StageError(
+            f"A meta model cannot be made from a {type(teacher).__name__}; use a ViT, DeiT, DINOv2 or V-MoE."
+        )
     kept = [index for stage, depth in zip(theirs, meta_depths, strict=True) for index in stage.layer_indices[:depth]]
     fields = {**teacher.config.to_dict(), "num_hidden_layers": len(kept)}
     for derived in ("stage_names", "out_features", "out_indices", "_out_features", "_out_indices"):
-        # a backbone's, which name the layers
+        # fields of a backbone that name the layers
         fields.pop(derived, None)
     if fields.get("moe_layers") is not None:
         fields["moe_layers"] = [place for place, index in enumerate(kept) if index in teacher.config.moe_layers]
     with torch.device(teacher.device):
         meta = type(teacher)(type(teacher.config).from_dict(fields)).float()
     given = teacher.state_dict()
-    # all but the layers is called alike in both
+    # everything except the layers has the same names in both
     meta.load_state_dict({name: given.get(name, own) for name, own in meta.state_dict().items()}, strict=False)
     for own, stage in zip(split_into_stages(meta, meta_depths), theirs, strict=True):
         for layer, source in zip(own.layers, stage.layers, strict=False):
@@ -61,13 +65,13 @@ def meta_from_teacher(
 @torch.no_grad()
 def fit_image_size(model: PreTrainedModel, image_size: int) -> None:
     """
-    Let a pretrained ViT, DeiT or DINOv2 take square images of another size than it was trained on, in place: its
-    position embeddings are interpolated once, as transformers does at each forward with
+    Adapt a pretrained ViT, DeiT or DINOv2 in place to square images of another size than it was trained on. Its
+    position embeddings are interpolated once, as transformers does in each forward with
     `interpolate_pos_encoding=True` (DINOv2: always).
 
     Args:
         model (`PreTrainedModel`)
-        image_size (`int`): In pixels.
+        image_size (`int`): Size in pixels.
 
     Raises:
         `StageError`: the image is not covered by whole patches.
@@ -78,8 +82,8 @@ def fit_image_size(model: PreTrainedModel, image_size: int) -> None:
         return
     if image_size % patch_size:
         raise StageError(
-            f"Images of {image_size} pixels are not covered by the teacher's patches of {patch_size}. Set the data's "
-            f"`image_size` to a multiple of {patch_size}."
+            f"Images of {image_size} pixels cannot be divided into the teacher's patches of {patch_size} pixels. Set "
+            f"`image_size` of the data to a multiple of {patch_size}."
         )
     stem = split_into_stages(model, [config.num_hidden_layers])[0].embeddings
     old = stem.position_embeddings

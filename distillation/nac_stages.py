@@ -16,7 +16,7 @@ class NACStage(Stage):
     Consecutive parts of a circuit, which has `num_hidden_layers + 2` of them: the read-in (0, with the image tokenizer
     and all latents), the rounds of messages, and the read-out (the last, with the classifier).
 
-    Between stages travel the states of input and mediator latents, of shape
+    Stages exchange the states of input and mediator latents, of shape
     `(batch_size, num_input_latents + num_mediator_latents, hidden_size)`.
     """
 
@@ -27,35 +27,38 @@ class NACStage(Stage):
 
     def __init__(self, model: PreTrainedModel, index: int, num_stages: int, layer_indices: range):
         super().__init__(model, index, num_stages, layer_indices)
-        # a tuple keeps what other stages own out of this one's parameters
+        # a tuple keeps the parts of other stages out of this one's parameters
         self._model = (model,)
         for path in self._paths():
             self._attach(model, path)
 
     @classmethod
     def count_layers(cls, model: PreTrainedModel) -> int:
-        """Read-in, rounds of messages and read-out."""
+        """Count the read-in, the rounds of messages and the read-out."""
         return model.config.num_hidden_layers + 2
 
     @classmethod
     def split(cls, model: PreTrainedModel, depths: Sequence[int]) -> list[Stage]:
-        """All stages of a circuit. Raises `StageError` if two of them would hold the weights of one propagator."""
+        """
+        Split a circuit into all its stages. Raises `StageError` if two of them would have the same propagator's
+        weights.
+        """
         stages = super().split(model, depths)
         if model.config.share_propagators and sum(len(stage.rounds) > 0 for stage in stages) > 1:
             raise StageError(
-                f"`share_propagators` gives all rounds of messages the same weights, but the depths {list(depths)} "
-                "put them into several stages. Put all rounds into one stage."
+                f"With `share_propagators`, all rounds of messages have the same weights, but the depths "
+                f"{list(depths)} put them into several stages. Put all rounds into one stage."
             )
         return stages
 
     @classmethod
     def leave_out_uncountable(cls, config: PreTrainedConfig) -> None:
-        """The block model loss orders the latents by their values, which are not there."""
+        """Switch off the block model loss: it orders the latents by values that the meta device does not have."""
         config.block_model_coef = 0.0
 
     @property
     def is_shared(self) -> bool:
-        """The first stage holds the latents of all."""
+        """Whether other stages read parts of this one: the first stage has the latents of all."""
         return self.is_first
 
     @property
@@ -65,7 +68,7 @@ class NACStage(Stage):
         return range(max(start, 0), min(stop, self.config.num_hidden_layers))
 
     def _module_paths(self) -> list[str]:
-        """What the paper's students hold: all but latents and kernels."""
+        """Paths of the modules in the paper's students: all except latents and kernels."""
         paths = ["nac.tokenizer", "nac.read_in"] if self.is_first else []
         rounds = {0} if self.config.share_propagators and self.rounds else self.rounds
         paths += [f"nac.layers.{layer}.{part}" for layer in rounds for part in ("attention", "ffn")]
@@ -111,23 +114,23 @@ class NACStage(Stage):
         yield self._model[0].graph_losses if self.num_stages == 1 else dict
 
     def distilled(self) -> Stage:
-        """The part of the stage that distillation trains; the whole circuit is its own."""
+        """The part of the stage that distillation trains; for a whole circuit, the stage itself."""
         if self.num_stages == 1:
             return self
         return NACDistilledStage(self._model[0], self.index, self.num_stages, self.layer_indices)
 
     @property
     def is_stochastic(self) -> bool:
-        """Codes, edges and pooling do."""
+        """Whether a forward in training draws random numbers: codes, edges and pooling do."""
         return True
 
 
 class NACDistilledStage(NACStage):
     """
-    A stage in the form that m2mKD distils (its section 3.2): between layers of the meta model there are no latents, so
-    all tokens of the meta model send and receive, without a graph. Latents and kernels take no part and are not held.
+    A stage in the form that m2mKD distils (section 3.2 of the paper): between layers of the meta model there are no
+    latents, so all tokens of the meta model send and receive, without a graph. The stage has no latents and kernels.
 
-    `forward` takes beside the hidden states the codes and first states that the latents would have given.
+    In addition to the hidden states, `forward` takes the codes and initial states that the latents would have given.
     """
 
     def _paths(self) -> list[str]:
@@ -143,15 +146,15 @@ class NACDistilledStage(NACStage):
         """
         Args:
             hidden_states (`torch.Tensor`): Images for the read-in, else `(batch_size, num_tokens, hidden_size)`.
-            latent_states (`torch.Tensor` of shape `(batch_size, num_latents, hidden_size)`): First states of the
-                latents that read the image, or that read out; `None` for rounds alone.
+            latent_states (`torch.Tensor` of shape `(batch_size, num_latents, hidden_size)`): Initial states of the
+                latents that read the image, or that read out; `None` if the stage has only rounds.
             latent_codes (`torch.Tensor` of shape `(num_latents, code_size)`): Their codes.
             token_codes (`Sequence[torch.Tensor]`): Codes of the tokens in each round of the stage, and last in the
                 read-out, of shape `(1 or num_tokens, code_size)`.
 
         Returns:
-            `(batch_size, num_latents, hidden_size)` of the read-in, `(batch_size, num_tokens, hidden_size)` of rounds,
-            logits of the read-out.
+            `(batch_size, num_latents, hidden_size)` from the read-in, `(batch_size, num_tokens, hidden_size)` from
+            rounds, logits from the read-out.
         """
         model = self._model[0]
         circuit = model.nac

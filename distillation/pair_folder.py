@@ -1,4 +1,4 @@
-"""One distilled pair on disk: the student stage under the student's own names, its stitches, and where both belong."""
+"""One distilled pair on disk: the student stage with the student's own names, its stitches, and its contract."""
 
 import hashlib
 import json
@@ -24,10 +24,10 @@ from m2mkd.errors import PairFileError
 STAGE_FILE = "model.safetensors"
 STITCHES_FILE = "stitches.safetensors"
 CONTRACT_FILE = "pair.json"
-# What all pairs of one student have in common; a pair from elsewhere does not fit between the others.
+# Fields that all pairs of one student have in common; a pair with other values does not fit.
 _COMMON = ("model_type", "num_pairs", "hidden_size", "stitch_size")
 HASHES = {"teacher_sha256": "teacher", "meta_sha256": "meta model"}
-# They say nothing of what the weights are.
+# Fields that do not affect the weights.
 _INCIDENTAL = ("transformers_version", "architectures", "dtype", "_name_or_path")
 
 
@@ -46,7 +46,7 @@ def save_pair(
         pair (`StitchedStage`)
         folder (`str` or `Path`): Created if needed.
         stitch_size (`int`): Width of the meta model.
-        teacher_sha256, meta_sha256 (`str`, *optional*): [`tensors_sha256`] of the networks that it was distilled with.
+        teacher_sha256, meta_sha256 (`str`, *optional*): [`tensors_sha256`] of the networks used in the distillation.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -78,15 +78,15 @@ def make_contract(
     meta_sha256: str | None = None,
 ) -> dict[str, Any]:
     """
-    The content of `pair.json`: where a pair belongs, and what it was made with.
+    Build the content of `pair.json`: the place of a pair, and the networks that it was distilled with.
 
     Args:
-        config (`PreTrainedConfig`): The student's.
+        config (`PreTrainedConfig`): The student's configuration.
         index (`int`), num_pairs (`int`): The pair's place.
         layers (`Sequence[int]`): Its layers in the student.
         stitch_size (`int`): Width of the meta model.
-        stitches (`dict[str, torch.Tensor]`): Its stitches; the contract says their shapes.
-        teacher_sha256, meta_sha256 (`str`, *optional*): `None` if nobody knows.
+        stitches (`dict[str, torch.Tensor]`): Its stitches, whose shapes the contract records.
+        teacher_sha256, meta_sha256 (`str`, *optional*): `None` if unknown.
     """
     return {
         "index": index,
@@ -103,9 +103,9 @@ def make_contract(
 
 def tensors_sha256(tensors: Mapping[str, torch.Tensor]) -> str | None:
     """
-    SHA-256 of a network's tensors, types and shapes included: the same however the file is split and whatever its
-    header says. Names do not count, since transformers' classes do not always have those of the file. `None` if a
-    tensor is on the meta device, and so is not there.
+    Compute the SHA-256 of a network's tensors with their types and shapes. It does not depend on how the file is split
+    or on its header. Names are left out, because the classes of transformers do not always use those of the file.
+    `None` if a tensor is on the meta device and thus has no values.
     """
     digests = []
     for tensor in tensors.values():
@@ -119,33 +119,33 @@ def tensors_sha256(tensors: Mapping[str, torch.Tensor]) -> str | None:
 
 def load_stage(stage: Stage, folder: str | Path, reinitialize: tuple[str, ...] = ()) -> list[str]:
     """
-    Load the weights of a pair's folder into a stage, strictly: every tensor must be there and fit.
+    Load the weights of a pair's folder into a stage, strictly: every tensor must exist and fit.
 
     Args:
         stage (`Stage`): View on the student to fill.
-        folder (`str` or `Path`): What [`save_pair`] wrote.
+        folder (`str` or `Path`): Folder that [`save_pair`] wrote.
         reinitialize (`tuple[str, ...]`): Parts of tensor names (e.g. `"classifier"`) that may differ in shape because
-            the student now serves other data; such tensors keep the values that they have.
+            the student is now used on other data; such tensors keep their current values.
 
     Returns:
         `list[str]`: Names of the tensors that were not loaded because their shape differs.
 
     Raises:
-        `PairFileError`: a file is missing or truncated, the contract is of another pair, names or shapes differ.
+        `PairFileError`: a file is missing or truncated, the contract is for another pair, or names or shapes differ.
     """
     folder, stage = Path(folder), stage.distilled()
     contract = read_contract(folder)
     for field, ours in _contract(stage).items():
         if contract.get(field) != ours:
             raise PairFileError(
-                f"{folder / CONTRACT_FILE} says `{field}` is {contract.get(field)}, but this student's stage "
-                f"{stage.index} has {ours}. Use the pair that was distilled for this stage, or the student's depths "
-                "that it was distilled with."
+                f"`{field}` is {contract.get(field)} in {folder / CONTRACT_FILE}, but {ours} in stage {stage.index} "
+                "of this student. Use the pair that was distilled for this stage, or cut the student into the depths "
+                "that the pair was distilled with."
             )
     ours, saved = stage.state_dict(), _read_tensors(folder / STAGE_FILE)
     missing, unexpected = sorted(ours.keys() - saved.keys()), sorted(saved.keys() - ours.keys())
     if missing or unexpected:
-        raise PairFileError(f"{folder / STAGE_FILE} lacks {missing} and has the unexpected {unexpected}.")
+        raise PairFileError(f"{folder / STAGE_FILE} does not fit; missing: {missing}, unexpected: {unexpected}.")
     misfits = [name for name in ours if ours[name].shape != saved[name].shape]
     refused = [name for name in misfits if not any(part in name for part in reinitialize)]
     if refused:
@@ -161,14 +161,14 @@ def load_stitches(pair: StitchedStage, folder: str | Path) -> None:
     ours = pair.stitch_state_dict()
     if _shapes(ours) != _shapes(saved):
         raise PairFileError(
-            f"{Path(folder) / STITCHES_FILE} holds {_shapes(saved)}, but the pair's stitches are {_shapes(ours)}."
+            f"{Path(folder) / STITCHES_FILE} has {_shapes(saved)}, but the pair's stitches are {_shapes(ours)}."
         )
     pair.load_state_dict(saved, strict=False)
 
 
 def keep_stitches(student: PreTrainedModel, folder: str | Path) -> None:
     """
-    Copy a pair's stitches into a V-MoE whose config holds them (`pre_stitch_layers`, `post_stitch_layers`).
+    Copy a pair's stitches into a V-MoE whose config has places for them (`pre_stitch_layers`, `post_stitch_layers`).
 
     Raises:
         `PairFileError`: a file is missing, a stitch has no place in the model, or a place has no stitch.
@@ -182,9 +182,9 @@ def keep_stitches(student: PreTrainedModel, folder: str | Path) -> None:
             ours.update({f"{side}.{name}": parameter for name, parameter in stitch.named_parameters()})
     if _shapes(ours) != _shapes(saved):
         raise PairFileError(
-            f"{folder / STITCHES_FILE} holds {_shapes(saved)}, but the student has places for {_shapes(ours)}. Set "
-            "`pre_stitch_layers`, `post_stitch_layers` and `stitch_size` in its config; it keeps stitches of type "
-            "'layernorm_linear' alone."
+            f"{folder / STITCHES_FILE} has {_shapes(saved)}, but the student has places for {_shapes(ours)}. Set "
+            "`pre_stitch_layers`, `post_stitch_layers` and `stitch_size` in its config; it can keep only stitches of "
+            "type 'layernorm_linear'."
         )
     with torch.no_grad():
         for name, parameter in ours.items():
@@ -193,8 +193,8 @@ def keep_stitches(student: PreTrainedModel, folder: str | Path) -> None:
 
 def match_pairs(folders: Sequence[str | Path]) -> list[Path]:
     """
-    Check that pairs make one student: the contracts agree, so do the student's configurations, and every place is
-    taken once.
+    Check that pairs form one student: their contracts agree, the student's configurations agree, and every place is
+    taken exactly once.
 
     Args:
         folders (`Sequence[str | Path]`): Folders of pairs, in any order.
@@ -203,8 +203,8 @@ def match_pairs(folders: Sequence[str | Path]) -> list[Path]:
         `list[Path]`: The folders in the order of the pairs.
 
     Raises:
-        `PairFileError`: they do not fit; the message names the two files and the field. A hash that one of them does
-            not know is no contradiction, see [`unknown_networks`].
+        `PairFileError`: they do not fit; the message names the two files and the field. A hash that is unknown in one
+            of them is accepted, see [`unknown_networks`].
     """
     if not folders:
         raise PairFileError("There is no pair to assemble.")
@@ -219,12 +219,12 @@ def match_pairs(folders: Sequence[str | Path]) -> list[Path]:
         for field in sorted({field for content in contents.values() for field in content} - set(_INCIDENTAL)):
             _check_equal(field, {folder: content.get(field) for folder, content in contents.items()}, name)
     places: dict[int, Path] = {}
-    # not the contracts: a folder given twice has one
+    # not over the contracts: a folder that is given twice has one contract
     for folder in map(Path, folders):
         index = contracts[folder]["index"]
         if index in places:
             raise PairFileError(
-                f"{places[index] / CONTRACT_FILE} and {folder / CONTRACT_FILE} both say `index` {index}. Give each "
+                f"{places[index] / CONTRACT_FILE} and {folder / CONTRACT_FILE} both have `index` {index}. Give each "
                 "pair once."
             )
         places[index] = folder
@@ -232,8 +232,8 @@ def match_pairs(folders: Sequence[str | Path]) -> list[Path]:
     missing = sorted(set(range(number)) - set(places))
     if missing or len(places) > number:
         raise PairFileError(
-            f"`num_pairs` is {number} in {next(iter(contracts)) / CONTRACT_FILE}; there are the pairs "
-            f"{sorted(places)}, so {missing or 'none'} are missing. Give one folder for each of 0 to {number - 1}."
+            f"`num_pairs` is {number} in {next(iter(contracts)) / CONTRACT_FILE}, but the given pairs are "
+            f"{sorted(places)}; missing: {missing or 'none'}. Give one folder for each pair from 0 to {number - 1}."
         )
     ordered = [places[index] for index in range(number)]
     for before, after in pairwise(ordered):
@@ -241,16 +241,19 @@ def match_pairs(folders: Sequence[str | Path]) -> list[Path]:
         if first != last + 1:
             raise PairFileError(
                 f"`layers` in {before / CONTRACT_FILE} end with {last}, but those in {after / CONTRACT_FILE} start "
-                f"with {first}. Use pairs of a student that was cut in one way."
+                f"with {first}. Use pairs of a student that was cut into the same depths."
             )
     return ordered
 
 
 def unknown_networks(folders: Sequence[str | Path]) -> list[str]:
-    """What contracts do not say of the networks behind their pairs, in sentences; a converted pair knows neither."""
+    """
+    List the networks that contracts do not record, in sentences. A converted pair records neither teacher nor meta
+    model.
+    """
     contracts = {Path(folder): read_contract(folder) for folder in folders}
     return [
-        f"{folder / CONTRACT_FILE} has no `{field}`: whether its {network} is that of the others was not checked."
+        f"{folder / CONTRACT_FILE} has no `{field}`, so it was not checked that all pairs have the same {network}."
         for folder, contract in contracts.items()
         for field, network in HASHES.items()
         if not contract.get(field)
@@ -262,22 +265,22 @@ def _check_equal(field: str, values: Mapping[Path, Any], name: str) -> None:
     for folder, value in values.items():
         if value != values[first]:
             raise PairFileError(
-                f"`{field}` is {values[first]!r} in {first / name} and {value!r} in {folder / name}. Modules of one "
-                "student come from one distillation: the same student, teacher and meta model."
+                f"`{field}` is {values[first]!r} in {first / name} and {value!r} in {folder / name}. All modules of a "
+                "student must come from one distillation: the same student, teacher and meta model."
             )
 
 
 def read_contract(folder: str | Path) -> dict[str, Any]:
-    """The content of `pair.json`. Raises `PairFileError` if it is missing or damaged."""
+    """Read `pair.json`. Raises `PairFileError` if it is missing or damaged."""
     folder = Path(folder)
     path = folder / CONTRACT_FILE
     if not path.is_file():
-        raise PairFileError(f"{path} is missing: {folder} is no folder of a distilled pair.")
+        raise PairFileError(f"{path} is missing: {folder} is not the folder of a distilled pair.")
     contract = _read_json(path)
     numbers, layers = [contract.get(name) for name in ("index", "num_pairs")], contract.get("layers")
     if not isinstance(layers, list) or not layers or not all(isinstance(item, int) for item in [*numbers, *layers]):
         raise PairFileError(
-            f"{path} is damaged (`index`, `num_pairs` or `layers` is missing or no number). Delete {folder} and "
+            f"{path} is damaged (`index`, `num_pairs` or `layers` is missing or not a number). Delete {folder} and "
             "distil this pair again."
         )
     return contract
@@ -287,10 +290,10 @@ def _read_json(path: Path) -> dict[str, Any]:
     way_out = f"Delete {path.parent} and distil this pair again."
     try:
         content = json.loads(path.read_text())
-    except ValueError as error:  # no JSON, or no text
+    except ValueError as error:  # not JSON, or not text
         raise PairFileError(f"{path} is damaged ({error}). {way_out}") from error
     if not isinstance(content, dict):
-        raise PairFileError(f"{path} is damaged (no JSON object). {way_out}")
+        raise PairFileError(f"{path} is damaged (not a JSON object). {way_out}")
     return content
 
 
@@ -325,19 +328,19 @@ def _shapes(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
 
 def with_stitches(student: PreTrainedModel, folders: Sequence[Path]) -> PreTrainedModel:
     """
-    A V-MoE once more, with the stitches of its pairs between its layers.
+    Build a copy of a V-MoE with the stitches of its pairs between its layers.
 
     Args:
-        student (`PreTrainedModel`): Without stitches; the layers of its pairs are loaded.
-        folders (`Sequence[Path]`): The folders of all its pairs, in their order.
+        student (`PreTrainedModel`): The V-MoE without stitches, with the layers of its pairs loaded.
+        folders (`Sequence[Path]`): The folders of all its pairs, in order.
 
     Raises:
-        `PairFileError`: a file is damaged, or a stitch has no place, as in any other model than a V-MoE.
+        `PairFileError`: a file is damaged, or a stitch has no place, as in any model that is not a V-MoE.
     """
     contracts = [read_contract(folder) for folder in folders]
     if not stage_class(type(student)).keeps_stitches:
         raise PairFileError(
-            f"A {student.config.model_type} has no place for stitches, only a vmoe keeps them. Leave them out."
+            f"A {student.config.model_type} has no place for stitches; only a vmoe can keep them. Leave them out."
         )
     stitches = {
         "stitch_size": contracts[0]["stitch_size"],

@@ -18,7 +18,7 @@ from m2mkd.distillation.vmoe_stage import VMoEStage
 from m2mkd.errors import StageError
 
 
-# By the name of the classifier.
+# Stage classes by the name of the classifier.
 _STAGES: dict[str, type[Stage]] = {
     **dict.fromkeys(TRANSFORMERS, TransformerStage),
     "VMoEForImageClassification": VMoEStage,
@@ -39,7 +39,7 @@ def split_into_stages(model: PreTrainedModel, depths: Sequence[int]) -> list[Sta
             counts its read-in, each round of messages and its read-out: the paper cuts it as `[1] * 10`.
 
     Returns:
-        `list[Stage]`: One stage a depth.
+        `list[Stage]`: One stage per depth.
 
     Raises:
         `StageError`: the depths do not add up to the model's layers, or the architecture is not known.
@@ -61,39 +61,38 @@ def split_into_stages(model: PreTrainedModel, depths: Sequence[int]) -> list[Sta
     depths = list(depths)
     num_layers = count_layers(model)
     if not depths or any(isinstance(d, bool) or not isinstance(d, int) or d < 1 for d in depths):
-        raise StageError(f"`depths` must be whole numbers of at least 1, one a stage, but is {depths}.")
+        raise StageError(f"`depths` must be whole numbers of at least 1, one per stage, but is {depths}.")
     if sum(depths) != num_layers:
         raise StageError(
             f"The depths {depths} add up to {sum(depths)} layers, but {type(model).__name__} has {num_layers}. "
-            "Give every layer to one stage."
+            "Assign every layer to one stage."
         )
     return stage_class(type(model)).split(model, depths)
 
 
 def stage_class(model_class: type[PreTrainedModel]) -> type[Stage]:
-    """The kind of stages that a classifier is cut into. Raises `StageError` for an unknown architecture."""
+    """The stage class for a classifier. Raises `StageError` for an unknown architecture."""
     name = model_class.__name__
     if name not in _STAGES:
-        raise StageError(
-            f"{name} cannot be cut into stages; the architectures that can are {', '.join(sorted(_STAGES))}."
-        )
+        raise StageError(f"{name} cannot be cut into stages. Supported architectures: {', '.join(sorted(_STAGES))}.")
     return _STAGES[name]
 
 
 def stage_class_of(config: PreTrainedConfig) -> type[Stage]:
-    """The kind of stages of the classifiers with a configuration."""
+    """The stage class for the classifiers with a configuration."""
     classes = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING[type(config)]
     return stage_class(classes[0] if isinstance(classes, tuple) else classes)
 
 
 def stage_class_of_type(model_type: str) -> type[Stage]:
-    """The kind of stages of the classifiers of a `model_type`."""
+    """The stage class for the classifiers of a `model_type`."""
     return stage_class_of(AutoConfig.for_model(model_type))
 
 
 def count_layers(model: PreTrainedModel) -> int:
     """
-    Layers that the depths of `split_into_stages` must add up to. Raises `StageError` for an unknown architecture.
+    Count the layers that the depths of `split_into_stages` must add up to. Raises `StageError` for an unknown
+    architecture.
     """
     return stage_class(type(model)).count_layers(model)
 
@@ -101,10 +100,10 @@ def count_layers(model: PreTrainedModel) -> int:
 @torch.no_grad()
 def initialize_stage(model: PreTrainedModel, stage: Stage, seed: int) -> None:
     """
-    Draw the weights of a stage from a seed of its own: it starts the same whether it is built alone or with others.
+    Draw the weights of a stage from its own seed, so that they are the same whether it is built alone or with others.
 
-    A stage on the meta device is materialised on the CPU first, so that a process can hold one stage of a large model:
-    build the model under `torch.device("meta")`, split it, initialise the stage that you train.
+    A stage on the meta device is materialized on the CPU first, so that a process can hold a single stage of a large
+    model: build the model under `torch.device("meta")`, split it, and initialize the stage that you train.
 
     Args:
         model (`PreTrainedModel`): The model that `stage` is a view on.
@@ -125,13 +124,13 @@ def new_network(
     config: PreTrainedConfig, depths: Sequence[int], seed: int, indices: Sequence[int] | None = None
 ) -> PreTrainedModel:
     """
-    A network with fresh weights, each stage drawn from a seed of its own.
+    Build a network with new weights, each stage drawn from its own seed.
 
     Args:
         config (`PreTrainedConfig`)
         depths (`Sequence[int]`): Layers of each stage.
         seed (`int`)
-        indices (`Sequence[int]`, *optional*): Stages to materialise; the others stay on the meta device. `None`: all.
+        indices (`Sequence[int]`, *optional*): Stages to materialize; the others stay on the meta device. `None`: all.
     """
     with torch.device("meta"):
         model = AutoModelForImageClassification.from_config(config)

@@ -11,23 +11,23 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 class Stage(nn.Module):
     """
-    Consecutive layers of a model. Its parameters are the model's own tensors, and its state dict names them as the
-    model's does: the state dicts of all stages together are the state dict of the model.
+    Consecutive layers of a model. Its parameters are the model's own tensors, with the same names in the state dict:
+    the state dicts of all stages together are the state dict of the model.
 
     The first stage takes `pixel_values` of shape `(batch_size, num_channels, height, width)`, the others hidden states
     of shape `(batch_size, num_tokens, hidden_size)`; the last one returns logits of shape `(batch_size, num_labels)`.
-    [`TransformerStage`], [`VMoEStage`] and [`NACStage`] are the kinds. What differs between architectures is a method
-    or an attribute of them.
+    The subclasses are [`TransformerStage`], [`VMoEStage`] and [`NACStage`]. Every difference between architectures is
+    a method or an attribute of them.
 
     Attributes:
         config (`PreTrainedConfig`): The configuration of the whole model.
         index (`int`): Position in the chain, from 0.
         num_stages (`int`): Length of the chain.
-        layer_indices (`range`): The layers of the model that this stage holds.
-        takes_any_tokens (`bool`): Whether a student stage works on whatever number of tokens the meta model has.
+        layer_indices (`range`): The layers of the model that are in this stage.
+        takes_any_tokens (`bool`): Whether a student stage works with any number of tokens that the meta model has.
         keeps_stitches (`bool`): Whether the model has places for the stitches between its stages.
         has_graph (`bool`): Whether the model's latents exchange messages along a graph.
-        is_meta_source (`bool`): Whether a meta model can be made of such a network's layers.
+        is_meta_source (`bool`): Whether a meta model can be made from the layers of such a network.
         few_shot_head (`str`): How a new head is trained on its features: `"adamw"` or `"sgd"`.
     """
 
@@ -60,12 +60,12 @@ class Stage(nn.Module):
 
     @classmethod
     def count_layers(cls, model: PreTrainedModel) -> int:
-        """Layers of a model, which the depths of its stages add up to."""
+        """Count the layers of a model, which the depths of its stages must add up to."""
         raise NotImplementedError
 
     @classmethod
     def split(cls, model: PreTrainedModel, depths: Sequence[int]) -> "list[Stage]":
-        """All stages of a model; the depths are checked already."""
+        """Split a model into all its stages; the depths are already checked."""
         starts = [sum(depths[:i]) for i in range(len(depths))]
         return [
             cls(model, index, len(depths), range(start, start + depth))
@@ -74,7 +74,7 @@ class Stage(nn.Module):
 
     @classmethod
     def leave_out_uncountable(cls, config: PreTrainedConfig) -> None:
-        """Switch off, in place, what a model cannot compute on the meta device and what has no matrix products."""
+        """Switch off in place what cannot be computed on the meta device and has no matrix products."""
 
     @property
     def is_first(self) -> bool:
@@ -105,14 +105,14 @@ class Stage(nn.Module):
 
     @property
     def is_shared(self) -> bool:
-        """Whether other stages read parts of this one, so that it needs weights wherever one of them is trained."""
+        """Whether other stages read parts of this one, so that it needs weights wherever they are trained."""
         return False
 
     @contextmanager
     def auxiliary_losses(self) -> "Iterator[Callable[[], dict[str, torch.Tensor]]]":
         """
-        Around a forward in training: gives what returns its auxiliary losses afterwards, by name; their weighted sum
-        is `aux_loss`.
+        Context manager around a forward in training. It yields a function that returns the auxiliary losses by name
+        afterwards; their weighted sum is `aux_loss`.
         """
         yield dict
 

@@ -1,4 +1,4 @@
-"""A stitched stage of a NAC: between layers of the meta model its latents are stood in for by fixed ones."""
+"""A stitched stage of a NAC: between layers of the meta model, fixed latents replace its own."""
 
 from typing import Literal
 
@@ -15,21 +15,22 @@ ReadInLatents = Literal["one", "all"]
 
 class StitchedNACStage(StitchedStage):
     """
-    A distilled part of a NAC between its stitches, with the codes and first states that it computes by. They are
-    buffers: drawn from the seed of the pair or taken from the student, equal on every process, the same for any batch
-    size, fixed, and saved with the stitches. (The official code draws them anew on every process, keeps one state a
-    batch slot, and saves neither.)
+    A distilled part of a NAC between its stitches, with the codes and initial states that it needs. They are buffers:
+    drawn from the seed of the pair or taken from the student, equal on every process, the same for any batch size,
+    fixed, and saved with the stitches. (The official code draws them again on every process, keeps one state per batch
+    slot, and saves neither.)
 
     Args:
         stage (`NACStage`): View on the student.
         stitch_size (`int`): Width of the meta model.
-        stitch (`str`): See [`StitchedStage`]; the paper's for NAC is `"linear"`.
-        codes (`str`): `"random"`, the paper's: one random code for every token and latent of the pair. `"own"`: those
-            of the student's latents at the start, which are the ones that the end-to-end phase begins with; a token
-            takes the code of one mediator, drawn anew in every training step.
-        read_in_latents (`str`): `"one"`, the paper's: the read-in hands one token on. `"all"`: one for each of the
-            student's input latents; the first stands for the meta model's class token.
-        special_tokens (`int`, *optional*): Of the meta model, see [`StitchedStage`]; the read-in alone has to know.
+        stitch (`str`): See [`StitchedStage`]; the paper uses `"linear"` for NAC.
+        codes (`str`): `"random"` (as in the paper): one random code for all tokens and latents of the pair. `"own"`:
+            the initial codes of the student's latents, which the end-to-end phase starts with; each token takes the
+            code of one mediator, drawn again in every training step.
+        read_in_latents (`str`): `"one"` (as in the paper): the read-in passes on one token. `"all"`: one for each of
+            the student's input latents; the first stands for the meta model's class token.
+        special_tokens (`int`, *optional*): Special tokens of the meta model, see [`StitchedStage`]; only the read-in
+            uses it.
     """
 
     def __init__(
@@ -66,7 +67,7 @@ class StitchedNACStage(StitchedStage):
         return self.stage(hidden_states, states, self.latent_codes, self._codes_of_tokens(hidden_states))
 
     def _codes_of_tokens(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
-        """Codes of shape `(num_rounds, 1 or num_tokens, code_size)`; `None` for a read-in alone."""
+        """Codes of shape `(num_rounds, 1 or num_tokens, code_size)`; `None` if the stage is only a read-in."""
         if self.token_codes is None:
             return None
         num_codes = self.token_codes.shape[1]
@@ -80,7 +81,7 @@ class StitchedNACStage(StitchedStage):
 
 @torch.no_grad()
 def _own(stage: NACStage) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Codes and first states of the student's latents, and its mediators' codes in each round of the stage."""
+    """Codes and initial states of the student's latents, and its mediators' codes in each round of the stage."""
     circuit = stage._model[0].nac
     latents = circuit.input_latents if stage.is_first else circuit.output_latents
     was_training = circuit.training

@@ -21,12 +21,12 @@ class StitchedStage(nn.Module):
     Args:
         stage (`Stage`): View on the student's layers.
         stitch_size (`int`): Width of the meta model.
-        stitch (`str`): `"layernorm_linear"` (the paper's for V-MoE), `"linear"` (its for NAC), or `"none"` where
-            student and meta model have one width (the incubation of a teacher).
-        special_tokens (`int`, *optional*): Tokens of the meta model before those of the patches. `None`: as many as
-            the student's. A DeiT has two, its class and its distillation token; where the other network has one, the
-            DeiT is given a copy of the class token as the second (on digits that is better than zeros or the mean of
-            the patches if its second head reads that token), and the other network is not given the second.
+        stitch (`str`): `"layernorm_linear"` (in the paper for V-MoE), `"linear"` (in the paper for NAC), or `"none"`
+            if student and meta model have the same width (the incubation of a teacher).
+        special_tokens (`int`, *optional*): Number of the meta model's tokens before the patches. `None`: as many as
+            the student has. A DeiT has two, its class token and its distillation token. If the other network has only
+            one, the DeiT gets a copy of the class token as the second (on digits, this is better than zeros or the
+            mean of the patches if its second head reads that token), and the other network does not get the second.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class StitchedStage(nn.Module):
         return self.stage.is_stochastic
 
     def stitch_state_dict(self) -> dict[str, torch.Tensor]:
-        """Weights of the stitches alone, as `pre.*` and `post.*`."""
+        """Weights of only the stitches, as `pre.*` and `post.*`."""
         return {name: value for name, value in self.state_dict().items() if not name.startswith("stage.")}
 
     def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -83,8 +83,8 @@ class StitchedStage(nn.Module):
 
 def _with_special_tokens(hidden_states: torch.Tensor, given: int, wanted: int) -> torch.Tensor:
     """
-    Hidden states whose first `given` tokens are not patches, with `wanted` such tokens: the last ones are left out, or
-    copies of the class token, which is the first, are added.
+    Change the number of tokens before the patches from `given` to `wanted`: leave out the last ones, or add copies of
+    the class token, which is the first.
     """
     if given == wanted:
         return hidden_states

@@ -1,4 +1,4 @@
-"""The trainable half of m2mKD: student stages between stitches. What stays frozen is in `frozen_networks.py`."""
+"""The trainable half of m2mKD: student stages between stitches. The frozen half is in `frozen_networks.py`."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -16,18 +16,18 @@ from m2mkd.distillation.stitched_stage import StitchedStage, StitchType
 
 class StitchedStudent(nn.Module):
     """
-    The stitched stages that one process trains, by pair index: all that its optimizer, its checkpoints and its
-    gradient buckets hold.
+    The stitched stages that one process trains, by pair index. Its optimizer, checkpoints and gradient buckets contain
+    nothing else.
 
     Args:
-        student (`PreTrainedModel`): Whose stages these are.
+        student (`PreTrainedModel`): The model that the stages belong to.
         stages (`Sequence[Stage]`): The stages to train.
         stitch_size (`int`): Width of the meta model.
-        stitch (`str`, *optional*): See [`StitchedStage`]. `None`: the paper's for this student, `"linear"` for a NAC,
-            `"layernorm_linear"` for the others.
-        seed (`int`): Seed of the stitches' weights, and of what stands in for a NAC's latents.
+        stitch (`str`, *optional*): See [`StitchedStage`]. `None`: the paper's choice for this student, `"linear"` for
+            a NAC and `"layernorm_linear"` for the others.
+        seed (`int`): Seed of the stitches' weights, and of the replacement for a NAC's latents.
         nac_codes (`str`), read_in_latents (`str`): See [`StitchedNACStage`]; other students do not read them.
-        special_tokens (`int`, *optional*): Of the meta model, see [`StitchedStage`].
+        special_tokens (`int`, *optional*): Special tokens of the meta model, see [`StitchedStage`].
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class StitchedStudent(nn.Module):
         self.pairs = nn.ModuleDict()
         for stage in stages:
             with torch.random.fork_rng(devices=[]):
-                # a stream of its own: a pair's stitches start the same whether it is trained alone or with others
+                # each pair has its own stream: its stitches start the same whether it is trained alone or with others
                 torch.manual_seed(seed * 1000 + 500 + stage.index)
                 if isinstance(stage, NACStage) and stage.num_stages > 1:
                     own = (nac_codes, read_in_latents)
@@ -87,7 +87,7 @@ class StitchedStudent(nn.Module):
         """Keep activations again."""
         self._student[0].activation_checkpointing_disable()
 
-    # The names before transformers 5.23; it calls the ones above where they exist.
+    # Names used before transformers 5.23, which calls the ones above if they exist.
     def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
         """Recompute the student's layers in the backward pass instead of keeping their activations."""
         self._student[0].gradient_checkpointing_enable(**kwargs)

@@ -14,7 +14,7 @@ from m2mkd.errors import StageError
 
 @dataclass(frozen=True)
 class _Architecture:
-    """Where the parts of a classifier lie, as module paths, and how its head reads the last hidden states."""
+    """Module paths of a classifier's parts, and how its head reads the last hidden states."""
 
     embeddings: str
     layers: str
@@ -34,7 +34,7 @@ def _class_and_distillation_token(hidden_states: torch.Tensor) -> tuple[torch.Te
 def _class_token_and_patch_mean(hidden_states: torch.Tensor) -> tuple[torch.Tensor]:
     if hidden_states.shape[1] == 1:
         raise StageError(
-            "The head of a DINOv2 reads the class token and the mean of the patches, but it is given one token. If "
+            "The head of a DINOv2 reads the class token and the mean of the patches, but it got only one token. If "
             "this is the read-in of a NAC, set `read_in_latents` to 'all' (in a recipe, in `distill.training`)."
         )
     return (torch.cat([hidden_states[:, 0], hidden_states[:, 1:].mean(dim=1)], dim=1),)
@@ -43,7 +43,7 @@ def _class_token_and_patch_mean(hidden_states: torch.Tensor) -> tuple[torch.Tens
 _ARCHITECTURES = {
     "ViTForImageClassification": _Architecture("vit.embeddings", "vit.layers", "vit.layernorm", _class_token),
     "DeiTForImageClassification": _Architecture("deit.embeddings", "deit.layers", "deit.layernorm", _class_token),
-    # Each head reads a token of its own; the logits are their mean.
+    # Each head reads its own token; the logits are the mean over the heads.
     "DeiTForImageClassificationWithTeacher": _Architecture(
         "deit.embeddings",
         "deit.layers",
@@ -66,7 +66,7 @@ class TransformerStage(Stage):
         super().__init__(model, index, num_stages, layer_indices)
         architecture = _ARCHITECTURES[type(model).__name__]
         self._pool = architecture.pool
-        # tuples, unlike attributes of their own, do not register the modules a second time
+        # tuples, unlike plain attributes, do not register the modules a second time
         self._embeddings = tuple(self._attach(model, architecture.embeddings)) if self.is_first else ()
         self._layers = tuple(self._attach(model, *(f"{architecture.layers}.{i}" for i in layer_indices)))
         head = (architecture.layernorm, *architecture.classifiers) if self.is_last else ()
@@ -74,7 +74,7 @@ class TransformerStage(Stage):
 
     @classmethod
     def count_layers(cls, model: PreTrainedModel) -> int:
-        """The transformer layers of a model."""
+        """Count the transformer layers of a model."""
         return len(model.get_submodule(_ARCHITECTURES[type(model).__name__].layers))
 
     @property

@@ -1,4 +1,4 @@
-"""Stages of a V-MoE: transformer layers whose routers have losses of their own."""
+"""Stages of a V-MoE: transformer layers whose routers have their own losses."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,13 +10,13 @@ from m2mkd.modeling.modeling_vmoe import VMoEDropPath, VMoERouter, balance_losse
 
 
 class VMoEStage(TransformerStage):
-    """Consecutive layers of a V-MoE. Between the layers there is room for stitches."""
+    """Consecutive layers of a V-MoE. Stitches can be kept between the layers."""
 
     keeps_stitches = True
 
     @property
     def is_stochastic(self) -> bool:
-        """Dropout, drop path or noisy routers."""
+        """Whether a forward in training draws random numbers: dropout, drop path or noisy routers do."""
         return super().is_stochastic or any(
             (isinstance(module, VMoEDropPath) and module.drop_prob > 0)
             or (isinstance(module, VMoERouter) and module.noise_std > 0)
@@ -25,7 +25,7 @@ class VMoEStage(TransformerStage):
 
     @contextmanager
     def auxiliary_losses(self) -> Iterator[Callable[[], dict[str, torch.Tensor]]]:
-        """The balance losses of the sparse layers, if the configuration weighs any."""
+        """Context manager that yields a function for the balance losses of the sparse layers, if any have a weight."""
         recorded: list[tuple[torch.Tensor, ...]] = []
         routers = [module for module in self.modules() if isinstance(module, VMoERouter)]
         hooks = [

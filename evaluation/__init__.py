@@ -1,1 +1,1 @@
-"""Tests saved models."""
+"""Evaluation of saved models."""

@@ -1,4 +1,4 @@
-"""How evenly a V-MoE uses its experts."""
+"""Load of a V-MoE's experts."""
 
 from typing import Any
 
@@ -12,10 +12,10 @@ from m2mkd.configuration.configuration_vmoe import VMoEConfig
 @torch.no_grad()
 def expert_load(model: PreTrainedModel, dataset: Dataset, batch_size: int) -> dict[str, list[float]] | None:
     """
-    Share of the tokens' choices that falls on each expert.
+    Fraction of the tokens' choices that each expert gets.
 
     Returns:
-        By layer index, `num_experts` shares that sum to 1; `None` for a model without experts.
+        `num_experts` fractions that sum to 1, by layer index; `None` for a model without experts.
     """
     if not isinstance(model.config, VMoEConfig) or not model.config.moe_layers:
         return None

@@ -1,4 +1,4 @@
-"""`m2mkd few-shot`: a new head on the frozen features of a saved model, over many small tasks."""
+"""Implementation of `m2mkd few-shot`: new heads on the frozen features of a saved model, for many small tasks."""
 
 import math
 import sys
@@ -29,7 +29,10 @@ HEAD_STD = 0.02  # of the new head's weights
 
 @dataclass(frozen=True)
 class HeadTraining:
-    """How a head is trained: full batches, one a step; cosine from `learning_rate` to `min_lr` after the warm-up."""
+    """
+    Settings of a head's training: each step takes the full batch; after the warm-up, the learning rate follows a
+    cosine from `learning_rate` to `min_lr`.
+    """
 
     optimizer: str
     learning_rate: float
@@ -58,25 +61,25 @@ def few_shot(
     batch_size: int = 64,
 ) -> dict[str, Any]:
     """
-    Few-shot accuracy of a saved model: for each episode a new linear head is trained on `shots` images of `ways`
-    classes and tested on three times as many others. The model is frozen, and its features are computed once, without
-    augmentation.
+    Measure the few-shot accuracy of a saved model. In each episode, a new linear head is trained on `shots` images per
+    class of `ways` classes and tested on three times as many others. The model is frozen and its features are computed
+    once, without augmentation.
 
     Args:
         folder (`str` or `Path`): A Hugging Face folder or a Hub id, with its image processor.
-        source (`str`): As `source` of a recipe's data set.
+        source (`str`): Data source, as in a recipe.
         ways, shots, episodes, seed (`int`): See [`~m2mkd.data.episodes.draw_episodes`].
         train_split, val_split (`str`, *optional*): Splits to learn from and to test on. `None`: those of a published
-            set; an image folder has one, and both parts are drawn from it.
-        partial (`bool`): Take a copy of a published set that lacks classes or images.
-        batch_size (`int`): Images at once for the features.
+            set. An image folder has only one split; both parts are drawn from it.
+        partial (`bool`): Whether to accept a copy of a published set that lacks classes or images.
+        batch_size (`int`): Images per batch when the features are computed.
 
     Returns:
         `accuracy`, the mean over the episodes in [0, 1], `interval`, half the width of its 95 % confidence interval
-        (Student's t; `None` for one episode), `episodes` (the accuracy of each), and what was asked for.
+        (Student's t; `None` for one episode), `episodes` (the accuracy of each), and the settings.
 
     Raises:
-        `DataError`, `StageError`: the set or the model cannot be had, or there are too few images.
+        `DataError`, `StageError`: the set or the model cannot be loaded, or there are too few images.
     """
     # not to the standard output, which may be JSON for another program
     screen = Screen(sys.stderr)
@@ -141,7 +144,7 @@ def _features(
     batch_size: int,
     screen: Screen,
 ) -> dict[int, torch.Tensor]:
-    """What the model's classifier is given for each image that an episode needs, `(hidden_size,)`, by position."""
+    """Input of the model's classifier for each image that an episode needs, `(hidden_size,)`, by position."""
     needed = np.unique(np.concatenate(indices)).tolist()
     seen: list[torch.Tensor] = []
     hook = model.classifier.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
@@ -171,7 +174,7 @@ def train_head(
         labels (`torch.Tensor` of shape `(n,)`): From 0 to `ways - 1`.
         ways (`int`)
         how (`HeadTraining`)
-        seed (`int`): Of the head's first weights.
+        seed (`int`): Seed of the head's initial weights.
     """
     head = torch.nn.Linear(features.shape[1], ways)
     torch.nn.init.trunc_normal_(head.weight, std=HEAD_STD, generator=torch.Generator().manual_seed(seed))

@@ -1,4 +1,7 @@
-"""Whether a meta model and a teacher share a feature space: the meta model with one teacher stage in it."""
+"""
+Hybrids: the meta model with one of its stages replaced by the teacher's. Their accuracy shows whether meta model and
+teacher share a feature space.
+"""
 
 import math
 import tempfile
@@ -16,9 +19,10 @@ from m2mkd.distillation.stage import Stage
 from m2mkd.errors import RunError
 
 
-# Of the way from chance to the teacher's own accuracy: a hybrid below the first share is noise, below the second weak.
+# Fractions of the way from chance to the teacher's own accuracy: a hybrid below the first is noise, below the second
+# it is weak.
 NOISE, WEAK = 0.1, 0.5
-# On fewer images a teacher may be no better than chance by bad luck.
+# On fewer images, a teacher may fail to beat chance by bad luck.
 ENOUGH_IMAGES = 100
 Hybrids = dict[str, Any]
 
@@ -32,19 +36,20 @@ def hybrid_accuracies(
     use_cpu: bool,
 ) -> Hybrids:
     """
-    Accuracy of the meta model with one stage of the teacher in it, `M_N ∘ … ∘ M_{i+1} ∘ T_i ∘ M_{i-1} ∘ … ∘ M_1`: the
-    network whose logits a pair is distilled from. Both networks are put into evaluation mode.
+    Measure the accuracy of the meta model with one stage of the teacher in it,
+    `M_N ∘ … ∘ M_{i+1} ∘ T_i ∘ M_{i-1} ∘ … ∘ M_1`: the network whose logits a pair is distilled from. Both networks are
+    put into evaluation mode.
 
     Args:
         meta, teacher (`Sequence[Stage]`): All stages of both networks.
         indices (`Sequence[int]`): Stages to swap in, one at a time, counted from 0.
-        dataset (`Dataset`): Gives `pixel_values` and `labels`. If it has some of the networks' classes only, the
+        dataset (`Dataset`): Gives `pixel_values` and `labels`. If it has only some of the networks' classes, the
             others are left out, as in every evaluation.
-        batch_size (`int`): Images a device.
-        use_cpu (`bool`): Stay on the CPU.
+        batch_size (`int`): Images per device.
+        use_cpu (`bool`): Whether to stay on the CPU.
 
     Returns:
-        `hybrids` (accuracy in [0, 1] by index as text), `teacher` (its own accuracy), `chance` (share of the most
+        `hybrids` (accuracy in [0, 1] by index as text), `teacher` (its own accuracy), `chance` (fraction of the most
         frequent class) and the number of images `n`.
     """
     with tempfile.TemporaryDirectory() as folder:
@@ -55,7 +60,7 @@ def hybrid_accuracies(
             dataloader_pin_memory=not use_cpu,
             report_to="none",
             disable_tqdm=True,
-            # no model of transformers says which columns it takes, and which of them hold labels
+            # this is not a model of transformers, so the Trainer cannot infer its columns and labels
             remove_unused_columns=False,
             label_names=["labels"],
         )
@@ -74,7 +79,10 @@ def hybrid_accuracies(
 
 
 class _Hybrids(nn.Module):
-    """Which images each hybrid, and last the teacher, gets right: `(batch_size, num_hybrids + 1)` of 0 and 1."""
+    """
+    Computes which images each hybrid, and last the teacher, classifies correctly: `(batch_size, num_hybrids + 1)` of 0
+    and 1.
+    """
 
     def __init__(
         self, meta: Sequence[Stage], teacher: Sequence[Stage], indices: Sequence[int], possible: np.ndarray | None
@@ -102,7 +110,7 @@ class _Hybrids(nn.Module):
 
 def judge_hybrids(measured: Hybrids) -> tuple[list[str], list[str]]:
     """
-    Which hybrids are too poor to be distilled from. An accuracy is known to two standard errors.
+    Find the hybrids that are too poor to be distilled from. An accuracy is known to two standard errors.
 
     Args:
         measured (`dict`): From [`hybrid_accuracies`].
@@ -125,7 +133,7 @@ def judge_hybrids(measured: Hybrids) -> tuple[list[str], list[str]]:
 
 def check_teacher(measured: Hybrids) -> str | None:
     """
-    Whether the teacher itself is better than chance, to two standard errors.
+    Check that the teacher itself is better than chance, to two standard errors.
 
     Args:
         measured (`dict`): From [`hybrid_accuracies`], with the name of the images as `set`.
@@ -134,19 +142,19 @@ def check_teacher(measured: Hybrids) -> str | None:
         `str`, *optional*: A warning if it is not, but there are too few images to be sure.
 
     Raises:
-        `RunError`: it is not.
+        `RunError`: it is not better.
     """
     if not _is_at_chance(measured):
         return None
     found = (
         f"the teacher is right on {100 * measured['teacher']:.1f} % of {measured['n']:,} images ({measured['set']}), "
-        f"which is no better than chance ({100 * measured['chance']:.1f} %)"
+        f"which is not better than chance ({100 * measured['chance']:.1f} %)"
     )
     if measured["n"] < ENOUGH_IMAGES:
-        return f"Warning: {found}; these are too few images to be sure."
+        return f"Warning: {found}, but these are too few images to be sure."
     raise RunError(
         f"Nothing can be learned from this teacher: {found}. Train it longer, or use another teacher. If it is a "
-        "published one, check that its classes are those of the data, in the same order."
+        "published teacher, check that its classes are those of the data, in the same order."
     )
 
 
@@ -160,7 +168,7 @@ def _error_of_chance(measured: Hybrids) -> float:
 
 
 def hybrids_sentence(measured: Hybrids) -> str:
-    """The accuracies in words, against chance and the teacher's own."""
+    """Describe the accuracies as text, with chance and the teacher's own accuracy."""
     each = ", ".join(f"{index}: {100 * accuracy:.1f} %" for index, accuracy in measured["hybrids"].items())
     return (
         f"accuracy of the meta model with one teacher stage in it, by stage: {each} (the teacher's own "

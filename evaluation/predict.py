@@ -1,4 +1,4 @@
-"""Predicts whole data sets."""
+"""Prediction of whole data sets."""
 
 import tempfile
 from dataclasses import dataclass
@@ -17,13 +17,13 @@ from m2mkd.distillation.losses import per_sample_cross_entropy
 @dataclass(frozen=True)
 class Predictions:
     """
-    What a model says about a data set of `n` images.
+    Predictions of a model for a data set of `n` images.
 
     Attributes:
-        ranked: The classes ranked best, best first, int64 `(n, k)` with `k <= 5`; -1 where a logit is no number.
+        ranked: The classes ranked best, best first, int64 `(n, k)` with `k <= 5`; -1 where a logit is not a number.
         losses: Cross entropy of each image, float32 `(n,)`.
         labels: int64 `(n,)`.
-        classes: How many classes could be predicted.
+        classes: Number of classes that could be predicted.
     """
 
     ranked: np.ndarray
@@ -54,14 +54,14 @@ def predict(model: PreTrainedModel, dataset: Dataset, batch_size: int, use_cpu: 
     Args:
         model (`PreTrainedModel`): A classifier.
         dataset (`Dataset`): Gives `pixel_values` and `labels`.
-        batch_size (`int`): Images a device.
-        use_cpu (`bool`): Stay on the CPU.
+        batch_size (`int`): Images per device.
+        use_cpu (`bool`): Whether to stay on the CPU.
     """
     possible = dataset.possible if isinstance(dataset, ImageDataset | StreamedImages) else None
     classes = model.config.num_labels if possible is None else len(possible)
 
     def keep(outputs: torch.Tensor | tuple[torch.Tensor, ...], labels: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        # ranks and losses and not logits: of 50,000 images and 1,000 classes these would fill 200 MB
+        # ranks and losses instead of logits: the logits of 50,000 images and 1,000 classes would fill 200 MB
         logits = (outputs[0] if isinstance(outputs, tuple) else outputs).float()
         if possible is not None:
             allowed = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
@@ -89,7 +89,7 @@ def predict(model: PreTrainedModel, dataset: Dataset, batch_size: int, use_cpu: 
 
 def evaluate_model(model: PreTrainedModel, dataset: Dataset, batch_size: int, use_cpu: bool) -> dict[str, float]:
     """
-    Accuracy, top-5 accuracy and mean cross entropy over a whole data set; see [`predict`].
+    Measure accuracy, top-5 accuracy and mean cross entropy over a whole data set; see [`predict`].
 
     Returns:
         `accuracy` and `top5_accuracy` in [0, 1], `loss`, and the number of images `n`.

@@ -1,4 +1,4 @@
-"""`m2mkd evaluate`: a saved model on any data set, over the classes that both have."""
+"""Implementation of `m2mkd evaluate`: a saved model on any data set, over the classes that both have."""
 
 import sys
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ from m2mkd.evaluation.predict import predict
 from m2mkd.screen import Screen
 
 
-# The split that is tested where none is named.
+# The split that is tested if none is named.
 _TEST_SPLITS = {"mnist5k": "test", "uci_digits": None} | {
     name: list(known.splits)[-1] for name, known in KNOWN_SETS.items()
 }
@@ -31,11 +31,11 @@ _TEST_SPLITS = {"mnist5k": "test", "uci_digits": None} | {
 
 def load_for_evaluation(folder: str | Path) -> tuple[PreTrainedModel, dict[str, Any]]:
     """
-    A saved classifier and the pixels that it takes (fields of `DataConfig`).
+    Load a saved classifier and the description of the pixels that it takes (fields of `DataConfig`).
 
     Raises:
         `StageError`: there is no such model, or it lacks weights, such as those of a head.
-        `DataError`: no image processor lies beside it, or one that cannot be reproduced.
+        `DataError`: its folder has no image processor, or one that cannot be reproduced.
     """
     return load_network(folder), pixels_of_processor(load_processor(folder), str(folder))
 
@@ -45,7 +45,7 @@ def data_config(source: str, pixels: dict[str, Any], split: str | None = None, p
     A data set by its source, in its test split if none is named.
 
     Raises:
-        `DataError`: the source or the split cannot be.
+        `DataError`: the source or the split is not valid.
     """
     name = source.partition(":")[0]
     try:
@@ -71,7 +71,7 @@ def class_names_of(model: PreTrainedModel, source: str) -> list[str]:
 
 def shared_classes(data: LabeledImages, class_names: Sequence[str], source: str) -> LabeledImages:
     """
-    The images whose class the model knows, with the model's labels.
+    Select the images whose class the model knows, and give them the model's labels.
 
     Raises:
         `DataError`: the model knows none of the classes.
@@ -79,7 +79,7 @@ def shared_classes(data: LabeledImages, class_names: Sequence[str], source: str)
     if not set(data.class_names) & set(class_names):
         raise DataError(
             f"the model knows none of the classes of {source}: it has {', '.join(class_names[:3])}, …, the data have "
-            f"{', '.join(data.class_names[:3])}, …. Classes are matched by name; give data with the model's names"
+            f"{', '.join(data.class_names[:3])}, …. Classes are matched by name; use data with the model's class names"
         )
     return data.of_classes(class_names)
 
@@ -98,20 +98,21 @@ def evaluate_folder(
 
     Args:
         folder (`str` or `Path`): A Hugging Face folder or a Hub id, with its image processor.
-        sources (`Sequence[str]`): As `source` of a recipe's data set.
+        sources (`Sequence[str]`): Data sources, as in a recipe.
         split (`str`, *optional*): Split of every set. `None`: its test split (`"val"` of ImageNet and Tiny-ImageNet).
-        partial (`bool`): Take copies of published sets that lack classes or images.
-        batch_size (`int`): Images a device.
+        partial (`bool`): Whether to accept copies of published sets that lack classes or images.
+        batch_size (`int`): Images per device.
         iid_accuracy (`float`, *optional*): The model's accuracy on unshifted images, in [0, 1].
         baselines (`Sequence[tuple[float, float]]`): IID and OOD accuracies of other models.
 
     Returns:
         By source: `accuracy` and `top5_accuracy` in [0, 1] over the shared classes, `loss`, `n`, the number of shared
-        classes `classes`, images of other classes `left_out`, `per_class` (by name: `accuracy`, `n`); with
-        `iid_accuracy` the `accuracy_gap` to it, with `baselines` too the `effective_robustness`.
+        classes `classes`, the number of images of other classes `left_out`, and `per_class` (by name: `accuracy`,
+        `n`). With `iid_accuracy` also the `accuracy_gap` to it, and with `baselines` as well the
+        `effective_robustness`.
 
     Raises:
-        `DataError`, `StageError`: a set or the model cannot be had, or they share no class.
+        `DataError`, `StageError`: a set or the model cannot be loaded, or they share no class.
     """
     # not to the standard output, which may be JSON for another program
     screen = Screen(sys.stderr)

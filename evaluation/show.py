@@ -1,4 +1,4 @@
-"""Shows the evaluation of a saved model in the terminal."""
+"""Terminal output of the evaluation of a saved model."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from rich.table import Column, Table
 
 
 def show(results: dict[str, dict[str, Any]], console: Console, per_class: bool) -> None:
-    """Print the results as a table, and one of the classes of each set, the worst first, if asked."""
+    """Print the results as a table, and with `per_class` a table of the classes of each set, worst first."""
     columns = {
         "accuracy": "acc. %",
         "top5_accuracy": "top-5 %",
@@ -16,7 +16,7 @@ def show(results: dict[str, dict[str, Any]], console: Console, per_class: bool) 
         "effective_robustness": "eff. rob.",
     }
     shown = [name for name in columns if any(name in result for result in results.values())]
-    # each set's source may be a long path: it folds, the figures do not
+    # the source of a set may be a long path: it is wrapped, the figures are not
     table = Table(Column("data", overflow="fold"), box=SIMPLE)
     for name in (*(columns[name] for name in shown), "loss", "images", "classes", "left out"):
         table.add_column(name, justify="right", no_wrap=True)

@@ -1,4 +1,4 @@
-"""What `m2mkd assemble` does: a student from distilled modules, of a run's folder or a repository on the Hub."""
+"""Implementation of `m2mkd assemble`: a student from the distilled modules of a run or of a repository on the Hub."""
 
 import shutil
 from collections.abc import Sequence
@@ -29,23 +29,23 @@ def assemble(out: str | Path, sources: Sequence[str], keep_stitches: bool = Fals
     Build a student from the modules of its pairs.
 
     Args:
-        out (`str` or `Path`): Folder to make. It appears whole or not at all.
-        sources (`Sequence[str]`): Where the pairs are, see [`pair_folders`]. Together they give each pair once.
+        out (`str` or `Path`): Folder to create. It appears whole or not at all.
+        sources (`Sequence[str]`): Sources of the pairs, see [`pair_folders`]. Together they give each pair once.
         keep_stitches (`bool`): Whether a V-MoE keeps the stitches between its modules, as it does in a run with
             `finetune.keep_stitches`.
 
     Returns:
-        `list[str]`: What was made, and what nobody knows of it, in sentences.
+        `list[str]`: Sentences that say what was built, and what is unknown about it.
 
     Raises:
         `PairFileError`: the pairs are not of one student, or one is missing, given twice, or damaged; or the student
             has no place for stitches.
-        `HubError`: a source has no pairs, or cannot be fetched; `out` is there already.
+        `HubError`: a source has no pairs, or cannot be fetched; `out` already exists.
         `RunError`: the folder cannot be written.
     """
     out = Path(out).absolute()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise HubError(f"{out} is there already and not empty. Give a new folder, or delete it.")
+        raise HubError(f"{out} already exists and is not empty. Give a new folder, or delete it.")
     folders = match_pairs([folder for source in sources for folder in pair_folders(source)])
     depths = [len(read_contract(folder)["layers"]) for folder in folders]
     model = new_network(AutoConfig.from_pretrained(folders[0]), depths, seed=0)
@@ -66,7 +66,7 @@ def assemble(out: str | Path, sources: Sequence[str], keep_stitches: bool = Fals
     write_folder(out, write)
     said = [f"{type(model).__name__} of {len(folders)} modules is in {out}."]
     if fresh:
-        said.append(f"No module holds these tensors, so they start anew: {', '.join(sorted(fresh))}.")
+        said.append(f"No module contains these tensors, so they are re-initialized: {', '.join(sorted(fresh))}.")
     if not processors:
         said.append(f"No module has a {PROCESSOR_FILE}, so the student's input size and normalization are unknown.")
     return said + unknown_networks(folders)
@@ -74,11 +74,11 @@ def assemble(out: str | Path, sources: Sequence[str], keep_stitches: bool = Fals
 
 def pair_folders(source: str) -> list[Path]:
     """
-    The folders of pairs that a source has.
+    List the folders of pairs in a source.
 
     Args:
-        source (`str`): A pair's folder, a folder of such folders, or a run's folder or seed; or on the Hub the same,
-            as `user/name`, `user/name/pairs` or `user/name/pairs/0`.
+        source (`str`): The folder of a pair, a folder of such folders, or the folder of a run or of one of its seeds;
+            or the same on the Hub, as `user/name`, `user/name/pairs` or `user/name/pairs/0`.
 
     Raises:
         `HubError`: there are none, or the source cannot be fetched.
@@ -100,11 +100,11 @@ def _fetched(source: str) -> Path:
     parts = PurePosixPath(source).parts
     repo_id, inside = "/".join(parts[:2]), "/".join(parts[2:])
     if len(parts) < 2 or parts[0] == "/" or ".." in parts:
-        raise HubError(f"{source} is no folder here, and no id on the Hub (user/name, or user/name/pairs/0).")
+        raise HubError(f"{source} is neither a local folder nor an id on the Hub (user/name, or user/name/pairs/0).")
     patterns = [f"{inside or 'pairs'}/*.{ending}" for ending in ("json", "safetensors")]
     try:
         with explained_hub_errors(repo_id, "read"):
             root = patiently(lambda: snapshot_download(repo_id, allow_patterns=patterns))
     except HubError as error:
-        raise HubError(f"{source} is no folder here, and on the Hub: {error}") from error
+        raise HubError(f"{source} is not a local folder, and on the Hub: {error}") from error
     return Path(root, inside)

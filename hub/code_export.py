@@ -1,4 +1,4 @@
-"""The code of a model beside its weights."""
+"""Export of a model's code next to its weights."""
 
 import json
 from importlib.util import find_spec
@@ -13,7 +13,7 @@ from m2mkd.hub.flat_code import flatten, own_imports
 from m2mkd.modeling import NACForImageClassification, NACModel, VMoEBackbone, VMoEForImageClassification, VMoEModel
 
 
-# What a folder with its code offers, by `model_type`: the Auto class and our class behind it.
+# By `model_type`: the Auto classes that a folder with code supports, and our class for each.
 _CLASSES: dict[str, dict[str, type[PreTrainedConfig] | type[PreTrainedModel]]] = {
     "nac": {
         "AutoConfig": NACConfig,
@@ -32,17 +32,17 @@ _CLASSES: dict[str, dict[str, type[PreTrainedConfig] | type[PreTrainedModel]]] =
 def export_hub_code(folder: str | Path) -> list[Path]:
     """
     Write the sources that a saved model needs into its folder, and name them in `auto_map` of its `config.json`. Then
-    `AutoModelForImageClassification.from_pretrained(folder, trust_remote_code=True)` needs no more than torch and
-    transformers; without that flag transformers refuses to run them.
+    `AutoModelForImageClassification.from_pretrained(folder, trust_remote_code=True)` needs only torch and
+    transformers. Without that flag, transformers refuses to run the sources.
 
     Args:
-        folder (`str` or `Path`): What `save_pretrained` of a NAC or V-MoE wrote.
+        folder (`str` or `Path`): Folder that `save_pretrained` of a NAC or V-MoE wrote.
 
     Returns:
         `list[Path]`: The sources, in alphabetical order.
 
     Raises:
-        `HubError`: there is no `config.json`, it is damaged, or it is of a model that is not ours.
+        `HubError`: there is no `config.json`, it is damaged, or the model is not a NAC or V-MoE.
         `RunError`: the folder cannot be written.
     """
     folder = Path(folder)
@@ -51,22 +51,22 @@ def export_hub_code(folder: str | Path) -> list[Path]:
     with explained_write_errors(folder):
         for name, text in sources.items():
             (folder / name).write_text(text, encoding="utf-8")
-        # last: code that nothing names does no harm, a name without its code does
+        # written last: code that is not named does no harm, but a name without its code does
         write_json(folder / "config.json", json.loads(config))
     return [folder / name for name in sorted(sources)]
 
 
 def hub_code(folder: Path) -> dict[str, str]:
     """
-    By file name, the sources that a saved model needs and a `config.json` with their names in `auto_map`. Raises
+    The sources that a saved model needs and a `config.json` with their names in `auto_map`, by file name. Raises
     `HubError` as [`export_hub_code`] does.
     """
     config = read_config(folder)
     model_type = config.get("model_type")
     if model_type not in _CLASSES:
         raise HubError(
-            f"{folder / 'config.json'} is of a model of type {model_type!r}; there is code to export for "
-            f"{' and '.join(sorted(_CLASSES))} alone. Models of transformers itself need none."
+            f"{folder / 'config.json'} has `model_type` {model_type!r}. Code can be exported only for "
+            f"{' and '.join(sorted(_CLASSES))}. Models of transformers itself need none."
         )
     classes = _CLASSES[model_type]
     names = {auto: f"{own.__module__.rpartition('.')[2]}.{own.__name__}" for auto, own in classes.items()}
@@ -76,8 +76,8 @@ def hub_code(folder: Path) -> dict[str, str]:
 
 def flat_sources(modules: list[str]) -> dict[str, str]:
     """
-    The sources of modules of ours and of all that they import of `configuration` and `modeling`, by file name, for one
-    flat folder (see [`flatten`]).
+    The sources of some of our modules and of everything that they import from `configuration` and `modeling`, by file
+    name, for one flat folder (see [`flatten`]).
 
     Args:
         modules (`list[str]`): Dotted names, e.g. `m2mkd.modeling.modeling_vmoe`.

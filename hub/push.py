@@ -1,4 +1,4 @@
-"""What `m2mkd push` does: one arm of a run to a repository on the Hub, in one commit."""
+"""Implementation of `m2mkd push`: one arm of a run goes to a repository on the Hub, in one commit."""
 
 import json
 from pathlib import Path
@@ -22,7 +22,7 @@ from m2mkd.model_cards.parts import CARD_FILE
 
 # By path in the repository: a file, or its content.
 Files = dict[str, Path | bytes]
-# What of a folder goes along: tensors and what reads them, no results of the run and nothing pickled.
+# Files of a folder that are pushed: tensors and what is needed to use them, no results of the run, no pickles.
 _PUSHED = ("*.safetensors", "*.safetensors.index.json", "preprocessor_config.json", CONTRACT_FILE)
 
 
@@ -35,20 +35,20 @@ def files_to_push(
     license: str = "apache-2.0",
 ) -> Files:
     """
-    What a repository of one arm holds: the model, its image processor and card, with `with_code` its sources, and of a
-    distilled student its modules in `pairs/<i>`, each with its stitches and contract.
+    Collect the files of a repository of one arm: the model, its image processor and card, with `with_code` its
+    sources, and for a distilled student its modules in `pairs/<i>`, each with its stitches and contract.
 
     Args:
         run_folder (`str` or `Path`): A finished run.
         arm (`str`): A folder in its `arms/`.
-        repo_id (`str`): For the card.
+        repo_id (`str`): Id that the card names.
         seed (`int`, *optional*): Seed of the arm. `None`: the run's first.
-        with_code (`bool`): Whether the model shall load without this package.
-        license (`str`): The licence of the weights, as the Hub names it.
+        with_code (`bool`): Whether to add the model's code, so that it loads without this package.
+        license (`str`): The license of the weights, as the Hub names it.
 
     Raises:
         `HubError`: the run is not finished, or has no such seed or arm.
-        `PairFileError`: a pair is missing, or is none of the others' distillation.
+        `PairFileError`: a pair is missing, or is from another distillation than the others.
     """
     run_folder = Path(run_folder)
     report = read_report(run_folder)
@@ -71,13 +71,13 @@ def files_to_push(
 
 def push(files: Files, repo_id: str, message: str, public: bool = False) -> str:
     """
-    Make the repository if need be, and write all files in one commit: readers see all of them or none.
+    Create the repository if it does not exist, and write all files in one commit: readers see all of them or none.
 
     Args:
         files (`dict`): From [`files_to_push`].
         repo_id (`str`)
-        message (`str`): Of the commit.
-        public (`bool`): Whether everybody may read the repository. One that is there keeps what it is.
+        message (`str`): Message of the commit.
+        public (`bool`): Whether to create a public repository. An existing repository keeps its visibility.
 
     Returns:
         `str`: Address of the repository, and who may read it.
@@ -91,14 +91,14 @@ def push(files: Files, repo_id: str, message: str, public: bool = False) -> str:
         url = patiently(lambda: api.create_repo(repo_id, private=not public, exist_ok=True))
         is_private = patiently(lambda: api.repo_info(url.repo_id)).private
         if not is_private and not public:
-            raise HubError(f"{url.repo_id} is there and public. Give --public, or another --repo-id.")
-        # a commit takes each of its operations once
+            raise HubError(f"{url.repo_id} already exists and is public. Give --public, or another --repo-id.")
+        # an operation can be used in one commit only
         patiently(lambda: api.create_commit(url.repo_id, _operations(files), commit_message=message))
     return f"{url} ({'private' if is_private else 'public'})"
 
 
 def print_files(files: Files, console: Console | None = None) -> None:
-    """Print what would be pushed; `console` defaults to the terminal."""
+    """Print the files that would be pushed; `console` defaults to the terminal."""
     table = Table("File", "Bytes")
     table.columns[1].justify = "right"
     for name, content in files.items():
@@ -119,7 +119,7 @@ def _pairs(pairs: list[Path]) -> list[Path]:
 
 def _model_files(folder: Path) -> Files:
     config: dict[str, Any] = read_config(folder)
-    # of an earlier export; it would name code that is not there
+    # from an earlier export: it would name code that is not pushed
     config.pop("auto_map", None)
     found = sorted(path for pattern in _PUSHED for path in folder.glob(pattern))
     return {"config.json": (json.dumps(config, indent=2) + "\n").encode(), **{path.name: path for path in found}}

@@ -1,4 +1,4 @@
-"""Requests to the Hub: patience, and errors in plain words."""
+"""Requests to the Hub, with retries and plain error messages."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -11,7 +11,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError,
 from m2mkd.errors import HubError
 
 
-# A transfer that fails for a passing reason is tried again after so many seconds.
+# Seconds before a request that failed for a temporary reason is tried again.
 WAITS = (1.0, 5.0)
 _PASSING = (408, 429, 500, 502, 503, 504)
 Result = TypeVar("Result")
@@ -19,7 +19,7 @@ Result = TypeVar("Result")
 
 @contextmanager
 def explained_hub_errors(repo_id: str, doing: Literal["read", "write to"]) -> Iterator[None]:
-    """Turn what huggingface_hub raises into a `HubError` that says what to do, and never a token."""
+    """Turn errors of huggingface_hub into a `HubError` that says what to do and never contains a token."""
     try:
         yield
     except (HTTPError, HFValidationError, OfflineModeIsEnabled, OSError, RuntimeError) as error:
@@ -31,7 +31,7 @@ def explained_hub_errors(repo_id: str, doing: Literal["read", "write to"]) -> It
 
 
 def patiently(call: Callable[[], Result]) -> Result:
-    """The result of a call to the Hub, which is tried again if the network or the server fails."""
+    """Call the Hub and return the result; the call is tried again if the network or the server fails."""
     for wait in WAITS:
         try:
             return call()
@@ -46,8 +46,8 @@ def patiently(call: Callable[[], Result]) -> Result:
 
 def _cause(error: BaseException) -> Any:
     """
-    The error of huggingface_hub behind an error, which wraps those of a file's upload. Of a transfer by Xet there is
-    no more than a `RuntimeError` or `ConnectionError`. `None`: it has nothing to do with the Hub.
+    The error of huggingface_hub behind an error: those of a file's upload are wrapped. A transfer by Xet raises only a
+    `RuntimeError` or `ConnectionError`. `None`: the error has nothing to do with the Hub.
     """
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, HTTPError | HFValidationError | OfflineModeIsEnabled):
@@ -58,9 +58,9 @@ def _cause(error: BaseException) -> Any:
 
 def _advice(repo_id: str, doing: str, error: Any) -> str:
     if isinstance(error, HFValidationError):
-        return f"{repo_id!r} is no id of a repository, which has the form user/name. {error}"
+        return f"{repo_id!r} is not a repository id; give one of the form user/name. {error}"
     if isinstance(error, OfflineModeIsEnabled):
-        return "HF_HUB_OFFLINE is set, so the Hub is not asked. Unset it to reach the Hub."
+        return "HF_HUB_OFFLINE is set, so the Hub is not contacted. Unset it to use the Hub."
     if not isinstance(error, HfHubHTTPError):
         return (
             f"The Hub ({constants.ENDPOINT}) cannot be reached ({type(error).__name__}: {error}). Nothing was changed "
@@ -70,17 +70,17 @@ def _advice(repo_id: str, doing: str, error: Any) -> str:
     answer = f"{status}: {said}" if said else str(status)
     if status == 401:
         return (
-            f"The Hub does not know you, or there is no {repo_id} ({answer}). Log in with `hf auth login`, or set "
-            "HF_TOKEN to a token that is still valid."
+            f"You are not logged in to the Hub, or there is no {repo_id} ({answer}). Log in with `hf auth login`, or "
+            "set HF_TOKEN to a token that is still valid."
         )
     if status == 403:
         return (
-            f"Your token may not {doing} {repo_id} ({answer}). Use a token that may, or a repository in a namespace "
-            "of your own: `hf auth whoami` says which those are."
+            f"Your token is not allowed to {doing} {repo_id} ({answer}). Use a token that is, or a repository in one "
+            "of your own namespaces: `hf auth whoami` lists them."
         )
     if status == 404:
         return (
-            f"There is no {repo_id}, neither namespace nor repository, that your token can see ({answer}). Check the "
-            "spelling; `hf auth whoami` says which namespaces are yours."
+            f"{repo_id} does not exist (namespace or repository), or your token cannot see it ({answer}). Check the "
+            "spelling; `hf auth whoami` lists your namespaces."
         )
-    return f"The Hub refuses ({answer}) for {repo_id}. Nothing was changed there. Run the same command again later."
+    return f"The Hub refused the request for {repo_id} ({answer}). Nothing was changed there. Try again later."

@@ -1,4 +1,4 @@
-"""What all model cards share: facts, usage and citations."""
+"""Parts that all model cards share: facts, usage and citations."""
 
 from importlib import resources
 from typing import Any
@@ -39,7 +39,7 @@ CITATIONS = {
 
 
 def model_facts(config: PreTrainedConfig, parameters: int) -> dict[str, Any]:
-    """What both templates say of a model."""
+    """Facts about a model that both templates state."""
     return {
         "architecture": ARCHITECTURES.get(config.model_type, f"A {config.model_type}"),
         "parameters": f"{parameters:,}",

@@ -1,4 +1,4 @@
-"""What a report found, in words and Markdown tables: for the report itself and for model cards."""
+"""Results of a report as text and Markdown tables, for the report itself and for model cards."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 
 COLUMNS = ("Model", "IID %", "OOD %", "End-to-end epochs", "Images", "Labels", "Train time", "Parameters", "TFLOPs")
 COST_COLUMNS = ("Model", "Images", "Labels", "Samples seen", "Train time", "TFLOPs", "Extra", "TFLOPs with the extra")
-# A budget that differs by more than this fraction is said to differ.
+# A comparison warns if the budgets differ by more than this fraction.
 BUDGET_TOLERANCE = 0.05
 _NETWORKS = {"teacher": "the teacher", "meta": "the meta model"}
 Result = dict[str, Any]
@@ -15,14 +15,14 @@ Report = dict[str, Any]
 
 def comparison_sentence(comparison: dict[str, Any]) -> str:
     """
-    One comparison in plain words. A difference is called clear if it is more than one standard deviation away from 0
-    and every seed has it.
+    Describe a comparison in one sentence. A difference is called clear if it is more than one standard deviation away
+    from 0 and has the same sign with every seed.
     """
     arm, baseline = comparison["arm"], comparison["baseline"]
     splits = [(name, comparison[name.lower()]) for name in ("IID", "OOD") if comparison[name.lower()] is not None]
     parts = [f"{name} {_difference(split)}, {_verdict(split, arm)}" for name, split in splits]
     ratio = 1 if comparison["budget_ratio"] is None else comparison["budget_ratio"]
-    beware = f" Beware: the budgets are not equal, {baseline} had {ratio:.3g} times that of {arm}."
+    beware = f" Note: the budgets are not equal; {baseline} had {ratio:.3g} times that of {arm}."
     note = beware if abs(ratio - 1) > BUDGET_TOLERANCE else ""
     return f"{arm} − {baseline} at {comparison['budget']}: {'; '.join(parts)}.{note}"
 
@@ -44,7 +44,7 @@ def _verdict(split: dict[str, Any], arm: str) -> str:
 
 
 def _accuracy(report: Report, name: str, result: Result, split: str) -> str:
-    """Accuracy in %, over the seeds if there are several; says so if an arm has fewer of them than the report."""
+    """Accuracy in %, over the seeds if there are several, with a note if an arm has fewer seeds than the report."""
     if result[split] is None:
         return "–"
     summary = report["summary"].get(name)
@@ -73,18 +73,18 @@ def _tflops(flops: float) -> str:
 
 
 def _epochs(result: Result) -> str:
-    """Epochs of end-to-end training: an incubated teacher's are those of its fine-tuning."""
+    """Epochs of end-to-end training; for an incubated teacher, those of its fine-tuning."""
     return f"{result.get('phases', {}).get('finetuning', result)['epochs']:.4g}"
 
 
 def _results(report: Report) -> dict[str, Result]:
-    """Teacher, meta model and arms of the first seed, those that there are, in the order of the tables."""
+    """Teacher, meta model and arms of the first seed, as far as they exist, in the order of the tables."""
     results = {"teacher": report["teacher"], "meta": report["meta"], **report["arms"]}
     return {name: result for name, result in results.items() if result is not None}
 
 
 def result_rows(report: Report) -> list[list[str]]:
-    """What each network and arm reached and cost, in the order of `COLUMNS`."""
+    """Results and cost of each network and arm, in the order of `COLUMNS`."""
     rows = []
     for name, result in _results(report).items():
         scores = [_accuracy(report, name, result, split) for split in ("iid", "ood")]
@@ -94,12 +94,12 @@ def result_rows(report: Report) -> list[list[str]]:
 
 
 def caption_of(report: Report) -> str:
-    """What the table of results covers."""
+    """Caption of the table of results."""
     seeds, caption = list(report["seeds"]), "Images and labels: distinct ones of the training sets."
     if len(seeds) > 1:
         caption = (
             f"Accuracy of the arms: mean ± sample standard deviation over the seeds {', '.join(seeds)}; teacher and "
-            f"meta model are shared by all seeds. The other columns are of seed {report['seed']}. {caption}"
+            f"meta model are shared by all seeds. The other columns are for seed {report['seed']}. {caption}"
         )
     modular = [name for name, result in report["arms"].items() if result["arm"]["init"] == "modules"]
     if modular:
@@ -109,7 +109,7 @@ def caption_of(report: Report) -> str:
 
 
 def _cost_rows(report: Report) -> list[list[str]]:
-    """What each network and arm, and each of their phases, saw and cost; arms also with the networks they need."""
+    """Images and cost of each network and arm and of their phases; for arms also with the networks they need."""
     rows = []
     for name, result in _results(report).items():
         extra = {network: report[network] for network in result.get("arm", {}).get("extra", ())}
@@ -128,7 +128,7 @@ def _costs(costs: Result) -> list[str]:
 
 
 def _compute_notes(report: Report) -> str:
-    """What the compute of each arm covers and what it leaves out, one point a line."""
+    """List what the compute of each arm covers and what it leaves out, one point per line."""
     notes = []
     for name, result in report["arms"].items():
         arm = result["arm"]
@@ -145,7 +145,9 @@ def _compute_notes(report: Report) -> str:
     if teacher.get("pretrained"):
         notes.append(f"- {teacher_text(teacher)} Its training is not counted.")
     if "incubation" in teacher.get("phases", {}):
-        notes.append("- The teacher was itself incubated inside the meta model, whose training its row leaves out.")
+        notes.append(
+            "- The teacher itself was incubated inside the meta model; its row leaves out the training of that model."
+        )
     return "\n".join(notes)
 
 
@@ -169,19 +171,19 @@ def teacher_text(teacher: Result) -> str:
 
 
 def markdown_table(header: Sequence[str], rows: list[list[str]]) -> str:
-    """A GitHub table; all columns but the first are aligned to the right."""
+    """Render a GitHub table; all columns except the first are right-aligned."""
     rule = ["---", *["---:"] * (len(header) - 1)]
     return "\n".join(f"| {' | '.join(row)} |" for row in [header, rule, *rows])
 
 
 def results_section(report: Report) -> str:
-    """What was measured, as Markdown: the table, its caption, and the comparisons in words."""
+    """Render the results as Markdown: the table, its caption, and the comparisons as text."""
     sentences = "\n".join(f"- {comparison_sentence(comparison)}" for comparison in report["comparisons"])
     parts = [markdown_table(COLUMNS, result_rows(report)), caption_of(report), sentences]
     return "\n\n".join(part for part in parts if part)
 
 
 def compute_section(report: Report) -> str:
-    """What the networks cost, as Markdown: the table, and what it covers."""
-    covers = f"What the compute of each arm covers (the table is of seed {report['seed']}):"
+    """Render the cost of the networks as Markdown: the table, and what it covers."""
+    covers = f"What the compute of each arm covers (the table is for seed {report['seed']}):"
     return "\n\n".join([markdown_table(COST_COLUMNS, _cost_rows(report)), covers, _compute_notes(report)])

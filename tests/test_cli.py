@@ -108,8 +108,8 @@ class TestTrain:
             (["nowhere.yaml"], "There is no recipe nowhere.yaml"),
             (["--plan", "--finetune.training.eval_strategy", "never"], "`eval_strategy` is 'never'; use one of no, "),
             (["--plan", "--training.warmup_steps", "-1"], "arguments of meta.training (with those of training)"),
-            (["--plan", "--teacher.pretrained", "a/b/c"], "There is no folder a/b/c, and it is no id on the Hub"),
-            (["--teacher.pretrained", "a/b/c"], "There is no folder a/b/c, and it is no id on the Hub"),
+            (["--plan", "--teacher.pretrained", "a/b/c"], "There is no folder a/b/c, and it is not a valid Hub id"),
+            (["--teacher.pretrained", "a/b/c"], "There is no folder a/b/c, and it is not a valid Hub id"),
             (["--data.iid.source", "imagefolder:/nowhere"], "/nowhere"),
         ],
     )

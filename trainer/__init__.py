@@ -1,1 +1,1 @@
-"""Training: `M2MKDTrainer` and its arguments, recipes, and the runner behind `train.py`."""
+"""Training: `M2MKDTrainer`, `AlignmentTrainer` and their arguments."""

@@ -1,4 +1,4 @@
-"""Trains a meta model that is made of a teacher to reproduce its stage boundaries."""
+"""Trainer that aligns a meta model made from a teacher with the teacher's stage boundaries."""
 
 from typing import Any
 
@@ -16,21 +16,22 @@ from m2mkd.trainer.m2mkd_trainer import M2MKDTrainer
 
 class AlignmentTrainer(M2MKDTrainer):
     """
-    Trains the layers of a meta model, made by `meta_from_teacher`, to reproduce the teacher's stage boundaries: each
-    stage maps the teacher's hidden states before its stage to those behind it, the last one to the logits. One pass
-    through the teacher serves all stages; embeddings, final norm and head stay the teacher's; labels are not read.
+    Trains the layers of a meta model, made by `meta_from_teacher`, to reproduce the teacher's stage boundaries. Each
+    stage maps the teacher's hidden states before the teacher's stage to those after it; the last stage maps to the
+    logits. One pass through the teacher serves all stages. Embeddings, final norm and head stay the teacher's, and
+    labels are not read.
 
     Args:
-        model (`PreTrainedModel`): The meta model; its layers alone are trained.
+        model (`PreTrainedModel`): The meta model. Only its layers are trained.
         args (`M2MKDConfig`): `student_depths` cuts the meta model, `meta_depths` the teacher; `alpha` must be 0 and
             `stitch` `"none"`.
-        teacher (`PreTrainedModel`): Frozen.
-        arguments: The others of [`M2MKDTrainer`]. `compute_metrics` is given the logits of the whole meta model.
+        teacher (`PreTrainedModel`): The teacher, which is frozen.
+        arguments: The other arguments of [`M2MKDTrainer`]. `compute_metrics` gets the logits of the whole meta model.
 
     Raises:
-        `StageError`: a network has no stages of transformer layers, `alpha` or `stitch` is another, or the networks
-            differ in width, token count or label space.
-        `DataError`, `TypeError`: As of [`M2MKDTrainer`].
+        `StageError`: a network has no stages of transformer layers, `alpha` or `stitch` has another value, or the
+            networks differ in width, token count or label space.
+        `DataError`, `TypeError`: As in [`M2MKDTrainer`].
     """
 
     _statistic_names = ("loss",)
@@ -39,7 +40,7 @@ class AlignmentTrainer(M2MKDTrainer):
         check_arguments(args, model, teacher)
         if args.alpha != 0 or args.stitch != "none":
             raise StageError(
-                f"`alpha` is {args.alpha} and `stitch` {args.stitch!r}, but alignment has neither labels nor "
+                f"`alpha` is {args.alpha} and `stitch` is {args.stitch!r}, but alignment uses neither labels nor "
                 "stitches. Set `alpha=0` and `stitch='none'`."
             )
         for stage in split_into_stages(model, args.student_depths or [count_layers(model)]):
@@ -48,7 +49,7 @@ class AlignmentTrainer(M2MKDTrainer):
             stage.requires_grad_(False)
             for layer in stage.layers:
                 layer.requires_grad_(True)
-        # its boundaries are those of a frozen prefix: the teacher stands where the meta model does in distillation
+        # the teacher takes the role that the meta model has in distillation: its boundaries come from a frozen prefix
         super().__init__(model, args, meta=teacher, **arguments)
 
     def compute_loss(
@@ -59,7 +60,7 @@ class AlignmentTrainer(M2MKDTrainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor | None]]:
         """
-        Sum of the stages' relative errors, see `boundary_loss`.
+        Compute the sum of the stages' relative errors, see `boundary_loss`.
 
         Returns:
             The loss of shape `()`; with `return_outputs` also the errors of the stages, of shape

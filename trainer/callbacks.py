@@ -1,4 +1,4 @@
-"""Callbacks: data epochs and the clock."""
+"""Callbacks for the epoch of the data and the training time."""
 
 import time
 from pathlib import Path
@@ -15,8 +15,8 @@ SECONDS_FILE = "seconds.json"
 
 class DataEpoch(TrainerCallback):
     """
-    Tells a data set the epoch; its augmentation depends on it. The data loader of accelerate does so in one process,
-    but not when it is sharded over several.
+    Tells a data set the epoch, which its augmentation depends on. The data loader of accelerate does so in a single
+    process, but not when it is sharded over several.
     """
 
     def __init__(self, dataset: Dataset):
@@ -30,7 +30,7 @@ class DataEpoch(TrainerCallback):
 
 
 class Stopwatch(TrainerCallback):
-    """Seconds of training, evaluations left out, kept in the checkpoints so that a resumed run goes on counting."""
+    """Counts the seconds of training without evaluations. Checkpoints keep them, so a resumed run goes on counting."""
 
     def __init__(self, checkpoint: Path | None = None):
         file = checkpoint / SECONDS_FILE if checkpoint is not None else None

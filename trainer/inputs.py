@@ -1,4 +1,4 @@
-"""Checks what a trainer is given."""
+"""Checks of a trainer's inputs."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,11 +13,11 @@ from m2mkd.trainer.m2mkd_config import M2MKDConfig
 
 def check_arguments(args: Any, *networks: PreTrainedModel | None) -> None:
     """
-    Check what a trainer of stages is given, before anything else reads it.
+    Check the arguments and networks of a trainer of stages before anything else reads them.
 
     Raises:
-        `TypeError`: `args` are not an `M2MKDConfig`.
-        `StageError`: a network that cannot be cut into stages.
+        `TypeError`: `args` is not an `M2MKDConfig`.
+        `StageError`: a network cannot be cut into stages.
     """
     if not isinstance(args, M2MKDConfig):
         raise TypeError(
@@ -35,15 +35,15 @@ def check_batch(inputs: Mapping[str, Any], names: Sequence[str]) -> None:
     if missing:
         raise DataError(
             f"The batches have {', '.join(sorted(inputs)) or 'nothing'}, but not {' and '.join(missing)}. Each item "
-            "of the data set must have `pixel_values`, of shape (num_channels, height, width), and `labels`: prepare "
-            "it with the image processor, e.g. by `with_transform` of `datasets`, or give a `data_collator`."
+            "of the data set must have `pixel_values`, of shape (num_channels, height, width), and `labels`. Prepare "
+            "it with the image processor, e.g. with `with_transform` of `datasets`, or give a `data_collator`."
         )
 
 
 def check_networks(
     args: M2MKDConfig, student: PreTrainedModel, teacher: PreTrainedModel | None, meta: PreTrainedModel | None
 ) -> None:
-    """Check that the networks of a distillation are there and fit. Raises `StageError`."""
+    """Check that the networks of a distillation are given and fit together. Raises `StageError`."""
     if args.alpha > 0 and teacher is None:
         raise StageError(f"`alpha` is {args.alpha}, but there is no teacher. Give one, or set `alpha=0`.")
     if args.num_pairs > 1 and meta is None:

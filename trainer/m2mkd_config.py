@@ -41,7 +41,7 @@ class M2MKDConfig(TrainingArguments):
 
     Args:
         distillation_type (`str`, *optional*, defaults to `"soft"`):
-            `"soft"`: divergence from the teacher's distribution; `"hard"`: cross entropy with its most likely class.
+            `"soft"`: divergence from the teacher's distribution. `"hard"`: cross entropy with its most likely class.
         alpha (`float`, *optional*, defaults to 0.5):
             Weight of the teacher in the loss, from 0 (no teacher is needed) to 1.
         temperature (`float`, *optional*, defaults to 1.0):
@@ -63,7 +63,7 @@ class M2MKDConfig(TrainingArguments):
     > loss stops the run).
 
     Raises:
-        `ValueError`: a value is out of its range.
+        `ValueError`: a value is out of range.
     """
 
     _VALID_DICT_FIELDS: ClassVar[list[str]] = TrainingArguments._VALID_DICT_FIELDS

@@ -1,4 +1,4 @@
-"""Trains the pairs of m2mKD: one prefix pass, the teacher's stages, stitched student stages, frozen suffixes."""
+"""Trainer for the pairs of m2mKD: one prefix pass, the teacher's stages, stitched student stages, frozen suffixes."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -46,25 +46,25 @@ class M2MKDTrainer(StatisticsTrainer):
 
     Args:
         model (`PreTrainedModel`):
-            The student, an ordinary classifier that `split_into_stages` can cut, as the other networks are. Only the
-            stages of `args.pairs` are touched and moved to the device; the others may be on the meta device.
+            The student. Like the other networks, it is an ordinary classifier that `split_into_stages` can cut. Only
+            the stages of `args.pairs` are touched and moved to the device; the others may be on the meta device.
         args ([`M2MKDConfig`])
         teacher (`PreTrainedModel`, *optional*): Required if `args.alpha > 0`. It is frozen and, under mixed precision,
             cast to the compute dtype, in place; only the stages in use are kept.
-        meta (`PreTrainedModel`, *optional*): Required if the student is cut into more than one stage. Frozen as the
-            teacher is.
+        meta (`PreTrainedModel`, *optional*): Required if the student is cut into more than one stage. It is frozen
+            like the teacher.
         data_collator, train_dataset, eval_dataset, processing_class, callbacks, optimizers: As in
             [`~transformers.Trainer`]. Data sets give `pixel_values` of shape `(num_channels, height, width)` and
             `labels`, a class index or a distribution over the classes.
-        compute_metrics (`Callable[[EvalPrediction], dict]`, *optional*): As in [`~transformers.Trainer`]; the
-            trainer's own statistics stay beside it. `predictions` are the logits: of shape `(n, num_labels)` for a
-            whole student, `(n, num_pairs, num_labels)` for pairs, which are in the order of `args.pairs`.
+        compute_metrics (`Callable[[EvalPrediction], dict]`, *optional*): As in [`~transformers.Trainer`], in addition
+            to the trainer's own statistics. `predictions` are the logits: of shape `(n, num_labels)` for a whole
+            student, `(n, num_pairs, num_labels)` for pairs, which are in the order of `args.pairs`.
 
     Raises:
         `StageError`: the networks cannot be stitched (architectures, widths, token counts, label spaces, missing
             networks).
         `DataError`: a batch has no `pixel_values` or `labels`.
-        `TypeError`: `args` are not an `M2MKDConfig`.
+        `TypeError`: `args` is not an `M2MKDConfig`.
         `NonFiniteError`: a loss or gradient is not finite; the last good state is saved first.
     """
 
@@ -94,7 +94,7 @@ class M2MKDTrainer(StatisticsTrainer):
         meta_stages = split_into_stages(meta, args.meta_depths or [1] * args.num_pairs) if meta is not None else []
         teacher_stages = _teacher_stages(args, teacher)
 
-        # before anything is cast; contracts of pairs name the networks by them
+        # computed before anything is cast; the contracts of the pairs identify the networks by them
         used = {"teacher": teacher if args.alpha > 0 else None, "meta": meta} if args.num_pairs > 1 else {}
         self.network_hashes = {
             f"{name}_sha256": tensors_sha256(network.state_dict())
@@ -141,11 +141,11 @@ class M2MKDTrainer(StatisticsTrainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
         """
-        Sum of the pairs' losses: their gradients do not mix, so each pair is trained as if it were alone.
+        Compute the sum of the pairs' losses. Their gradients do not mix, so each pair is trained as if it were alone.
 
         Returns:
             The loss of shape `()`; with `return_outputs` also the statistics of each image and pair, of shape
-            `(batch_size, num_pairs * len(STATISTICS))`, and the logits, as `compute_metrics` is given them.
+            `(batch_size, num_pairs * len(STATISTICS))`, and the logits, as `compute_metrics` gets them.
         """
         check_batch(inputs, ["pixel_values", "labels"])
         labels = inputs["labels"]
@@ -192,7 +192,7 @@ class M2MKDTrainer(StatisticsTrainer):
         return (1 - alpha) * loss + alpha * distillation
 
     def _next_seed(self) -> int | None:
-        """Seed of this micro batch's random numbers, equal in a resumed run; `None` if none are drawn."""
+        """Seed of this micro-batch's random numbers, the same in a resumed run; `None` if none are drawn."""
         if not self._is_stochastic:
             return None
         if self._step_of_seed != self.state.global_step:
@@ -217,8 +217,8 @@ class M2MKDTrainer(StatisticsTrainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple[torch.Tensor | None, Any, torch.Tensor | None]:
         """
-        Statistics of each image take the place of predictions, so that means over the whole set are exact; with
-        `compute_metrics` the logits follow them.
+        Return statistics of each image instead of predictions, so that means over the whole set are exact. With
+        `compute_metrics`, the logits follow them.
         """
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
@@ -234,7 +234,7 @@ class M2MKDTrainer(StatisticsTrainer):
         """Clip each pair by its own norm, as if it were trained alone. Returns the norm of all before clipping."""
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             return super()._clip_grad_norm(model)
-        # once for all pairs: the loss scaler of fp16 refuses a second time
+        # once for all pairs: the loss scaler of fp16 refuses to do it twice
         self.accelerator.unscale_gradients()
         clip, limit = nn.utils.clip_grad_norm_, self.args.max_grad_norm
         norms = [clip(list(pair.parameters()), limit) for pair in self.trained_pairs().values()]
@@ -273,7 +273,7 @@ class M2MKDTrainer(StatisticsTrainer):
 
 
 def _teacher_stages(args: M2MKDConfig, teacher: PreTrainedModel | None) -> dict[int, Stage]:
-    """The stages of the teacher that the pairs need, by index."""
+    """The teacher stages that the pairs need, by index."""
     if teacher is None or args.alpha == 0:
         return {}
     stages = split_into_stages(teacher, args.teacher_depths or [count_layers(teacher)])
@@ -287,7 +287,7 @@ def _compute_dtype(args: M2MKDConfig) -> torch.dtype:
 def _statistics_of(
     logits: torch.Tensor, teacher_logits: torch.Tensor | None, labels: torch.Tensor, temperature: float
 ) -> torch.Tensor:
-    """`(batch_size, len(STATISTICS))`; what needs a teacher is NaN without one."""
+    """Statistics of shape `(batch_size, len(STATISTICS))`; without a teacher, those that need one are NaN."""
     prediction = logits.argmax(dim=-1)
     target = labels if labels.ndim == 1 else labels.argmax(dim=-1)
     cross_entropy = per_sample_cross_entropy(logits, labels)

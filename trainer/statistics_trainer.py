@@ -1,4 +1,4 @@
-"""A trainer of pairs that logs and evaluates statistics of each image."""
+"""Trainer of pairs that logs and evaluates statistics of each image."""
 
 import math
 from collections import defaultdict
@@ -12,7 +12,7 @@ from transformers import EvalPrediction
 from m2mkd.trainer.student_trainer import StudentTrainer
 
 
-# What one image says about one pair; means of these are logged and evaluated.
+# Statistics of one image for one pair; their means are logged and evaluated.
 STATISTICS = ("cross_entropy", "accuracy", "kl", "agreement")
 
 
@@ -22,9 +22,9 @@ class StatisticsTrainer(StudentTrainer):
     are exact.
 
     Args:
-        compute_metrics (`Callable[[EvalPrediction], dict]`, *optional*): In addition to the statistics; it is given
-            the logits.
-        arguments: The others of [`~transformers.Trainer`].
+        compute_metrics (`Callable[[EvalPrediction], dict]`, *optional*): Metrics in addition to the statistics. It
+            gets the logits.
+        arguments: The other arguments of [`~transformers.Trainer`].
     """
 
     _statistic_names: tuple[str, ...] = STATISTICS
@@ -38,7 +38,7 @@ class StatisticsTrainer(StudentTrainer):
         super().__init__(compute_metrics=self._metrics, **arguments)
 
     def _metrics(self, found: EvalPrediction) -> dict[str, float]:
-        """Mean statistics, and what the metrics that the trainer was given make of the logits."""
+        """Compute the mean statistics, and the given metrics from the logits."""
         if self._given_metrics is None:
             return self._mean_statistics(found.predictions)
         statistics, logits = found.predictions
@@ -61,12 +61,12 @@ class StatisticsTrainer(StudentTrainer):
         self._statistics[self._metric_name(index, name)] += value
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the pairs' mean statistics since the last log to the Trainer's own entries."""
+        """Add the mean statistics of the pairs since the last log to the Trainer's own entries."""
         if self._num_batches and "loss" in logs:
             names = list(self._statistics)
             means = torch.stack([self._statistics[name] for name in names]) / self._num_batches
             means = self.accelerator.reduce(means.float(), reduction="mean").tolist()
-            # `loss` itself is the Trainer's: the sum over the pairs
+            # `loss` itself stays the Trainer's: the sum over the pairs
             logs = {**{n: v for n, v in zip(names, means, strict=True) if not math.isnan(v)}, **logs}
             self._statistics.clear()
             self._num_batches = 0

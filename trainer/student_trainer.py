@@ -1,4 +1,4 @@
-"""A trainer whose result is a student: it saves and pushes the student, whole or by modules."""
+"""Trainer whose result is a student: it saves and pushes the student, whole or by modules."""
 
 from concurrent.futures import Future
 from pathlib import Path
@@ -18,8 +18,8 @@ from m2mkd.trainer.m2mkd_config import M2MKDConfig
 
 class StudentTrainer(Trainer):
     """
-    A [`~transformers.Trainer`] of the stitched stages of a student. Checkpoints hold the stitched stages; what is
-    saved at the end and pushed is the student. A subclass sets `student`, `stitch_size` and `network_hashes`.
+    A [`~transformers.Trainer`] of the stitched stages of a student. Checkpoints contain the stitched stages; at the
+    end, the student is saved and pushed. A subclass sets `student`, `stitch_size` and `network_hashes`.
     """
 
     _tag_names = ["m2mkd", "image-classification", "knowledge-distillation"]
@@ -36,11 +36,11 @@ class StudentTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """
-        Save the student: a whole student as an ordinary Hugging Face folder; of a cut one each trained pair, stitches
-        included, in `<output_dir>/pairs/<index>`. With `push_to_hub` it is pushed, too.
+        Save the student. A whole student becomes an ordinary Hugging Face folder. For a cut student, each trained pair
+        is saved with its stitches in `<output_dir>/pairs/<index>`. With `push_to_hub`, the result is also pushed.
         """
         if _internal_call and output_dir is not None:
-            # a checkpoint: what training goes on from
+            # a checkpoint, from which training can continue
             super().save_model(output_dir, _internal_call=True)
             return
         if self.args.should_save:
@@ -63,13 +63,15 @@ class StudentTrainer(Trainer):
     # ---- The Hub ----
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
-        """As [`~transformers.Trainer.push_to_hub`]; what goes there is what [`~M2MKDTrainer.save_model`] writes."""
-        # a push on its way still reads the files that are written next
+        """
+        Push the files that [`~M2MKDTrainer.save_model`] writes; otherwise as [`~transformers.Trainer.push_to_hub`].
+        """
+        # a push in progress still reads the files that are written next
         self._finish_current_push()
         return super().push_to_hub(*args, **kwargs)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        # the Trainer would take the weights of the checkpoint, which are the stitched stages' and not the student's
+        # the Trainer would take the weights of the checkpoint, which are those of the stitched stages, not the student
         if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
             return
         is_busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
@@ -113,8 +115,8 @@ class StudentTrainer(Trainer):
         dataset_args: str | list[str] | None = None,
     ) -> None:
         """
-        Write `README.md` into `args.output_dir`. Of the arguments that [`~transformers.Trainer`] takes, `license`,
-        `tags` and `dataset_tags` (Hub ids of the training data) are told.
+        Write `README.md` into `args.output_dir`. Of the arguments of [`~transformers.Trainer`], the card uses only
+        `license`, `tags` and `dataset_tags` (Hub ids of the training data).
         """
         if not self.is_world_process_zero():
             return
@@ -142,16 +144,16 @@ class StudentTrainer(Trainer):
 def _method(args: M2MKDConfig) -> str:
     if args.num_pairs > 1:
         indices = ", ".join(map(str, args.pair_indices))
-        return f"Of its {args.num_pairs} modules these were distilled, each by itself: {indices}."
+        return f"Of its {args.num_pairs} modules, these were distilled, each on its own: {indices}."
     if args.alpha > 0:
-        return "It was trained towards the outputs of a teacher (ordinary distillation)."
+        return "It was trained to match the outputs of a teacher (ordinary distillation)."
     return "It was trained end to end, without a teacher."
 
 
 logger = logging.get_logger(__name__)
 
 
-# Written into a checkpoint when all its other files are there; a process can die between two of them.
+# Written into a checkpoint after all its other files; a process can die between two of them.
 COMPLETE_MARKER = "COMPLETE"
 
 
@@ -160,6 +162,6 @@ def _as_list(names: str | list[str] | None) -> list[str]:
 
 
 def _say_failure(job: Future) -> None:
-    # nobody asks a push in the background for its result
+    # the result of a push in the background is not read anywhere else
     if not job.cancelled() and job.exception() is not None:
-        logger.warning(f"A push to the Hub failed, training goes on: {job.exception()}")
+        logger.warning(f"A push to the Hub failed; training goes on: {job.exception()}")

@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import Any
 
 
-# The console script imports the models with the first command that does some work: its help needs none of them.
+# The console script imports the models only when a command does some work: its help does not need them.
 if "m2mkd_cli" not in sys.modules:
     from m2mkd.configuration import NACConfig, VMoEConfig
     from m2mkd.modeling import (

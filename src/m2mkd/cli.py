@@ -1,6 +1,5 @@
 """The command line: `train.py` and `m2mkd run`, `report`, `evaluate`, `few-shot`, `push`, `assemble`, `convert`."""
 
-import logging
 import math
 import os
 import signal
@@ -32,25 +31,27 @@ def main_options(
     """Modular vision models, distilled module by module."""
 
 
-# Whatever is not a parameter of a command is a value of the recipe.
+# Everything that is not a parameter of a command is a value of the recipe.
 _OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
 @app.command("run", context_settings=_OVERRIDES, options_metavar="[RECIPE.yaml] [--key.sub value]...")
 def run_command(
     context: typer.Context,
-    plan: Annotated[bool, typer.Option("--plan", help="Print what it would cost, and train nothing.")] = False,
+    plan: Annotated[bool, typer.Option("--plan", help="Print what it would cost; train nothing.")] = False,
     miniature: Annotated[
-        bool, typer.Option("--miniature", help="The same phases on tiny networks and a few generated images.")
+        bool, typer.Option("--miniature", help="Run the same phases on tiny networks and a few generated images.")
     ] = False,
-    throughput: Annotated[str, typer.Option(help="TFLOP/s of a GPU for --plan, or 'measured' on this machine.")] = "",
-    gpus: Annotated[int | None, typer.Option(help="GPUs for --plan; by default the processes started.")] = None,
+    throughput: Annotated[
+        str, typer.Option(help="TFLOP/s per GPU for --plan. 'measured': measure this machine.")
+    ] = "",
+    gpus: Annotated[int | None, typer.Option(help="GPUs for --plan. Default: one per process.")] = None,
     is_list: Annotated[
-        bool, typer.Option("--list", help="Name the embedded recipe and those in the folder recipes, and run none.")
+        bool, typer.Option("--list", help="List the embedded recipe and those in the folder recipes; run nothing.")
     ] = False,
 ) -> None:
     """
-    Run a recipe: train what is not finished, skip what is, write the report.
+    Run a recipe: skip finished phases, train the others, write the report.
 
     Without a recipe, the embedded one runs: a V-MoE for digits, in minutes on a CPU.
 
@@ -58,9 +59,9 @@ def run_command(
 
     Several processes: accelerate launch train.py RECIPE.yaml, or torchrun --nproc_per_node N train.py RECIPE.yaml.
 
-    What it would cost, without data or GPUs: train.py RECIPE.yaml --plan --gpus 8 --throughput 150.
+    To see what it would cost, without data or GPUs: train.py RECIPE.yaml --plan --gpus 8 --throughput 150.
 
-    Whether it runs, in seconds: train.py RECIPE.yaml --miniature.
+    To check in seconds that it runs: train.py RECIPE.yaml --miniature.
     """
 
     def work() -> None:
@@ -85,7 +86,7 @@ def run_command(
 
         report = run(recipe)
         if report is not None:
-            _print_once(f"The report is in {report} (and report.json, report.png beside it).")
+            _print_once(f"The report is in {report} (report.json and report.png are in the same folder).")
 
     _explained(work, "Finished phases are kept; run the same command again to go on.")
 
@@ -108,19 +109,21 @@ def report_command(context: typer.Context, run_folder: Annotated[Path, typer.Arg
 @app.command("push")
 def push_command(
     run_folder: Annotated[Path, typer.Argument(metavar="RUN_FOLDER", help="A finished run.")],
-    repo_id: Annotated[str, typer.Option(metavar="USER/NAME", help="The repository; it is made if need be.")],
-    arm: Annotated[str, typer.Option(help="Which of the run's arms; by default the distilled student.")] = "",
-    seed: Annotated[int | None, typer.Option(help="Of which seed, if the run has several.")] = None,
-    public: Annotated[bool, typer.Option("--public", help="Let everybody read it; otherwise it is private.")] = False,
+    repo_id: Annotated[
+        str, typer.Option(metavar="USER/NAME", help="The repository. It is created if it does not exist.")
+    ],
+    arm: Annotated[str, typer.Option(help="Arm of the run to push. Default: the distilled student.")] = "",
+    seed: Annotated[int | None, typer.Option(help="Seed of the arm, if the run has several seeds.")] = None,
+    public: Annotated[bool, typer.Option("--public", help="Create a public repository. Default: private.")] = False,
     with_code: Annotated[
         bool, typer.Option("--with-code", help="Add the model's code, for readers without m2mkd.")
     ] = False,
-    license: Annotated[str, typer.Option(help="Of the weights, as the Hub names it.")] = "apache-2.0",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would go; send nothing.")] = False,
+    license: Annotated[str, typer.Option(help="License of the weights, as the Hub names it.")] = "apache-2.0",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be pushed; send nothing.")] = False,
 ) -> None:
     """
-    Push one arm of a run to the Hub, in one commit: the model, its image processor and card, and, of a distilled
-    student, each of its modules in pairs/<i> with its stitches and contract.
+    Push one arm of a run to the Hub, in one commit: the model, its image processor and its card.
+    For a distilled student, each of its modules goes along in pairs/<i>, with its stitches and contract.
 
     Log in first with `hf auth login`, or set HF_TOKEN.
     """
@@ -133,26 +136,29 @@ def push_command(
         files = files_to_push(run_folder, name, repo_id, seed, with_code, license)
         print_files(files)
         if dry_run:
-            print(f"Nothing was sent: this is what would go to {repo_id} ({'public' if public else 'private'}).")
+            print(f"Nothing was sent. This would be pushed to {repo_id} ({'public' if public else 'private'}).")
             return
-        print(f"It is at {push(files, repo_id, f'{name} of {run_folder.resolve().name}', public)}.")
+        print(f"Pushed to {push(files, repo_id, f'{name} of {run_folder.resolve().name}', public)}.")
 
     _explained(work)
 
 
 @app.command("assemble")
 def assemble_command(
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to make.")],
-    sources: Annotated[list[str], typer.Argument(metavar="FOLDER_OR_ID...", help="Where the modules are.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to create.")],
+    sources: Annotated[
+        list[str], typer.Argument(metavar="FOLDER_OR_ID...", help="Folders or Hub ids of the modules.")
+    ],
     keep_stitches: Annotated[
-        bool, typer.Option("--keep-stitches", help="Leave the stitches of a V-MoE between its modules.")
+        bool, typer.Option("--keep-stitches", help="Keep the stitches between the modules of a V-MoE.")
     ] = False,
 ) -> None:
     """
-    Build a student from distilled modules: the folder of a run or of single pairs, or repositories on the Hub
-    (user/name, or user/name/pairs/0).
+    Build a student from distilled modules.
 
-    Modules of different distillations are refused. Train the student end to end next, with or without the stitches.
+    Give the folder of a run, folders of single pairs, or repositories on the Hub (user/name, or user/name/pairs/0).
+
+    Modules from different distillations are refused. Train the student end to end next, with or without the stitches.
     """
 
     def work() -> None:
@@ -166,30 +172,31 @@ def assemble_command(
 @app.command("convert")
 def convert_command(
     checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A .pth, .pt, .safetensors or .npz file.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to make.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to create.")],
     kind: Annotated[str, typer.Option(help="nac, nac-student, vmoe, vmoe-student, vit or vmoe-jax.")],
-    config: Annotated[Path, typer.Option(help="The official YAML file; for vit and vmoe JSON, see below.")],
-    stage: Annotated[int | None, typer.Option(help="Stage of a student or of a teacher, from 0.")] = None,
-    num_stages: Annotated[int | None, typer.Option(help="Stages of a student's model. NAC: 10, V-MoE: 4.")] = None,
+    config: Annotated[Path, typer.Option(help="The official YAML file. For vit and vmoe: JSON, see below.")],
+    stage: Annotated[int | None, typer.Option(help="Stage of a student or teacher, from 0.")] = None,
+    num_stages: Annotated[int | None, typer.Option(help="Stages of a student's model (NAC: 10, V-MoE: 4).")] = None,
     back: Annotated[
-        bool, typer.Option("--to-official", help="The other way: CHECKPOINT is a folder, OUT a .pth or .safetensors.")
+        bool, typer.Option("--to-official", help="Convert back: CHECKPOINT is a folder, OUT a .pth or .safetensors.")
     ] = False,
 ) -> None:
     """
     Convert an official checkpoint (of m2mKD, Deep Incubation or google-research/vmoe) to a Hugging Face folder.
 
-    A NAC student is known by its file's name (ReadInStudent, MediatorStudent_3, ReadOutStudent) or by --stage.
+    The stage of a NAC student is in its file name (ReadInStudent, MediatorStudent_3, ReadOutStudent) or in --stage.
 
-    The official code has no file for the arguments of a ViT or V-MoE; give JSON or YAML, e.g.
+    The official code has no file for the arguments of a ViT or V-MoE. Give them as JSON or YAML, e.g.
     {"kwargs": {"patch_size": 14, "embed_dim": 1280, "num_heads": 16, "divided_depths": [4, 3, 4]}, "norm_eps": 1e-5}
 
-    A vmoe-jax is the parameter tree of google-research/vmoe, flattened into one file of named arrays; its --config
-    says what they do not show, e.g. {"num_selected_experts": 2}
+    For vmoe-jax, CHECKPOINT is the parameter tree of google-research/vmoe, flattened into one file of named arrays.
+    --config gives what the arrays do not show, e.g. {"num_selected_experts": 2}
 
-    The folder of a student or of one stage holds that stage's tensors and its stitches, as a run's pairs/ do.
+    The folder of a student or of one stage contains that stage's tensors and its stitches, like pairs/ in a run.
 
-    --to-official makes of the folder of a nac, vmoe or vit a checkpoint that the official code loads. The --config is
-    the one that the official code will build its model from; it is refused if that is another model.
+    --to-official turns the folder of a nac, vmoe or vit into a checkpoint that the official code loads.
+    --config is then the configuration that the official code will build its model from.
+    It is refused if it describes another model.
     """
 
     def work() -> None:
@@ -199,7 +206,7 @@ def convert_command(
         if not back:
             print(convert(kind, config, checkpoint, out, stage, num_stages))
         elif (stage, num_stages) != (None, None):
-            raise typer.BadParameter("--stage and --num-stages do not go with --to-official, which takes whole models")
+            raise typer.BadParameter("--to-official converts whole models only; leave out --stage and --num-stages")
         else:
             print(to_official(kind, config, checkpoint, out))
 
@@ -209,14 +216,14 @@ def convert_command(
 @app.command("evaluate")
 def evaluate_command(
     model: Annotated[str, typer.Argument(metavar="FOLDER", help="A saved model, or its id on the Hub.")],
-    data: Annotated[list[str], typer.Option(help="A source as in a recipe; may be given several times.")],
-    split: Annotated[str | None, typer.Option(help="Split of the data. By default the one for tests.")] = None,
-    partial: Annotated[bool, typer.Option("--partial", help="Take a copy that lacks classes or images.")] = False,
+    data: Annotated[list[str], typer.Option(help="A source as in a recipe. Can be given several times.")],
+    split: Annotated[str | None, typer.Option(help="Split of the data. Default: the test split.")] = None,
+    partial: Annotated[bool, typer.Option("--partial", help="Accept a copy that lacks classes or images.")] = False,
     iid_accuracy: Annotated[float | None, typer.Option(help="The model's accuracy without shift, 0 to 1.")] = None,
     baseline: Annotated[list[str] | None, typer.Option(help="IID:OOD accuracies of another model, 0 to 1.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images a device.")] = 64,
-    per_class: Annotated[bool, typer.Option("--per-class", help="Also print the classes, the worst first.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, per-class figures included.")] = False,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images per device.")] = 64,
+    per_class: Annotated[bool, typer.Option("--per-class", help="Also print each class, worst first.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, including per-class figures.")] = False,
 ) -> None:
     """
     Evaluate a saved model on whole data sets, over the classes that both have.
@@ -225,20 +232,19 @@ def evaluate_command(
 
     Logits of classes that a set does not have are left out, and so are images of classes that the model does not know.
 
-    --iid-accuracy gives the gap to it; with --baseline IID:OOD (more than one draws a line) also the effective
-    robustness: how far the accuracy lies above what the baselines let expect.
+    --iid-accuracy adds the gap to that accuracy.
+    With --baseline IID:OOD as well, the effective robustness is added: how far the accuracy is above what the
+    baselines predict (with several, a line fitted to them).
     """
 
     def work() -> None:
         import json
 
         from rich.console import Console
-        from transformers.utils.logging import disable_progress_bar
 
         from m2mkd.evaluation.saved_model import evaluate_folder
         from m2mkd.evaluation.show import show
 
-        disable_progress_bar()
         baselines = [_accuracy_pair(text) for text in baseline or []]
         results = evaluate_folder(model, data, split, partial, batch_size, iid_accuracy, baselines)
         if int(os.environ.get("RANK", "0")) > 0:
@@ -255,14 +261,14 @@ def evaluate_command(
 def few_shot_command(
     model: Annotated[str, typer.Argument(metavar="FOLDER", help="A saved model, or its id on the Hub.")],
     data: Annotated[str, typer.Option(help="A source as in a recipe, e.g. cifar100:PATH.")],
-    ways: Annotated[int, typer.Option(min=2, help="Classes of an episode.")] = 8,
-    shots: Annotated[int, typer.Option(min=1, help="Images of each class to learn from.")] = 5,
+    ways: Annotated[int, typer.Option(min=2, help="Classes per episode.")] = 8,
+    shots: Annotated[int, typer.Option(min=1, help="Images per class to learn from.")] = 5,
     episodes: Annotated[int, typer.Option(min=1, help="Number of episodes.")] = 20,
-    seed: Annotated[int, typer.Option(min=0, help="Of classes, images and heads.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of classes, images and heads.")] = 0,
     train_split: Annotated[str | None, typer.Option(help="Split to learn from.")] = None,
     val_split: Annotated[str | None, typer.Option(help="Split to test on.")] = None,
-    partial: Annotated[bool, typer.Option("--partial", help="Take a copy that lacks classes or images.")] = False,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images at once for the features.")] = 64,
+    partial: Annotated[bool, typer.Option("--partial", help="Accept a copy that lacks classes or images.")] = False,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images per batch for the features.")] = 64,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with the accuracy of each episode.")] = False,
 ) -> None:
     """
@@ -276,11 +282,8 @@ def few_shot_command(
     def work() -> None:
         import json
 
-        from transformers.utils.logging import disable_progress_bar
-
         from m2mkd.evaluation.few_shot import few_shot
 
-        disable_progress_bar()
         result = few_shot(model, data, ways, shots, episodes, seed, train_split, val_split, partial, batch_size)
         if as_json:
             print(json.dumps(result, indent=2))
@@ -311,7 +314,6 @@ def train() -> None:
 
 def _print_plan(recipe: Any, throughput: str, gpus: int | None) -> None:
     from rich.console import Console
-    from transformers.utils.logging import disable_progress_bar
 
     from m2mkd.errors import RecipeError
     from m2mkd.experiment.check import check_arguments
@@ -338,7 +340,6 @@ def _print_plan(recipe: Any, throughput: str, gpus: int | None) -> None:
         ) from error
     how = "measured on this machine" if measured else "stated" if throughput else "assumed; see --throughput"
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    disable_progress_bar()
     with Console(stderr=True).status("Counting a step of each phase"):
         plan = make_plan(recipe, gpus or processes)
     print_plan(plan, value, how)
@@ -354,7 +355,7 @@ def _overrides(arguments: list[str]) -> dict[str, Any]:
     while rest:
         name, equals, value = rest.pop(0).partition("=")
         if not name.startswith("--"):
-            raise RecipeError(f"{name!r} is no option. Values of the recipe are given as --key.sub value.")
+            raise RecipeError(f"{name!r} is not an option. Values of the recipe are given as --key.sub value.")
         if not equals:
             if not rest or rest[0].startswith("--"):
                 raise RecipeError(f"{name} has no value. Values of the recipe are given as --key.sub value.")
@@ -365,7 +366,7 @@ def _overrides(arguments: list[str]) -> dict[str, Any]:
 
 def _explained(work: Callable[[], None], if_interrupted: str = "") -> None:
     """
-    Run `work`; what a user can mend ends in its message alone, and so does Ctrl-C, with `if_interrupted` behind it.
+    Run `work`. An error that the user can fix prints only its message, and Ctrl-C prints only `if_interrupted`.
     Everything else ends in a traceback.
     """
     try:
@@ -373,15 +374,18 @@ def _explained(work: Callable[[], None], if_interrupted: str = "") -> None:
     except KeyboardInterrupt:
         if int(os.environ.get("RANK", "0")) == 0:
             print(f"Interrupted. {if_interrupted}".strip(), file=sys.stderr)
-        # what a shell gives for a command that Ctrl-C ended
+        # the exit status that shells use for a command ended by Ctrl-C
         raise typer.Exit(128 + signal.SIGINT) from None
 
 
 def _without_mendable_errors(work: Callable[[], None]) -> None:
+    from transformers.utils import logging
+
     from m2mkd.errors import M2MKDError
 
-    # transformers says for each of its image processors that torchvision, which we do not need, is not there
-    logging.getLogger("transformers").setLevel(logging.ERROR)
+    # it warns for each of its image processors that torchvision is missing, and reports what a file lacks in a table
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         work()
     except M2MKDError as error:

@@ -1,8 +1,8 @@
-"""The errors that a user can do something about. Each message names the value, the rule and the way out."""
+"""Errors that a user can fix. Each message names the value, the rule and the way out."""
 
 
 class M2MKDError(Exception):
-    """What a user can fix; the command line prints the message only, without a traceback."""
+    """Error that a user can fix. The command line prints only its message, without a traceback."""
 
 
 class RecipeError(M2MKDError, ValueError):
@@ -10,11 +10,11 @@ class RecipeError(M2MKDError, ValueError):
 
 
 class DataError(M2MKDError, ValueError):
-    """A data set cannot be had, or does not fit; the message names it."""
+    """A data set cannot be loaded or does not fit; the message names it."""
 
 
 class StageError(M2MKDError, ValueError):
-    """A model cannot be loaded or cut, or networks cannot be stitched, as asked."""
+    """A model cannot be loaded or cut as asked, or networks cannot be stitched."""
 
 
 class PairFileError(M2MKDError, ValueError):
@@ -30,7 +30,7 @@ class HubError(M2MKDError, ValueError):
 
 
 class WriteError(M2MKDError, RuntimeError):
-    """A file or folder cannot be written: a full disk, above all."""
+    """A file or folder cannot be written, usually because the disk is full."""
 
 
 class RunError(M2MKDError, RuntimeError):
@@ -38,4 +38,4 @@ class RunError(M2MKDError, RuntimeError):
 
 
 class NonFiniteError(M2MKDError, RuntimeError):
-    """A loss or a gradient is not finite; training stopped before the weights took it."""
+    """A loss or a gradient is not finite; training stopped before it reached the weights."""

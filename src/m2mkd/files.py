@@ -16,8 +16,8 @@ from m2mkd.errors import HubError, RunError, WriteError
 
 def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
     """
-    Let `write` fill a folder beside `folder`, then put it in place in one step. Only the main process writes; the
-    others wait.
+    Let `write` fill a temporary folder next to `folder`, then move it into place in one step. Only the main process
+    writes; the others wait.
 
     Raises:
         `WriteError`: the disk is full or not writable.
@@ -36,7 +36,7 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
 
 @contextmanager
 def explained_write_errors(path: Path) -> Iterator[None]:
-    """Turn the ways in which a write fails (a full disk above all) into one `WriteError` that names the path."""
+    """Turn any failure of a write (usually a full disk) into a `WriteError` that names the path."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -58,7 +58,7 @@ def _write_advice(path: Path, error: Exception) -> str:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON in one step, so that no reader meets half a file."""
+    """Write JSON in one step, so that no reader sees half a file."""
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
     os.replace(temporary, path)
@@ -76,16 +76,16 @@ def read_json(path: Path) -> Any:
 
 
 def read_config(folder: Path) -> dict:
-    """`config.json` of a saved model. Raises `HubError` if it is missing or damaged."""
+    """Read `config.json` of a saved model. Raises `HubError` if it is missing or damaged."""
     path = folder / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise HubError(
-            f"{path} is missing: {folder} is no folder of a saved model. Save one with save_pretrained."
+            f"{path} is missing: {folder} is not a folder of a saved model. Save one with save_pretrained."
         ) from error
     except ValueError as error:
         raise HubError(f"{path} is damaged ({error}). Save the model again.") from error
     if not isinstance(config, dict):
-        raise HubError(f"{path} is damaged (no JSON object). Save the model again.")
+        raise HubError(f"{path} is damaged (not a JSON object). Save the model again.")
     return config

@@ -1,4 +1,4 @@
-"""What a user sees while phases run: lines, and a progress bar for each phase on its way."""
+"""Output shown while phases run: lines of text, and a progress bar per running phase."""
 
 import sys
 import time
@@ -10,19 +10,19 @@ from accelerate import PartialState
 from tqdm.auto import tqdm
 
 
-# A log file gets a line of progress as often as this, a terminal a bar.
+# A log file gets a line of progress at this interval; a terminal gets a bar.
 SECONDS_BETWEEN_LINES = 30.0
-# A worker reports its steps no more often than this.
+# Minimum time between two reports of a worker's steps.
 SECONDS_BETWEEN_REPORTS = 0.2
 T = TypeVar("T")
 
 
 class Screen:
     """
-    Draws in this process. Of several that train together, the main one draws.
+    Screen that draws in this process. If several processes train together, only the main one draws.
 
     Args:
-        stream (`TextIO`, *optional*): Where lines go. `None`: to the standard output.
+        stream (`TextIO`, *optional*): Where lines go. `None`: the standard output.
     """
 
     def __init__(self, stream: TextIO | None = None) -> None:
@@ -33,13 +33,13 @@ class Screen:
     def say(self, text: str) -> None:
         """Print a line above the bars."""
         if PartialState().is_main_process:
-            # tqdm takes its bars away while it writes
+            # tqdm hides its bars while it writes
             stream = self._stream or sys.stdout
             tqdm.write(text, file=stream)
             stream.flush()
 
     def advance(self, name: str, step: int, total: int, shown: dict[str, str]) -> None:
-        """Show that the phase `name` has done `step` of `total` steps, with a few values beside them."""
+        """Show that the phase `name` has done `step` of `total` steps, with a few values."""
         if not sys.stderr.isatty():
             self._advance_by_line(name, step, total, shown)
             return
@@ -50,7 +50,7 @@ class Screen:
         bar.update(step - bar.n)
 
     def track(self, name: str, items: Iterable[T], total: int) -> Iterator[T]:
-        """The items one by one, while it is shown how many of `total` are done."""
+        """Yield the items one by one, and show how many of `total` are done."""
         self.advance(name, 0, total, {})
         for step, item in enumerate(items, start=1):
             yield item
@@ -70,7 +70,7 @@ class Screen:
         if name in self._bars:
             bar = self._bars.pop(name)
             as_line = str(bar)
-            # a bar that tqdm leaves behind moves the others down, and what was drawn of them stays
+            # a bar that tqdm leaves behind moves the others down, and their old drawings stay
             bar.close()
             # from the start of the line, where tqdm may not have gone back to
             tqdm.write(f"\r{as_line}", file=sys.stderr)
@@ -82,7 +82,7 @@ class Screen:
 
 
 class RemoteScreen(Screen):
-    """The screen of a worker process: what it is told goes through a pipe to the process that draws."""
+    """Screen of a worker process: sends everything through a pipe to the process that draws."""
 
     def __init__(self, connection: Connection):
         super().__init__()

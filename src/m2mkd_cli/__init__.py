@@ -1,6 +1,6 @@
 """
-The console script `m2mkd`. It lies outside of the package, whose import waits seconds for torch and transformers:
-`m2mkd --help` needs neither.
+The console script `m2mkd`. It is outside the package because importing that takes seconds (torch and transformers),
+and `m2mkd --help` needs neither.
 """
 
 

@@ -184,7 +184,7 @@ class TestStrictness:
         )
         with pytest.raises(StageError, match="has no weights for classifier.bias"):
             to_official(kind, config, folder, out)
-        with pytest.raises(StageError, match="There is no folder .*nothing, and it is no id on the Hub"):
+        with pytest.raises(StageError, match="There is no folder .*nothing, and it is not a valid Hub id"):
             to_official(kind, config, folder / "nothing", out)
         assert left(out) == []
 

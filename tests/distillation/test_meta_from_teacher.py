@@ -60,11 +60,11 @@ class TestMetaFromTeacher:
 
     @pytest.mark.parametrize("depths", [[2, 1], [1, 1, 1]])
     def test_more_layers_or_stages_than_the_teacher_are_refused(self, depths: list[int]) -> None:
-        with pytest.raises(StageError, match=r"depths are .* and the teacher's \[1, 2\].*Lower `meta.depths`"):
+        with pytest.raises(StageError, match=r"depths are .* and the teacher's are \[1, 2\].*`meta.depths`"):
             meta_from_teacher(vit(), [1, 2], depths)
 
     def test_a_nac_is_refused(self) -> None:
-        with pytest.raises(StageError, match="NACForImageClassification cannot give a meta model"):
+        with pytest.raises(StageError, match="cannot be made from a NACForImageClassification"):
             meta_from_teacher(nac(), [1, 2, 1], [1, 1, 1])
 
 
@@ -85,5 +85,5 @@ class TestFitImageSize:
         assert teacher.vit.embeddings.position_embeddings is before
 
     def test_a_size_that_the_patches_do_not_cover_is_refused(self) -> None:
-        with pytest.raises(StageError, match="Images of 10 pixels are not covered by the teacher's patches of 4"):
+        with pytest.raises(StageError, match="Images of 10 pixels cannot be divided into the teacher's patches of 4"):
             fit_image_size(vit(), 10)

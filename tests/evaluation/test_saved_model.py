@@ -153,7 +153,7 @@ class TestCommand:
     @pytest.mark.parametrize(
         ("made", "message"),
         [
-            ([], "There is no folder {folder}, and it is no id on the Hub (name or user/name). Check the path."),
+            ([], "There is no folder {folder}, and it is not a valid Hub id (name or user/name). Check the path."),
             (["x"], "There is no model in the folder {folder}: it has no config.json. Give a folder that save_pretr"),
             (["arms/kd/config.json"], "Give one of this run's models: {folder}/arms/kd."),
         ],
@@ -168,7 +168,7 @@ class TestCommand:
 
     def test_an_id_that_the_hub_does_not_have(self):
         done = self.run("runs/none", "--data", "mnist5k")
-        assert "There is no folder runs/none, and no such model can be loaded from the Hub: " in done.stderr
+        assert "There is no folder runs/none, and the model cannot be loaded from the Hub: " in done.stderr
 
     def test_error(self, tmp_path):
         done = self.run(str(saved(tmp_path / "model", TINY)), "--data", "cifar10:nowhere")

@@ -66,7 +66,7 @@ class TestRecipeNetworks:
 
     def test_images_that_patches_do_not_cover(self, tmp_path: Path, check: Callable[[Recipe], Any]) -> None:
         content = with_published_teacher(tmp_path, ViTForImageClassification(config(patch_size=3, image_size=9)))
-        with pytest.raises(StageError, match="Images of 8 pixels are not covered by the teacher's patches of 3"):
+        with pytest.raises(StageError, match="Images of 8 pixels cannot be divided into the teacher's patches of 3"):
             check(parse_recipe(content, "patches"))
 
     def test_a_deit_in_a_meta_model_of_other_tokens(self, tmp_path: Path, check: Callable[[Recipe], Any]) -> None:

@@ -56,7 +56,7 @@ class TestSources:
 
     @pytest.mark.parametrize("source", ["nothing", "/nothing/here", "user/name/../../etc"])
     def test_neither_folder_nor_id(self, source: str):
-        with pytest.raises(HubError, match="no folder here, and no id"):
+        with pytest.raises(HubError, match="neither a local folder nor an id"):
             pair_folders(source)
 
 
@@ -106,22 +106,22 @@ class TestAssemble:
             assert part in done.output
 
     def test_a_pair_twice_or_none(self, finished_run: Path, tmp_path: Path):
-        with pytest.raises(PairFileError, match="both say `index` 0"):
+        with pytest.raises(PairFileError, match="both have `index` 0"):
             assemble(tmp_path / "student", [str(finished_run), str(finished_run / "pairs" / "0")])
-        with pytest.raises(PairFileError, match=r"\[1\] are missing"):
+        with pytest.raises(PairFileError, match=r"missing: \[1\]"):
             assemble(tmp_path / "student", [str(finished_run / "pairs" / "0")])
 
     def test_tensors_that_are_not_those_of_the_contract_are_refused(self, finished_run: Path, tmp_path: Path):
         pairs = shutil.copytree(finished_run / "pairs", tmp_path / "pairs")
         shutil.copy(pairs / "1" / "model.safetensors", pairs / "0" / "model.safetensors")
-        with pytest.raises(PairFileError, match="lacks"):
+        with pytest.raises(PairFileError, match="model.safetensors does not fit; missing: "):
             assemble(tmp_path / "student", [str(pairs)])
         assert not (tmp_path / "student").exists()
 
     def test_a_folder_that_is_there_is_not_touched(self, finished_run: Path, tmp_path: Path):
         (tmp_path / "mine").mkdir()
         (tmp_path / "mine" / "thesis.tex").touch()
-        with pytest.raises(HubError, match="is there already"):
+        with pytest.raises(HubError, match="already exists and is not empty"):
             assemble(tmp_path / "mine", [str(finished_run)])
 
     def test_what_nobody_knows_is_said(self, tmp_path: Path):
@@ -137,7 +137,7 @@ class TestAssemble:
         for stage in split_into_stages(model, [1] * (model.config.num_hidden_layers + 2)):
             save_pair(StitchedStage(stage.distilled(), 12, "linear"), tmp_path / "pairs" / str(stage.index), 12)
         said = "\n".join(assemble(tmp_path / "student", [str(tmp_path)]))
-        assert "start anew: " in said and "latents" in said
+        assert "re-initialized: " in said and "latents" in said
         student = AutoModelForImageClassification.from_pretrained(tmp_path / "student")
         saved = load_file(tmp_path / "pairs" / "1" / "model.safetensors")
         assert_equal({name: student.state_dict()[name] for name in saved}, saved)
@@ -163,7 +163,7 @@ class TestFromTheHub:
     def test_what_is_not_there(self, hub: LocalHub, tmp_path: Path):
         for source in ("alice/nothing", "runs/typo"):
             done = cli(tmp_path / "student", source)
-            assert done.exit_code == 1 and f"{source} is no folder here, and on the Hub: There is no" in done.output
+            assert done.exit_code == 1 and f"{source} is not a local folder, and on the Hub: " in done.output
         done = cli(tmp_path / "student", "alice/tiny/arms")
         assert done.exit_code == 1 and "alice/tiny/arms has no pairs" in done.output
 

@@ -131,8 +131,8 @@ def test_the_package_itself_still_loads_the_folder(folders: dict[str, Path]) -> 
     [
         (None, "config.json is missing"),
         ("{", "is damaged"),
-        ("[]", "no JSON object"),
-        ('{"model_type": "vit"}', "of type 'vit'; there is code to export for nac and vmoe alone"),
+        ("[]", "not a JSON object"),
+        ('{"model_type": "vit"}', "`model_type` 'vit'. Code can be exported only for nac and vmoe"),
     ],
 )
 def test_a_folder_without_a_model_of_ours_is_refused(tmp_path: Path, content: str | None, message: str) -> None:

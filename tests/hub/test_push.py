@@ -181,16 +181,18 @@ class TestPush:
 
     def test_without_permission(self, finished_run: Path, hub: LocalHub):
         done = cli("push", finished_run, "--repo-id", "bob/tiny")
-        assert done.exit_code == 1 and "may not write to bob/tiny (403" in done.output and "hf auth" in done.output
+        assert (
+            done.exit_code == 1 and "not allowed to write to bob/tiny (403" in done.output and "hf auth" in done.output
+        )
         # a repository that alice can read
         hub.repos["bob/tiny"] = Repo(private=False)
         done = cli("push", finished_run, "--repo-id", "bob/tiny", "--public")
-        assert done.exit_code == 1 and "may not write to bob/tiny (403" in done.output
+        assert done.exit_code == 1 and "not allowed to write to bob/tiny (403" in done.output
         assert hub.repos["bob/tiny"].files == {}
 
     def test_a_namespace_that_is_not_there(self, finished_run: Path, hub: LocalHub):
         done = cli("push", finished_run, "--repo-id", "nobody/tiny")
-        assert done.exit_code == 1 and "There is no nobody/tiny, neither namespace" in done.output
+        assert done.exit_code == 1 and "nobody/tiny does not exist" in done.output
 
     @pytest.mark.parametrize("token", ["hf_stranger", None])
     def test_a_token_that_is_not_known_is_not_printed(
@@ -246,7 +248,7 @@ class TestInOtherProcesses:
     ):
         command = ("push", finished_run, "--arm", "m2mkd", "--repo-id", "alice/tiny", "--with-code")
         said = self.process(hub, tmp_path, "-m", "m2mkd.cli", *command)
-        assert f"It is at {hub.url}/alice/tiny (private)." in said
+        assert f"Pushed to {hub.url}/alice/tiny (private)." in said
         card = hub.repos["alice/tiny"].files["README.md"].decode()
 
         Image.new("RGB", (8, 8), "red").save(tmp_path / "image.png")

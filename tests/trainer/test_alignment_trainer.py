@@ -115,7 +115,7 @@ class TestAlignmentTrainer:
         with pytest.raises(TypeError, match="of type TrainingArguments, but this trainer needs an `M2MKDConfig`"):
             AlignmentTrainer(vit(), TrainingArguments(str(tmp_path)), teacher=vit())
         settings = {"student_depths": [1, 1, 1], "meta_depths": [1, 1, 1]}
-        with pytest.raises(StageError, match="alignment has neither labels nor stitches. Set `alpha=0`"):
+        with pytest.raises(StageError, match="alignment uses neither labels nor stitches. Set `alpha=0`"):
             AlignmentTrainer(vit(), distillation_args(tmp_path, **settings), teacher=vit())
         settings = {"student_depths": [4], "teacher_depths": None, "meta_depths": [3]}
         args = distillation_args(tmp_path, **settings, stitch="none", alpha=0.0)

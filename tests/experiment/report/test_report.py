@@ -213,7 +213,7 @@ class TestSentences:
         assert "better" not in sentence
 
     def test_unequal_budgets_are_named(self):
-        assert "Beware" not in self.sentence(0.05, 0.01, ratio=1.04)
+        assert "not equal" not in self.sentence(0.05, 0.01, ratio=1.04)
         assert "e2e had 1.5 times that of m2mkd" in self.sentence(0.05, 0.01, ratio=1.5)
         assert "e2e had 0 times that of m2mkd" in self.sentence(0.05, 0.01, ratio=0.0)
 
