@@ -114,7 +114,7 @@ class TestWords:
             ([{"../up": KD_ALL}], "cannot name an arm's folder"),
             ({"e2e": 3}, "give a mapping"),
             ({"e2e": {"init": "pretrained"}}, "arms.e2e.init"),
-            ({"own": {"training": {"alpha": 0.5}}}, "`alpha` belongs to"),
+            ({"own": {"training": {"alpha": 0.5}}}, "`alpha` needs a teacher"),
             ({"own": {"data": "nowhere"}}, "`arms.own.data` is 'nowhere'"),
             ([], "at least 1"),
         ],
