@@ -1,4 +1,7 @@
-"""Official m2mKD state dicts and arguments to ours, dict to dict: every tensor is placed, or the error names it."""
+"""
+Conversion of official m2mKD state dicts and arguments to ours, dict to dict. Every tensor is placed; otherwise, the
+error names it.
+"""
 
 import re
 from collections import defaultdict
@@ -17,8 +20,8 @@ Shapes = dict[str, tuple[int, ...]]
 
 class NameTable:
     """
-    Official tensor names beside ours. In a row `#` stands for a number and `*` for `weight` or `bias`; the first row
-    that fits a name counts.
+    Table of official tensor names and ours. In a row, `#` stands for a number and `*` for `weight` or `bias`. The
+    first row that matches a name counts.
     """
 
     def __init__(self, rows: Sequence[tuple[str, str]]):
@@ -26,11 +29,11 @@ class NameTable:
         self._to_official = [(_pattern(ours), _template(official)) for official, ours in rows]
 
     def ours(self, name: str) -> str | None:
-        """Our name of an official tensor, `None` if there is none."""
+        """Our name of an official tensor; `None` if there is none."""
         return _translate(name, self._to_ours)
 
     def official(self, name: str) -> str | None:
-        """The official name of a tensor of ours, `None` if there is none."""
+        """The official name of one of our tensors; `None` if there is none."""
         return _translate(name, self._to_official)
 
 
@@ -87,26 +90,26 @@ _STACKED = re.compile(r"(.+\.mlp\.experts)\.(\w+)")
 
 def convert_vit(official: Mapping[str, torch.Tensor], layer_offset: int = 0) -> dict[str, torch.Tensor]:
     """
-    An incubated ViT (teacher, meta model, or one of its stages) to the names of `ViTForImageClassification`.
+    Convert an incubated ViT (teacher, meta model, or one of its stages) to the names of `ViTForImageClassification`.
 
     Args:
         official (`Mapping[str, torch.Tensor]`): `ckpt["model"]`, `ckpt["model_stages"][i]` or
             `ckpt["block_state_dict"]`.
-        layer_offset (`int`): Layers before this stage; a stage's own file counts its blocks from 0.
+        layer_offset (`int`): Number of layers before this stage; the file of a stage counts its blocks from 0.
 
     Returns:
-        `dict[str, torch.Tensor]`: The same tensors, `qkv` cut in three.
+        `dict[str, torch.Tensor]`: The same tensors, with `qkv` cut in three.
 
     Raises:
-        `ConversionError`: names that are no incubated ViT's.
+        `ConversionError`: some names do not belong to an incubated ViT.
     """
     return _convert(official, "vit", layer_offset)
 
 
 def convert_vmoe(official: Mapping[str, torch.Tensor], layer_offset: int = 0) -> dict[str, torch.Tensor]:
     """
-    An official V-MoE, V-MoE student or stage to the names of `VMoEForImageClassification`; the experts of a layer are
-    stacked. Stitches keep their place at the first and last layer (see `VMoEConfig.pre_stitch_layers`).
+    Convert an official V-MoE, V-MoE student or stage to the names of `VMoEForImageClassification`; the experts of a
+    layer are stacked. Stitches keep their place at the first and last layer (see `VMoEConfig.pre_stitch_layers`).
 
     Args, returns and raises as [`convert_vit`].
     """
@@ -117,14 +120,14 @@ def convert_vmoe_student(
     official: Mapping[str, torch.Tensor], layer_offset: int
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """
-    An official V-MoE student to the names of a distilled stage.
+    Convert an official V-MoE student to the names of a distilled stage.
 
     Args:
         official (`Mapping[str, torch.Tensor]`): `ckpt["model"]`.
-        layer_offset (`int`): Layers before this stage.
+        layer_offset (`int`): Number of layers before this stage.
 
     Returns:
-        The stage's tensors by the model's names, and those of its stitches (`pre.*`, `post.*`).
+        The stage's tensors with the model's names, and those of its stitches (`pre.*`, `post.*`).
 
     Raises:
         `ConversionError`: as [`convert_vit`].
@@ -157,22 +160,25 @@ def _convert(official: Mapping[str, torch.Tensor], prefix: str, layer_offset: in
         else:
             converted[ours] = tensor
     if unknown:
-        raise ConversionError(f"These tensors are no part of an official {prefix} checkpoint: {sorted(unknown)}.")
+        raise ConversionError(f"These tensors do not belong to an official {prefix} checkpoint: {sorted(unknown)}.")
     for name, by_index in experts.items():
         siblings = [other for key, other in experts.items() if key.rpartition(".")[0] == name.rpartition(".")[0]]
         if sorted(by_index) != list(range(max(max(other) for other in siblings) + 1)):
-            raise ConversionError(f"The experts of {name} are numbered {sorted(by_index)}; some are missing.")
+            raise ConversionError(f"Some experts of {name} are missing; the checkpoint has only {sorted(by_index)}.")
         converted[name] = torch.stack([by_index[index] for index in range(len(by_index))])
     return converted
 
 
 def without_aliases(official: Mapping[str, Any]) -> dict[str, Any]:
-    """Without `stages.*`: the official models register each block a second time there."""
+    """Leave out `stages.*`, where the official models register each block a second time."""
     return {name: tensor for name, tensor in official.items() if not name.startswith("stages.")}
 
 
 def assemble_stages(stages: Sequence[Mapping[str, Any]], depths: Sequence[int]) -> dict[str, Any]:
-    """`ckpt["model_stages"]` as `ckpt["model"]`: each stage counts its blocks from 0, the model goes on counting."""
+    """
+    Convert `ckpt["model_stages"]` to `ckpt["model"]`: each stage counts its blocks from 0, the model counts through
+    all stages.
+    """
     return {
         _move(name, "blocks", sum(depths[:index])): tensor
         for index, stage in enumerate(stages)
@@ -181,7 +187,7 @@ def assemble_stages(stages: Sequence[Mapping[str, Any]], depths: Sequence[int]) 
 
 
 def cut_in_stages(official: Mapping[str, Any], depths: Sequence[int]) -> list[dict[str, Any]]:
-    """`ckpt["model"]` without aliases as `ckpt["model_stages"]`: the inverse of [`assemble_stages`]."""
+    """Convert `ckpt["model"]` without aliases to `ckpt["model_stages"]`: the inverse of [`assemble_stages`]."""
     starts = [sum(depths[:index]) for index in range(len(depths))]
     stages: list[dict[str, Any]] = [{} for _ in depths]
     for name, tensor in official.items():
@@ -195,7 +201,7 @@ def cut_in_stages(official: Mapping[str, Any], depths: Sequence[int]) -> list[di
 
 
 def with_aliases(official: Mapping[str, Any], depths: Sequence[int]) -> dict[str, Any]:
-    """The inverse of [`without_aliases`], for a model of stages of these depths; the official code demands them."""
+    """The inverse of [`without_aliases`], for a model with stages of these depths; the official code needs them."""
     stages = enumerate(cut_in_stages(official, depths))
     aliases = {f"stages.{index}.{name}": tensor for index, stage in stages for name, tensor in stage.items()}
     return {**official, **aliases}
@@ -212,13 +218,13 @@ def vit_to_official(ours: Mapping[str, torch.Tensor], layer_offset: int = 0) -> 
     Args:
         ours (`Mapping[str, torch.Tensor]`): State dict of a `ViTForImageClassification` or of a stage of one, on the
             meta device if only names and shapes matter.
-        layer_offset (`int`): Layers before this stage.
+        layer_offset (`int`): Number of layers before this stage.
 
     Returns:
-        `dict[str, torch.Tensor]`: The same tensors by official names, without the aliases (see [`with_aliases`]).
+        `dict[str, torch.Tensor]`: The same tensors with official names, without the aliases (see [`with_aliases`]).
 
     Raises:
-        `ConversionError`: names that are no part of such a model.
+        `ConversionError`: some names do not belong to such a model.
     """
     return _to_official(ours, "vit", layer_offset)
 
@@ -255,12 +261,12 @@ def _to_official(ours: Mapping[str, torch.Tensor], prefix: str, layer_offset: in
 
 
 def shapes_of(tensors: Mapping[str, torch.Tensor]) -> Shapes:
-    """What [`check_tensors`] compares with."""
+    """Shapes by name, as [`check_tensors`] expects them."""
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
 def stitch_shapes(side: str, stitch_size: int, hidden_size: int, layer: int) -> Shapes:
-    """Shapes of a stitch of an official V-MoE by official names; `side` is `"pre"` or `"post"`."""
+    """Shapes of a stitch of an official V-MoE, by official names; `side` is `"pre"` or `"post"`."""
     width, out = (stitch_size, hidden_size) if side == "pre" else (hidden_size, stitch_size)
     name = f"blocks.{layer}.{side}_stitch"
     layernorm = {f"{name}.ln.weight": (width,), f"{name}.ln.bias": (width,)}
@@ -269,23 +275,23 @@ def stitch_shapes(side: str, stitch_size: int, hidden_size: int, layer: int) -> 
 
 def check_tensors(given: Mapping[str, Any], expected: Shapes, what: str) -> None:
     """
-    Compare a checkpoint with what it has to hold.
+    Check that a checkpoint has the expected tensors.
 
     Raises:
-        `ConversionError`: lists every tensor that is missing, unexpected or of another shape, by its official name.
+        `ConversionError`: a tensor is missing, unexpected or of another shape; the message lists all by official name.
     """
     lines = [f"missing: {name} {_size(expected[name])}" for name in sorted(expected.keys() - given.keys())]
     for name in sorted(given.keys() - expected.keys()):
         lines.append(f"unexpected: {name} {_size(getattr(given[name], 'shape', ()))}")
     for name in sorted(expected.keys() & given.keys()):
         if not isinstance(given[name], torch.Tensor):
-            lines.append(f"no tensor: {name} is of type {type(given[name]).__name__}")
+            lines.append(f"not a tensor: {name} is of type {type(given[name]).__name__}")
         elif tuple(given[name].shape) != expected[name]:
             lines.append(f"shape: {name} is {_size(given[name].shape)}, must be {_size(expected[name])}")
     if lines:
         raise ConversionError(
-            f"The checkpoint does not hold {what} as the configuration describes it; {len(lines)} of its tensors do "
-            "not fit:\n  " + "\n  ".join(lines)
+            f"The checkpoint does not contain {what} as the configuration describes it. {len(lines)} of its tensors "
+            "do not fit:\n  " + "\n  ".join(lines)
         )
 
 
@@ -297,7 +303,7 @@ def _size(shape: Sequence[int]) -> str:
 
 
 class OfficialArguments:
-    """Arguments of the official code, taken one by one; what is left at the end is refused by name."""
+    """Arguments of the official code, which are taken one by one. Those left at the end raise an error."""
 
     def __init__(self, values: Mapping[str, Any] | None, path: str = ""):
         if values is not None and not isinstance(values, Mapping):
@@ -305,27 +311,27 @@ class OfficialArguments:
         self.values, self.path = dict(values or {}), path
 
     def take(self, name: str, default: Any) -> Any:
-        """The value of an argument, or the official default."""
+        """Take the value of an argument, or the official default."""
         return self.values.pop(name, default)
 
     def need(self, name: str) -> Any:
-        """The value of an argument without a default."""
+        """Take the value of an argument that has no default."""
         if self.values.get(name) is None:
             raise ConversionError(f"`{self.path}{name}` is missing; the official code has no default for it.")
         return self.values.pop(name)
 
     def section(self, name: str) -> "OfficialArguments":
-        """The arguments below a name; none if it is not there."""
+        """Take the arguments below a name; none if the name is missing."""
         return OfficialArguments(self.values.pop(name, None), f"{self.path}{name}.")
 
     def require(self, name: str, value: Any) -> None:
-        """Only this value can be converted; it is also the official default."""
+        """Take an argument of which only this value can be converted; it is also the official default."""
         given = self.take(name, value)
         if given != value:
             raise ConversionError(f"`{self.path}{name}` is {given!r}; only {value!r} can be converted.")
 
     def end(self) -> None:
-        """Refuse what has not been taken."""
+        """Raise an error if any argument was not taken."""
         if self.values:
             left = sorted(f"{self.path}{name}" for name in self.values)
             raise ConversionError(f"These arguments of the official code are not known: {left}.")
@@ -333,19 +339,19 @@ class OfficialArguments:
 
 def vit_config(kwargs: Mapping[str, Any], norm_eps: float, **overrides: Any) -> ViTConfig:
     """
-    The configuration of an official incubated ViT.
+    Build the configuration of an official incubated ViT.
 
     Args:
-        kwargs (`Mapping[str, Any]`): Its constructor's arguments.
+        kwargs (`Mapping[str, Any]`): Arguments of its constructor.
         norm_eps (`float`): Epsilon of its layer norms: 1e-6 in ViT-Large, 1e-5 in ViT-Huge.
         overrides: Fields of `ViTConfig` that differ.
 
     Raises:
-        `ConversionError`: an argument is not known, or has a value that no `ViTConfig` expresses.
+        `ConversionError`: an argument is not known, or has a value that `ViTConfig` cannot express.
     """
     arguments = OfficialArguments(kwargs)
     fields = _transformer_fields(arguments, norm_eps)
-    # stochastic depth, which the ViT of transformers does not have: no matter for weights
+    # stochastic depth, which the ViT of transformers does not have; it does not affect the weights
     arguments.take("drop_path_rate", 0.0)
     arguments.end()
     return ViTConfig(**{**fields, **overrides})
@@ -353,10 +359,11 @@ def vit_config(kwargs: Mapping[str, Any], norm_eps: float, **overrides: Any) -> 
 
 def vmoe_config(kwargs: Mapping[str, Any], norm_eps: float, **overrides: Any) -> VMoEConfig:
     """
-    The configuration of an official V-MoE with the layers that `kwargs` describe, stitches included if it keeps any.
+    Build the configuration of an official V-MoE with the layers that `kwargs` describe, including stitches if it keeps
+    any.
 
     Args:
-        kwargs (`Mapping[str, Any]`): Its constructor's arguments.
+        kwargs (`Mapping[str, Any]`): Arguments of its constructor.
         norm_eps (`float`): Epsilon of its layer norms (1e-6 in all official V-MoEs).
         overrides: Fields of [`VMoEConfig`] that differ.
 
@@ -383,7 +390,8 @@ def vmoe_config(kwargs: Mapping[str, Any], norm_eps: float, **overrides: Any) ->
 
 def vmoe_student_config(kwargs: Mapping[str, Any], norm_eps: float, num_stages: int, **overrides: Any) -> VMoEConfig:
     """
-    The configuration of a whole V-MoE without stitches, one of whose `num_stages` equal stages is an official student.
+    Build the configuration of a whole V-MoE without stitches that is cut into `num_stages` equal stages, one of which
+    is an official student.
 
     Args, raises as [`vmoe_config`].
     """
@@ -395,10 +403,10 @@ def vmoe_student_config(kwargs: Mapping[str, Any], norm_eps: float, num_stages: 
 
 
 def _transformer_fields(arguments: OfficialArguments, norm_eps: float) -> dict[str, Any]:
-    """What the official ViT and V-MoE share."""
+    """Fields that the official ViT and V-MoE share."""
     hidden_size = arguments.take("embed_dim", 768)
     depths = arguments.need("divided_depths")
-    arguments.take("depth", None)  # the official code goes by `divided_depths`
+    arguments.take("depth", None)  # the official code uses `divided_depths`
     for name, value in (("qk_scale", None), ("drop_rate", 0.0), ("attn_drop_rate", 0.0), ("hybrid_backbone", None)):
         arguments.require(name, value)
     return {

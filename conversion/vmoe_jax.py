@@ -1,4 +1,4 @@
-"""Names, layouts and arguments of google-research/vmoe (JAX), and our V-MoE's: pure functions."""
+"""Names, layouts and arguments of google-research/vmoe (JAX) and of our V-MoE: pure functions."""
 
 import math
 import re
@@ -52,20 +52,21 @@ _BLOCK = re.compile(r"Encoder\.encoderblock_(\d+)\.(.+)")
 
 def plain_names(arrays: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """
-    The arrays of the parameter tree by dotted names, without what stands before all of them (`params/`, `target/`).
+    Give the arrays of the parameter tree dotted names, without the prefix that all of them have (`params/`,
+    `target/`).
 
     Args:
         arrays (`Mapping[str, torch.Tensor]`): Flattened with `/` or `.` between the names.
 
     Raises:
-        `ConversionError`: the root of a V-MoE is not there.
+        `ConversionError`: the tree does not have the root of a V-MoE.
     """
     dotted = {name.replace("/", "."): array for name, array in arrays.items()}
     roots = {name.removesuffix("embedding.kernel") for name in dotted if re.search(r"(^|\.)embedding\.kernel$", name)}
     if len(roots) != 1:
         raise ConversionError(
             f"A parameter tree of google-research/vmoe has one `embedding/kernel`; this one has {len(roots)}. Flatten "
-            'the parameters alone: flax.traverse_util.flatten_dict(params, sep="/").'
+            'only the parameters: flax.traverse_util.flatten_dict(params, sep="/").'
         )
     (root,) = roots
     return {name.removeprefix(root): array for name, array in dotted.items()}
@@ -73,22 +74,22 @@ def plain_names(arrays: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def vmoe_jax_config(arrays: Mapping[str, torch.Tensor], arguments: Mapping[str, Any]) -> VMoEConfig:
     """
-    The configuration of a V-MoE of google-research/vmoe: sizes from the arrays, what they do not show from arguments.
+    Build the configuration of a V-MoE of google-research/vmoe: sizes come from the arrays, everything else from
+    arguments.
 
     Args:
         arrays (`Mapping[str, torch.Tensor]`): From [`plain_names`].
-        arguments (`Mapping[str, Any]`): `num_selected_experts` as the router got it, and, where training shall go on,
-            its `noise_std`, `importance_loss_weight` and `load_loss_weight`; `image_size` of images that are not
-            square.
+        arguments (`Mapping[str, Any]`): `num_selected_experts` of the router, and, to continue training, its
+            `noise_std`, `importance_loss_weight` and `load_loss_weight`; `image_size` for images that are not square.
 
     Raises:
-        `ConversionError`: the tree is of a model that ours does not express, or an argument is missing or not known.
+        `ConversionError`: our V-MoE cannot express the model, or an argument is missing or not known.
     """
     if "cls" not in arrays:
         raise ConversionError('The tree has no `cls`: only classifier="token" can be converted, not "gap" or "map".')
     for name, why in (("pre_logits.kernel", "a representation layer"), ("MapHead.probe", "attention pooling")):
         if name in arrays:
-            raise ConversionError(f"The tree has `{name}`, of {why}, which our V-MoE does not have.")
+            raise ConversionError(f"The tree has `{name}`, which is part of {why}. Our V-MoE does not support that.")
     blocks = [match for name in arrays if (match := _BLOCK.fullmatch(name))]
     sparse = sorted(int(match[1]) for match in blocks if match[2] == "Moe.Router.dense.kernel")
     kernel, rest = _array(arrays, "embedding.kernel", 4), OfficialArguments(arguments)
@@ -96,14 +97,14 @@ def vmoe_jax_config(arrays: Mapping[str, torch.Tensor], arguments: Mapping[str, 
     side, patch_size = math.isqrt(grid), list(kernel.shape[:2])
     image_size = rest.take("image_size", [side * patch_size[0], side * patch_size[1]] if side * side == grid else None)
     if image_size is None:
-        raise ConversionError(f"{grid} patches are no square. Give `image_size: [height, width]`.")
+        raise ConversionError(f"{grid} patches do not form a square. Give `image_size: [height, width]`.")
     kind = "Moe.Mlp" if 0 in sparse else "Mlp"
     fields = {
         "hidden_size": kernel.shape[3],
         "num_hidden_layers": 1 + max((int(match[1]) for match in blocks), default=-1),
         "num_attention_heads": _array(arrays, "Encoder.encoderblock_0.SelfAttention.query.kernel", 3).shape[1],
         "intermediate_size": _array(arrays, f"Encoder.encoderblock_0.{kind}.Dense_0.bias").shape[-1],
-        # flax.linen.gelu is the approximation by tanh unless told otherwise
+        # flax.linen.gelu uses the tanh approximation by default
         "hidden_act": "gelu_pytorch_tanh",
         "layer_norm_eps": 1e-6,
         "image_size": image_size,
@@ -119,7 +120,7 @@ def vmoe_jax_config(arrays: Mapping[str, torch.Tensor], arguments: Mapping[str, 
             num_experts_per_tok=rest.need("num_selected_experts"),
             norm_topk_prob=False,
             router_noise_std=rest.take("noise_std", 0.0),
-            # they add the losses of all layers up, we average them
+            # they sum the losses of all layers, we average them
             router_importance_loss_coef=len(sparse) * rest.take("importance_loss_weight", 0.0),
             router_load_loss_coef=len(sparse) * rest.take("load_loss_weight", 0.0),
         )
@@ -129,18 +130,18 @@ def vmoe_jax_config(arrays: Mapping[str, torch.Tensor], arguments: Mapping[str, 
 
 def convert_vmoe_jax(arrays: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """
-    The arrays of a V-MoE of google-research/vmoe by the names and in the layouts of `VMoEForImageClassification`.
+    Convert the arrays of a V-MoE of google-research/vmoe to the names and layouts of `VMoEForImageClassification`.
     Their routers have no bias; ours get zeros.
 
     Args:
         arrays (`Mapping[str, torch.Tensor]`): From [`plain_names`].
 
     Raises:
-        `ConversionError`: names that are none of that code's.
+        `ConversionError`: some names do not belong to that code.
     """
     unknown = sorted(name for name in arrays if _TABLE.ours(name) is None)
     if unknown:
-        raise ConversionError(f"These arrays are no part of a V-MoE of google-research/vmoe: {unknown}.")
+        raise ConversionError(f"These arrays do not belong to a V-MoE of google-research/vmoe: {unknown}.")
     converted = {}
     for name, array in arrays.items():
         ours = _TABLE.ours(name)
@@ -151,14 +152,14 @@ def convert_vmoe_jax(arrays: Mapping[str, torch.Tensor]) -> dict[str, torch.Tens
 
 
 def check_vmoe_jax(converted: Mapping[str, torch.Tensor], expected: Shapes) -> None:
-    """Compare with what the model holds. Raises `ConversionError`, which lists what does not fit by its JAX name."""
+    """Check the shapes against the model's. Raises `ConversionError`, which lists misfits by their JAX names."""
     lines = []
     for name in sorted(expected.keys() | converted.keys()):
         shape = tuple(converted[name].shape) if name in converted else "missing"
         if shape != expected.get(name, "unexpected"):
             lines.append(f"{_TABLE.official(name) or name}: {shape}, must be {expected.get(name, 'absent')} (ours)")
     if lines:
-        raise ConversionError("The tree does not hold one whole V-MoE:\n  " + "\n  ".join(lines))
+        raise ConversionError("The tree does not contain exactly one V-MoE:\n  " + "\n  ".join(lines))
 
 
 def _to_our_layout(name: str, array: torch.Tensor) -> torch.Tensor:
@@ -174,5 +175,5 @@ def _to_our_layout(name: str, array: torch.Tensor) -> torch.Tensor:
 def _array(arrays: Mapping[str, torch.Tensor], name: str, ndim: int | None = None) -> torch.Tensor:
     if name not in arrays or ndim not in (None, arrays[name].ndim):
         found = f"has shape {tuple(arrays[name].shape)}" if name in arrays else "is missing"
-        raise ConversionError(f"`{name.replace('.', '/')}` {found}; the tree is of no V-MoE classifier.")
+        raise ConversionError(f"`{name.replace('.', '/')}` {found}; the tree is not that of a V-MoE classifier.")
     return arrays[name]

@@ -1,1 +1,1 @@
-"""Experiments: a recipe, its phases, and the report of what they found."""
+"""Experiments: a recipe, its phases, and the report of their results."""

@@ -1,7 +1,7 @@
 """
-Arms: ways to a trained student. An arm is four words: where the student's weights come from, what its end-to-end phase
-learns from, on which data, and with which arguments and budget. Everything that the package does with an arm follows
-from these words; the names of the presets are known in this file only.
+Arms: ways to get a trained student. Four words define an arm: where the student's weights come from, what its
+end-to-end phase learns from, on which data, and with which arguments and budget. Everything that the package does with
+an arm follows from these words; only this file knows the names of the presets.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,7 +14,7 @@ from m2mkd.experiment.section import Section, Training, check_training
 
 
 class Budget(Section):
-    """`flops_of`: the arm trains for as many epochs as the FLOPs of that arm (its distillation included) pay for."""
+    """`flops_of`: the arm trains for as many epochs as the FLOPs of that arm, including its distillation, allow."""
 
     flops_of: str
 
@@ -26,9 +26,9 @@ class ArmSpec(Section):
     Args:
         init (`str`): Where the student's weights come from: `"random"`, or `"modules"` (the distilled pairs).
         supervision (`str`): What the end-to-end phase learns from: `"labels"`, or `"teacher"` (ordinary distillation,
-            with the arguments of `kd.training` on top).
+            with the additional arguments of `kd.training`).
         data (`str`, *optional*): Name of the training set. `None`: that of `finetune`.
-        training (`dict`): Training arguments on top of those of `finetune`.
+        training (`dict`): Training arguments that override those of `finetune`.
         budget (`Budget`, *optional*): `None`: the epochs of the training arguments.
     """
 
@@ -47,7 +47,7 @@ class ArmSpec(Section):
     def _training_fits(self) -> "ArmSpec":
         check_training(self.training, self.supervision == "teacher")
         if self.budget is not None and {"num_train_epochs", "max_steps"} & self.training.keys():
-            raise ValueError("give `budget` or the length in `training` (num_train_epochs, max_steps), not both")
+            raise ValueError("give either `budget` or a length in `training` (num_train_epochs, max_steps)")
         return self
 
 
@@ -61,20 +61,20 @@ PRESETS = {
 DEFAULT_ARMS = ("e2e", "kd", "m2mkd")
 # The arm that `m2mkd push` takes if none is named.
 PUSHED = "m2mkd"
-# Okabe and Ito's colours, told apart by colour-blind readers; arms of a recipe's own take the further ones in turn.
+# Okabe and Ito's colors, which color-blind readers can distinguish. A recipe's own arms take the further ones in turn.
 _COLORS = {"e2e": "#0072B2", "kd": "#D55E00", "m2mkd": "#009E73", "m2mkd_kd": "#CC79A7"}
 _FURTHER_COLORS = ("#E69F00", "#332288", "#882255", "#999933", "#666666")
 _EQUAL_COMPUTE = "_equal_compute"
 _INIT = {
     "random": ("It is a baseline: trained end to end", "end-to-end training"),
     "modules": (
-        "Its modules were distilled one by one from those of a teacher (m2mKD), then it was trained end to end",
-        "distillation of all pairs, the passes through teacher and meta model included, and end-to-end training",
+        "Its modules were distilled one by one from those of a teacher (m2mKD); then it was trained end to end",
+        "distillation of all pairs, including the passes through teacher and meta model, and end-to-end training",
     ),
 }
 _TEACHER = (
-    " towards the outputs of a teacher (ordinary distillation)",
-    " towards the teacher's outputs, the teacher's forward passes included",
+    " to match the outputs of a teacher (ordinary distillation)",
+    " to match the teacher's outputs, including the teacher's forward passes",
 )
 
 
@@ -86,7 +86,7 @@ class Arm:
     Args:
         name (`str`): Its folder in `arms/`.
         spec (`ArmSpec`): Its four words.
-        sibling (`str`, *optional*): An arm that differs in the budget only.
+        sibling (`str`, *optional*): An arm that differs only in the budget.
     """
 
     name: str
@@ -105,35 +105,35 @@ class Arm:
 
     @property
     def budget(self) -> str | None:
-        """The arm whose FLOPs it gets."""
+        """Name of the arm whose FLOPs it gets."""
         return None if self.spec.budget is None else self.spec.budget.flops_of
 
     @property
     def extra(self) -> tuple[str, ...]:
-        """The networks that are trained beforehand and not counted in the arm's own compute."""
+        """The networks that are trained beforehand and are not counted in the arm's own compute."""
         return ("meta", "teacher") if self.is_modular else ("teacher",) if self.has_teacher else ()
 
     @property
     def text(self) -> str:
-        """What it is, in a sentence or two for its model card."""
+        """Description of the arm in one or two sentences, for its model card."""
         how = _TEACHER[0] if self.has_teacher else "" if self.is_modular else ", without a teacher"
         budget = "" if self.budget is None else f" It had as many epochs as the compute of {self.budget} allows."
         return f"{_INIT[self.spec.init][0]}{how}.{budget}"
 
     @property
     def covers(self) -> str:
-        """What its training compute covers."""
+        """Description of what its training compute covers."""
         budget = "" if self.budget is None else f"; as many epochs as {self.budget}'s FLOPs allow"
         return f"{_INIT[self.spec.init][1]}{_TEACHER[1] if self.has_teacher else ''}{budget}"
 
     def with_sibling(self, others: Iterable["Arm"]) -> "Arm":
-        """The arm with that of `others` as a sibling that differs in the budget only."""
+        """Copy of the arm whose sibling is the one of `others` that differs only in the budget."""
         plain = self.spec.model_copy(update={"budget": None})
         names = [other.name for other in others if other.spec == plain and self.spec.budget is not None]
         return replace(self, sibling=next(iter(names), None))
 
     def described(self) -> dict[str, Any]:
-        """The words, and what follows from them for reports and cards."""
+        """The words, and the derived facts for reports and cards."""
         return {**self.words(), "text": self.text, "covers": self.covers, "extra": list(self.extra)}
 
     def words(self) -> dict[str, Any]:
@@ -143,11 +143,11 @@ class Arm:
 
 def named_specs(given: Any) -> dict[str, Any]:
     """
-    The arms of a recipe by name: of a list of names, of a mapping from names to words, or of a list of both. A preset
-    gives the words that are not said.
+    Collect the arms of a recipe by name, from a list of names, a mapping from names to words, or a list of both. A
+    preset gives the words that are missing.
 
     Raises:
-        `ValueError`: a name that is given twice, or a name without words that is no preset.
+        `ValueError`: a name is given twice, or a name without words is not a preset.
     """
     items = given if isinstance(given, list) else [given]
     specs: dict[str, Any] = {}
@@ -159,7 +159,7 @@ def named_specs(given: Any) -> dict[str, Any]:
                 raise ValueError(f"{name!r} cannot name an arm's folder; use letters, digits, _ and -")
             if name not in PRESETS and not words:
                 raise ValueError(
-                    f"{name!r} is not a preset ({', '.join(PRESETS)}); say what it is, e.g. "
+                    f"{name!r} is not a preset ({', '.join(PRESETS)}); define it, e.g. "
                     f"{{{name}: {{init: random, supervision: teacher, data: train}}}}"
                 )
             if isinstance(words, ArmSpec):
@@ -177,11 +177,12 @@ def resolve(specs: Mapping[str, ArmSpec], equal_compute: bool = False) -> dict[s
     The arms of a run, in the order of its tables.
 
     Args:
-        specs (`Mapping[str, ArmSpec]`): The recipe's.
-        equal_compute (`bool`): Add each other arm once more with the FLOPs of the first that starts from modules.
+        specs (`Mapping[str, ArmSpec]`): The arms of the recipe.
+        equal_compute (`bool`): Whether to add each other arm again with the FLOPs of the first arm that starts from
+            modules.
 
     Raises:
-        `ValueError`: a budget is that of an arm that does not exist or has a budget itself.
+        `ValueError`: a budget refers to an arm that does not exist or has a budget itself.
     """
     compared = next((name for name, spec in specs.items() if _is_reference(spec)), None)
     arms: dict[str, Arm] = {}
@@ -194,8 +195,8 @@ def resolve(specs: Mapping[str, ArmSpec], equal_compute: bool = False) -> dict[s
     for name, arm in arms.items():
         if arm.budget is not None and (arm.budget not in specs or specs[arm.budget].budget is not None):
             raise ValueError(
-                f"the budget of the arm {name!r} is `flops_of: {arm.budget}`; name another arm of the recipe that has "
-                f"no budget of its own ({', '.join(other for other in specs if specs[other].budget is None)})"
+                f"the budget of the arm {name!r} is `flops_of: {arm.budget}`; name an arm of the recipe that has no "
+                f"budget itself ({', '.join(other for other in specs if specs[other].budget is None)})"
             )
     return arms
 
@@ -206,14 +207,14 @@ def _is_reference(spec: ArmSpec) -> bool:
 
 def arm_of_folder(name: str, words: Mapping[str, Any] | None) -> Arm | None:
     """
-    An arm that lies in a run's folder and that the recipe does not name (any more).
+    Identify an arm that has a folder in a run but is not (or no longer) in the recipe.
 
     Args:
-        name (`str`): Of its folder.
-        words (`Mapping`, *optional*): As its results noted them; `None` for results that did not yet note any.
+        name (`str`): Name of its folder.
+        words (`Mapping`, *optional*): The words that its results record; `None` for old results, which record none.
 
     Returns:
-        `Arm`; `None` if nothing says what it is.
+        `Arm`; `None` if it cannot be identified.
     """
     if words is not None:
         return Arm(name, ArmSpec.model_validate({word: words[word] for word in ArmSpec.model_fields if word in words}))
@@ -224,12 +225,12 @@ def arm_of_folder(name: str, words: Mapping[str, Any] | None) -> Arm | None:
 
 
 def reference(arms: Sequence[Arm]) -> Arm | None:
-    """The arm that the others are compared with: the first that starts from modules and has no budget of its own."""
+    """The arm that the others are compared with: the first that starts from modules and has no budget."""
     return next((arm for arm in arms if _is_reference(arm.spec)), None)
 
 
 def colors(arms: Sequence[Arm]) -> dict[str, str]:
-    """The colour of each arm; one that differs from another in the budget only is a lighter one."""
+    """The color of each arm; an arm that differs from another only in the budget gets a lighter one."""
     further = [arm.name for arm in arms if arm.name not in _COLORS and arm.sibling is None]
     own = {name: _FURTHER_COLORS[place % len(_FURTHER_COLORS)] for place, name in enumerate(further)}
     plain = {**_COLORS, **own}

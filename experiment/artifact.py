@@ -1,4 +1,4 @@
-"""The artifacts of a run: when one is finished, and from which checkpoint one goes on."""
+"""The artifacts of a run: whether one is finished, and from which checkpoint training resumes."""
 
 import json
 import shutil
@@ -18,13 +18,15 @@ CHECKPOINT = "checkpoint-"
 
 
 def check_is_run(folder: Path) -> None:
-    """Raises `RunError` if no run has noted its recipe in a folder."""
+    """Raise `RunError` if no run has recorded its recipe in a folder."""
     if not (folder / RECIPE_FILE).is_file():
-        raise RunError(f"{folder} is no folder of a run: it has no {RECIPE_FILE}. Give the `output_dir` of a run.")
+        raise RunError(
+            f"{folder} is not the folder of a run: it has no {RECIPE_FILE}. Give the `output_dir` of a run."
+        )
 
 
 def read_noted_recipe(run_folder: Path) -> Any:
-    """The recipe that a run has noted. Raises `RunError` if the folder is no run, or the file is damaged."""
+    """Read the recipe that a run has recorded. Raises `RunError` if it is missing or damaged."""
     check_is_run(run_folder)
     path = run_folder / RECIPE_FILE
     try:
@@ -37,12 +39,12 @@ def read_noted_recipe(run_folder: Path) -> Any:
 
 
 def is_finished(folder: Path) -> bool:
-    """Whether a phase has written its folder: its results are the last file of a folder that appears at once."""
+    """Whether a phase has written its folder, which appears in one step and includes the results."""
     return (folder / TRAIN_RESULTS).is_file()
 
 
 def last_complete_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint in `folder` that was written to its end; what a killed process left behind is deleted."""
+    """Find the newest complete checkpoint in `folder`; incomplete ones of a killed process are deleted."""
     checkpoints = sorted(folder.glob(f"{CHECKPOINT}*"), key=lambda path: int(path.name.rpartition("-")[2]))
     complete = [path for path in checkpoints if (path / COMPLETE_MARKER).is_file()]
     if PartialState().is_main_process:
@@ -53,7 +55,7 @@ def last_complete_checkpoint(folder: Path) -> Path | None:
 
 
 def keep_tracker_files(work: Path, folder: Path) -> None:
-    """Copy what trackers (`report_to`) wrote beside the checkpoints, in every session of a training, to `folder`."""
+    """Copy the files that trackers (`report_to`) wrote next to the checkpoints, in all sessions, to `folder`."""
     for path in work.glob("*"):
         if path.is_dir() and not path.name.startswith(CHECKPOINT):
             shutil.copytree(path, folder / path.name, dirs_exist_ok=True)

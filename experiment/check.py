@@ -1,4 +1,4 @@
-"""What is checked before anything is trained."""
+"""Checks before anything is trained."""
 
 from collections.abc import Iterable
 
@@ -10,13 +10,13 @@ from m2mkd.experiment.phases import Phase
 
 def check_arguments(phases: Iterable[Phase]) -> None:
     """
-    Build all training arguments of a run's phases.
+    Check all training arguments of a run's phases by building them.
 
     Args:
         phases (`Iterable[Phase]`)
 
     Raises:
-        `RecipeError`: an argument is refused; the message names the key.
+        `RecipeError`: an argument is not valid; the message names the key.
     """
     for phase in phases:
         session = phase.session
@@ -27,4 +27,4 @@ def check_arguments(phases: Iterable[Phase]) -> None:
                     # raises RuntimeError if its library is not installed
                     tracker()
             except (ValueError, TypeError, ImportError, RuntimeError) as error:
-                raise RecipeError(f"The arguments of {key} (with those of training) are refused: {error}") from error
+                raise RecipeError(f"The arguments of {key} (with those of training) are not valid: {error}") from error

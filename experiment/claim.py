@@ -1,4 +1,4 @@
-"""A run's folder belongs to one recipe; what may still change in it depends on which phases are finished."""
+"""A run's folder belongs to one recipe; the keys that may still change depend on which phases are finished."""
 
 import shutil
 from collections.abc import Iterable
@@ -20,13 +20,13 @@ from m2mkd.files import explained_write_errors, read_json, write_json
 from m2mkd.screen import Screen
 
 
-# Can change at any time: arms and seeds can be added, and phases or pairs shared out, without touching what is
-# finished.
+# Keys that may change at any time: arms and seeds can be added, and phases or pairs distributed, without touching
+# finished phases.
 _FREE = ("name", "output_dir", "repeat_seeds", "equal_compute", "processes", "distill.pairs")
-# Training arguments can change in the middle of a phase: after a loss that was not finite, say.
+# Training arguments may change in the middle of a phase, e.g. after a loss that was not finite.
 _TRAINING = ("training", "incubation", "finetuning")
-# Training arguments that change neither weights nor results, so that they may change at any time: how images are read
-# (but not in which order), and what is shown, logged, kept and sent where.
+# Training arguments that affect neither weights nor results, so they may change at any time: how images are read (but
+# not in which order), and what is shown, logged, kept and sent.
 _OPERATIONAL = {
     *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers"),
     *("dataloader_prefetch_factor", "dataloader_multiprocessing_context", "torch_empty_cache_steps", "ddp_timeout"),
@@ -37,15 +37,15 @@ _OPERATIONAL = {
     *("do_predict", "push_to_hub", "hub_token", "hub_private_repo", "hub_model_id", "hub_strategy", "hub_always_push"),
     "hub_revision",
 }
-# These as well, unless the best checkpoint becomes the result.
+# These may change as well, unless the best checkpoint becomes the result.
 _CHECKPOINTS, _TAKES_BEST = {"save_strategy", "save_steps"}, "load_best_model_at_end"
 
 
 def claim_folder(recipe: Recipe) -> None:
     """
-    Record the recipe in the run's folder. Keys that no finished phase depends on may have changed since the last
-    start, and so may training arguments that change no weights; checkpoints of a phase whose networks or data changed
-    are dropped.
+    Record the recipe in the run's folder. Since the last start, keys that no finished phase depends on may have
+    changed, and so may training arguments that do not affect the weights. Checkpoints of a phase whose networks or
+    data changed are deleted.
 
     Raises:
         `RunError`: a finished phase depends on a key that changed, or the folder cannot be written.
@@ -63,12 +63,12 @@ def claim_folder(recipe: Recipe) -> None:
 
 
 def _changes(folder: RunFolder, recipe: Recipe) -> dict[str, str]:
-    """What differs from the recipe that was recorded, in words by dotted key, without what is free."""
+    """Differences from the recorded recipe, as text by dotted key, without keys that may always change."""
     try:
         there = parse_recipe(read_noted_recipe(folder.path), str(folder.recipe))
     except RecipeError as error:
-        raise RunError(f"{folder.path} holds a run of a recipe that is not valid here. {error}") from error
-    # what a finished arm was made with counts, also if the last start did not ask for that arm
+        raise RunError(f"{folder.path} has a run of a recipe that is not valid in this version. {error}") from error
+    # the words of a finished arm count, even if the last start did not ask for that arm
     made = {arm.name: arm.words() for seed in folder.seeds() for arm in _arms_of_folder(folder, seed)}
     theirs = {**there.model_dump(mode="json"), "arms": {**_words(there), **made}}
     ours = {**recipe.model_dump(mode="json"), "arms": _words(recipe)}
@@ -95,7 +95,7 @@ def _words(recipe: Recipe) -> dict[str, Any]:
 
 
 def _is_whole_arm(key: str) -> bool:
-    """An arm that was added or left out."""
+    """Whether the key is a whole arm, which was added or left out."""
     section, _, rest = key.partition(".")
     return section == "arms" and "." not in rest
 
@@ -120,15 +120,14 @@ def _check_changes(folder: RunFolder, changes: dict[str, str], recipe: Recipe) -
 def _advice(output_dir: Path, refused: dict[str, str]) -> str:
     shared = next((key for key in refused if key.startswith("training.")), None)
     one_phase = (
-        " To change a training argument of a phase that is not finished, set it for that phase only "
-        f"(--finetune.{shared} …)."
+        f" To change a training argument of an unfinished phase, set it only for that phase (--finetune.{shared} …)."
         if shared is not None
         else ""
     )
     return (
-        f"{output_dir} holds a run of another recipe: values that its finished phases depend on have changed. To keep "
+        f"{output_dir} has a run of another recipe: values that its finished phases depend on have changed. To keep "
         "these phases, set the old values again. To run the recipe as it is now, choose another --output_dir, or "
-        f"delete the folders in parentheses: they are made again.{one_phase} What differs (there → here):\n  "
+        f"delete the folders in parentheses, and their phases run again.{one_phase} Changes (old → new):\n  "
         + "\n  ".join(refused.values())
     )
 
@@ -138,7 +137,7 @@ def _session(recipe: Recipe, seed: int) -> Session:
 
 
 def known_arms(folder: RunFolder, recipe: Recipe, seed: int) -> list[Arm]:
-    """The arms of a recipe, and those that lie in the folder of one of its seeds."""
+    """The arms of a recipe, and those that have a folder for one of its seeds."""
     return list({**{arm.name: arm for arm in _arms_of_folder(folder, seed)}, **recipe.all_arms}.values())
 
 

@@ -1,4 +1,4 @@
-"""Floating point operations of a training step, counted by torch on a small batch."""
+"""Floating-point operations of a training step, counted by torch on a small batch."""
 
 from itertools import islice
 
@@ -11,8 +11,8 @@ from m2mkd.trainer.m2mkd_trainer import M2MKDTrainer
 
 def training_flops_per_image(trainer: M2MKDTrainer, networks: list[PreTrainedModel]) -> float:
     """
-    FLOPs of one image through the trainer's forward and backward pass: the frozen prefix, the teacher, the student and
-    the suffix. Multiplications and additions count apart; element-wise work is left out, as is customary.
+    Count the FLOPs per image of the trainer's forward and backward pass: the frozen prefix, the teacher, the student
+    and the suffix. Multiplications and additions count separately; element-wise operations are left out, as usual.
 
     Args:
         trainer (`M2MKDTrainer`)
@@ -26,13 +26,13 @@ def training_flops_per_image(trainer: M2MKDTrainer, networks: list[PreTrainedMod
         (network, network.config._attn_implementation, network.config._experts_implementation) for network in networks
     ]
     try:
-        # the counter knows the plain paths; fused attention and grouped products are the same mathematics
+        # the counter knows only the plain paths; fused attention and grouped products compute the same
         for network in networks:
             network.set_attn_implementation("eager")
             network.config._experts_implementation = "eager"
-        # evaluation mode leaves the trainer's statistics and random numbers alone
+        # evaluation mode does not change the trainer's statistics and random numbers
         trainer.model.eval()
-        # in the precision of the training: what is frozen is in it already
+        # in the precision of the training, which the frozen networks already have
         with FlopCounterMode(display=False) as counter, trainer.accelerator.autocast():
             trainer.compute_loss(trainer.model, batch).backward()
     finally:
@@ -45,5 +45,5 @@ def training_flops_per_image(trainer: M2MKDTrainer, networks: list[PreTrainedMod
 
 
 def count_parameters(model: torch.nn.Module) -> int:
-    """Number of parameters, each tensor once."""
+    """Count the parameters; each tensor counts once."""
     return sum(parameter.numel() for parameter in model.parameters())

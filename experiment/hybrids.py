@@ -1,4 +1,4 @@
-"""Whether the meta model and the teacher of a run share a feature space, which distillation needs."""
+"""Checks that the meta model and the teacher of a run share a feature space, which distillation needs."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,7 @@ from m2mkd.evaluation.hybrids import check_teacher, hybrid_accuracies, hybrids_s
 from m2mkd.experiment.session import Results, Session
 
 
-# Training images that hybrids are measured on where the test set has other classes.
+# Number of training images that hybrids are measured on if the test set has other classes.
 HYBRID_IMAGES = 2_000
 
 
@@ -19,7 +19,8 @@ def measure_hybrids(
     session: Session, teacher: PreTrainedModel, meta: PreTrainedModel, indices: Sequence[int] | None = None
 ) -> Results:
     """
-    The accuracy of the hybrids on the IID test set if it has the distilled classes, else on training images.
+    Measure the accuracy of the hybrids on the IID test set if it has the distilled classes, otherwise on training
+    images.
 
     Args:
         session (`Session`)
@@ -27,7 +28,7 @@ def measure_hybrids(
         indices (`Sequence[int]`, *optional*): Stages to swap in. `None`: all.
 
     Returns:
-        What `hybrid_accuracies` returns, and as `set` the images in words.
+        The result of `hybrid_accuracies`, with a description of the images as `set`.
     """
     recipe, data = session.recipe, session.recipe.distill.data
     is_tested = session.data.shares_labels(recipe.evaluation.iid, session.data.class_names(data))
@@ -47,7 +48,7 @@ def check_hybrids(
     session: Session, teacher: PreTrainedModel, meta: PreTrainedModel, indices: Sequence[int]
 ) -> Results:
     """
-    Measure the hybrids that pairs are distilled from. Says which are weak.
+    Measure the hybrids that pairs are distilled from, and print a warning that names the weak ones.
 
     Raises:
         `RunError`: one of them is noise.
@@ -63,15 +64,15 @@ def check_hybrids(
         session.say(warning)
     if noise:
         raise RunError(
-            f"{warning} What stage {', '.join(noise)} gives there is noise, and is not distilled. Set `meta.init: "
-            "from_teacher` (and leave `meta.model` out) to align the meta model with the teacher, or "
-            "`distill.training.alpha: 0` to train the pairs by the labels alone."
+            f"{warning} The output of stage {', '.join(noise)} there is noise, so it is not distilled. Set "
+            "`meta.init: from_teacher` (and leave out `meta.model`) to align the meta model with the teacher, or "
+            "`distill.training.alpha: 0` to train the pairs only with the labels."
         )
     return measured
 
 
 def say_if_teacher_is_weak(session: Session, measured: Results) -> None:
-    """Say so if the teacher may be no better than chance. Raises `RunError` if it surely is not."""
+    """Print a warning if the teacher may not be better than chance. Raises `RunError` if it certainly is not."""
     warning = check_teacher(measured)
     if warning is not None:
         session.say(warning)

@@ -1,4 +1,4 @@
-"""The machine that a run is made on: how many phases at once, with how many threads."""
+"""The machine of a run: number of phases at once, and number of threads."""
 
 import os
 
@@ -10,23 +10,25 @@ from m2mkd.experiment.recipe import Recipe
 
 
 def num_processes(recipe: Recipe) -> int:
-    """How many phases run at once. Raises `RunError` if several processes share each phase already."""
+    """Number of phases that run at once. Raises `RunError` if several processes already share each phase."""
     alone = PartialState().num_processes == 1
     if recipe.processes is not None:
         if recipe.processes > 1 and not alone:
             raise RunError(
                 f"`processes` is {recipe.processes}, but {PartialState().num_processes} processes already share each "
-                "phase. Leave `processes` out, or start one process."
+                "phase. Leave out `processes`, or start only one process."
             )
         return recipe.processes
     if not alone or torch.accelerator.is_available():
         return 1
-    # small networks gain nothing from a second thread, and all from a second process
+    # small networks gain nothing from a second thread, but much from a second process
     return min(torch.get_num_threads(), len(recipe.arms) * (1 + len(recipe.repeat_seeds)))
 
 
 def use_all_cores() -> None:
-    """`accelerate launch` gives a process one thread unless told otherwise; alone on a CPU it may have them all."""
+    """
+    Use all cores if this is the only process on a CPU: `accelerate launch` gives a process one thread by default.
+    """
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1"
     if launched and PartialState().num_processes == 1 and not torch.accelerator.is_available():
         torch.set_num_threads(
@@ -35,7 +37,7 @@ def use_all_cores() -> None:
 
 
 def device_in_words(recipe: Recipe) -> str:
-    """What the run was made on."""
+    """Describe the device of the run as text."""
     processes = num_processes(recipe)
     aside = f", up to {processes} phases side by side" if processes > 1 else ""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"

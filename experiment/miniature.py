@@ -20,9 +20,9 @@ from m2mkd.screen import Screen
 
 IMAGES_PER_CLASS = 3
 PATCH_SIZE = 8
-# The largest images of the recipe, and all others: a recipe whose phases differ in size keeps that.
+# Sizes of the recipe's largest images and of all others: if phases have different sizes, they keep that.
 LARGE, SMALL = 32, 16
-# Four classes that Tiny-ImageNet and ImageNet-R have, too.
+# Four classes that Tiny-ImageNet and ImageNet-R have as well.
 NUM_CLASSES = 4
 _SIZES: dict[str, dict[str, Any]] = {
     "vit": {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24, "patch_size": PATCH_SIZE},
@@ -43,7 +43,7 @@ _SIZES: dict[str, dict[str, Any]] = {
 _SIZES["deit"] = _SIZES["vit"]
 _SIZES["vmoe"] = {**_SIZES["vit"], "num_experts": 4}
 _SIZES["dinov2"] = {"hidden_size": 16, "num_attention_heads": 2, "mlp_ratio": 2, "patch_size": PATCH_SIZE}
-# Arguments of a graph of 12 nodes that take the place of the recipe's; others are kept.
+# Arguments of a graph of 12 nodes that replace the recipe's; others are kept.
 _GRAPHS = {
     "barabasi_albert": {"m": 2},
     "planted_partition": {"l": 3, "k": 4},
@@ -53,7 +53,7 @@ _GRAPHS = {
     "balanced_tree": {"r": 1, "h": 11},
     "barbell": {"m1": 6, "m2": 0},
 }
-# One epoch of one or two steps, on whatever machine.
+# One epoch of one or two steps, on any machine.
 _TRAINING = {
     "num_train_epochs": 1,
     "per_device_train_batch_size": 8,
@@ -66,12 +66,12 @@ _TRAINING = {
 
 def make_miniature(recipe: Recipe) -> Recipe:
     """
-    The recipe with tiny networks of as many stages (and of the recipe's kinds, graphs and losses), one epoch of a step
-    or two in each phase, and a handful of generated images: published sets in the folders of the originals, other
-    sources as image folders; the packaged digits are taken as they are, a few of each class. A published teacher is
-    replaced by a tiny one that is trained. One seed, without the baselines of equal compute.
+    Shrink a recipe: tiny networks with as many stages (and the recipe's kinds, graphs and losses), one epoch of one or
+    two steps per phase, and a few generated images. Published sets get the folder layout of the originals, other
+    sources become image folders; of the packaged digits, a few per class are used as they are. A published teacher is
+    replaced by a tiny one that is trained. There is one seed, and no baselines of equal compute.
 
-    The networks of the recipe itself are checked first, since the tiny ones fit each other in any case.
+    The networks of the recipe itself are checked first, because the tiny ones always fit each other.
 
     Args:
         recipe (`Recipe`)
@@ -97,9 +97,9 @@ def make_miniature(recipe: Recipe) -> Recipe:
         model = {"model_type": "vit", "preset": None, "config": {}}
         teacher |= {"pretrained": None, "model": model, "data": recipe.distill.data}
         if recipe.meta.model is not None:
-            # nothing else need be the published one's width
+            # nothing else has to have the width of the published teacher
             content["meta"]["model"] = model
-    # the first stage keeps more layers than the meta model's: that is what alignment and distillation are for
+    # the first stage has more layers than the meta model's, so that alignment and distillation have something to do
     teacher["depths"] = [2, *[1] * (num_stages - 1)]
     content["student"]["depths"] = [1] * num_stages
     content["meta"]["depths"] = None
@@ -115,7 +115,10 @@ def make_miniature(recipe: Recipe) -> Recipe:
 
 
 def _class_names(recipe: Recipe) -> dict[str, list[str]]:
-    """The classes of each training set. If images are not on this machine, all are taken to have the teacher's."""
+    """
+    The classes of each training set. If images are not on this machine, all sets are assumed to have the teacher's
+    classes.
+    """
     sections = (recipe.meta, recipe.teacher, recipe.distill, recipe.finetune)
     data, names = RunData(recipe), {section.data for section in sections if section.data is not None}
     names |= {recipe.data_of(arm) for arm in recipe.all_arms.values()}
@@ -134,7 +137,7 @@ def _network(spec: dict[str, Any], num_layers: int) -> dict[str, Any]:
     config = {**presets.get(spec["preset"], {}), **spec["config"], **_SIZES[kind]}
     # the image size comes from the data
     config.pop("image_size", None)
-    # read-in and read-out of a NAC are stages, too
+    # read-in and read-out of a NAC are stages as well
     config["num_hidden_layers"] = num_layers - 2 if kind == "nac" else num_layers
     if config.get("moe_layers"):
         config["moe_layers"] = [layer for layer in config["moe_layers"] if layer < num_layers]
@@ -146,7 +149,7 @@ def _network(spec: dict[str, Any], num_layers: int) -> dict[str, Any]:
 
 
 def _short(training: dict[str, Any]) -> dict[str, Any]:
-    """Training arguments of a phase without what makes it long; a share of its steps stays a share."""
+    """Training arguments of a phase without those that make it long; a fraction of its steps stays a fraction."""
     kept = {name: value for name, value in training.items() if name not in {*_TRAINING, "max_steps"}}
     for name in ("eval_steps", "logging_steps", "save_steps", "warmup_steps"):
         if kept.get(name, 0) >= 1:
@@ -158,7 +161,7 @@ def _short(training: dict[str, Any]) -> dict[str, Any]:
 
 
 def _source(name: str, data: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Write the images of a set, and say what the recipe has to say about them."""
+    """Write the images of a set, and return the recipe's values for them."""
     source = data["source"].partition(":")[0]
     if source in ("mnist5k", "uci_digits"):
         return {"samples_per_class": IMAGES_PER_CLASS}
@@ -174,7 +177,7 @@ def _source(name: str, data: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def _picture(path: Path, number: int) -> None:
-    """Noise around the colour of its class, of another size than the networks take."""
+    """Write noise around the color of its class, of another size than the networks take."""
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         noise = np.random.default_rng(number).integers(0, 100, (36, 40, 3))

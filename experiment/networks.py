@@ -1,4 +1,4 @@
-"""Builds the configurations of a recipe's networks."""
+"""Configurations of a recipe's networks."""
 
 from collections.abc import Sequence
 
@@ -17,15 +17,15 @@ from m2mkd.experiment.recipe import NetworkSpec
 
 def build_config(spec: NetworkSpec, data: DataConfig, class_names: Sequence[str]) -> PreTrainedConfig:
     """
-    The configuration of a network of the recipe for one data set.
+    Build the configuration of a network of the recipe for one data set.
 
     Args:
         spec (`NetworkSpec`)
-        data (`DataConfig`): Gives `image_size`.
-        class_names (`Sequence[str]`): Give the labels.
+        data (`DataConfig`): Data set that gives `image_size`.
+        class_names (`Sequence[str]`): Class names that give the labels.
 
     Raises:
-        `RecipeError`: a field that the model's configuration lacks, or a value that it refuses.
+        `RecipeError`: the model's configuration does not have a field, or does not accept a value.
     """
     own = {
         "image_size": data.image_size,
@@ -36,30 +36,34 @@ def build_config(spec: NetworkSpec, data: DataConfig, class_names: Sequence[str]
     config_class = type(AutoConfig.for_model(spec.model_type))
     clash = sorted(set(own) & set(spec.config))
     if clash:
-        raise RecipeError(f"The `config` of a {spec.model_type} sets {clash}; these come from the data.")
+        raise RecipeError(
+            f"The `config` of a {spec.model_type} sets {clash}, but these come from the data. Leave them out."
+        )
     known = config_class().to_dict().keys() | config_class.__dataclass_fields__.keys()
     unknown = sorted(set(spec.config) - known)
     if unknown:
-        raise RecipeError(f"A {spec.model_type} configuration has no field {unknown}; look them up in {config_class}.")
+        raise RecipeError(
+            f"A {spec.model_type} configuration has no field {unknown}. See {config_class.__name__} for its fields."
+        )
     if spec.preset is not None and not hasattr(config_class, "from_preset"):
-        raise RecipeError(f"`preset` is for nac and vmoe, not for {spec.model_type}; give the sizes in `config`.")
-    # a DeiT has several classes, of which transformers takes the first that is listed here, or else the plain one
+        raise RecipeError(f"A {spec.model_type} has no `preset`, only nac and vmoe do. Give the sizes in `config`.")
+    # a DeiT has several model classes; transformers takes the first one listed here, otherwise the plain one
     fields = {"architectures": [], **spec.config, **own}
     try:
         if spec.preset is not None:
             return config_class.from_preset(spec.preset, **fields)
         return config_class(**fields)
     except Exception as error:
-        # the strict dataclasses of huggingface_hub wrap the reason in errors of their own
-        raise RecipeError(f"The `config` of the {spec.model_type} is refused: {error.__cause__ or error}") from error
+        # the strict dataclasses of huggingface_hub wrap the reason in their own errors
+        raise RecipeError(f"The `config` of the {spec.model_type} is not valid: {error.__cause__ or error}") from error
 
 
 def fit_to_data(network: PreTrainedModel, data: DataConfig, class_names: Sequence[str]) -> None:
     """
-    Let a trained network take the images of a data set, and call its classes as the data do; in place.
+    Adapt a trained network in place to the image size and the class names of a data set.
 
     Raises:
-        `StageError`: whole patches do not cover the images.
+        `StageError`: the images cannot be divided into whole patches.
     """
     fit_image_size(network, data.image_size)
     take_class_names(network.config, class_names)

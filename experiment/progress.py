@@ -1,4 +1,4 @@
-"""Shows how far a training is."""
+"""Progress display of a training."""
 
 from typing import Any
 
@@ -8,7 +8,10 @@ from m2mkd.screen import Screen
 
 
 class ShownProgress(TrainerCallback):
-    """Shows on a screen how far a phase is, with the newest loss and accuracy. Evaluations take seconds: not shown."""
+    """
+    Shows the progress of a phase on a screen, with the latest loss and accuracy. Evaluations take only seconds and are
+    not shown.
+    """
 
     def __init__(self, name: str, screen: Screen):
         self.name, self.screen = name, screen

@@ -22,7 +22,7 @@ class NetworkSpec(Section):
     Args:
         model_type (`str`): As in transformers: `"vit"`, `"deit"`, `"dinov2"`, `"nac"`, `"vmoe"`.
         preset (`str`, *optional*): A size of `VMoEConfig.from_preset` or `NACConfig.from_preset`.
-        config (`dict`): Fields of the model's configuration. Image size and labels come from the data.
+        config (`dict`): Fields of the model's configuration. Image size and labels are set from the data.
     """
 
     model_type: Literal["vit", "deit", "dinov2", "nac", "vmoe"]
@@ -35,10 +35,11 @@ class MetaSpec(Section):
     The meta model [PT].
 
     Args:
-        init (`str`): `"random"`: `model` is trained by the labels, and the teacher can be incubated inside it.
-            `"from_teacher"`: made of the teacher, whose stage boundaries its layers learn; any pretrained ViT will do.
-        model (`NetworkSpec`, *optional*): What to train; `from_teacher` has the teacher's architecture.
-        depths (`list[int]`, *optional*): Layers of each stage. `None`: one.
+        init (`str`): `"random"`: `model` is trained with the labels, and the teacher can be incubated inside it.
+            `"from_teacher"`: it is made from the teacher, whose stage boundaries its layers learn; any pretrained ViT
+            can be the teacher.
+        model (`NetworkSpec`, *optional*): Network to train. With `from_teacher`, the architecture is the teacher's.
+        depths (`list[int]`, *optional*): Layers in each stage. `None`: one per stage.
         data (`str`): Name of the training set; `from_teacher` does not read its labels.
         training (`dict`): Training arguments.
     """
@@ -53,7 +54,7 @@ class MetaSpec(Section):
     def _one_source(self) -> "MetaSpec":
         if (self.init == "random") == (self.model is None):
             raise ValueError(
-                "give `model` (what to train), or `init: from_teacher` (the teacher's architecture), and not both"
+                "give either `model` (the network to train) or `init: from_teacher` (the teacher's architecture)"
             )
         return self
 
@@ -61,12 +62,13 @@ class MetaSpec(Section):
 class TeacherSpec(Section):
     """
     The teacher: incubated inside the meta model and fine-tuned [MT + FT], or a published one. With
-    `meta.init: from_teacher` there is no meta model to incubate in yet: a `model` is trained by `finetuning` alone.
+    `meta.init: from_teacher` there is no meta model yet to incubate in: a `model` is trained only by `finetuning`.
 
     Args:
-        pretrained (`str`, *optional*): Hub id or folder of a trained classifier; beside it only `depths` is read.
-        model (`NetworkSpec`, *optional*): What to incubate.
-        depths (`list[int]`): Layers of each stage.
+        pretrained (`str`, *optional*): Hub id or folder of a trained classifier. Of the other keys, only `depths` is
+            read.
+        model (`NetworkSpec`, *optional*): Network to incubate.
+        depths (`list[int]`): Layers in each stage.
         data (`str`, *optional*): Name of the training set.
         incubation, finetuning (`dict`): Training arguments of the two steps.
     """
@@ -81,14 +83,14 @@ class TeacherSpec(Section):
     @model_validator(mode="after")
     def _one_source(self) -> "TeacherSpec":
         if (self.pretrained is None) == (self.model is None):
-            raise ValueError("give `pretrained` (a Hub id or folder) or `model` (to incubate one), and not both")
+            raise ValueError("give either `pretrained` (a Hub id or folder) or `model` (the network to train)")
         if self.model is not None and self.data is None:
-            raise ValueError("`data` is missing: the set that the teacher is trained on")
+            raise ValueError("`data` is missing; name the data set that the teacher is trained on")
         return self
 
 
 class StudentSpec(Section):
-    """The student and the layers of each of its stages."""
+    """The student, and the number of layers in each of its stages."""
 
     model: NetworkSpec
     depths: list[int]
@@ -104,7 +106,7 @@ class DistillSpec(Section):
 
 
 class FinetuneSpec(Section):
-    """The end-to-end phase [FT / E2E], the same for every arm; `keep_stitches` concerns the distilled student."""
+    """The end-to-end phase [FT / E2E], the same for every arm. `keep_stitches` applies to the distilled student."""
 
     data: str
     keep_stitches: bool = False
@@ -112,7 +114,7 @@ class FinetuneSpec(Section):
 
 
 class KDSpec(Section):
-    """Ordinary distillation from the whole teacher: what differs from the end-to-end phase, e.g. `alpha`."""
+    """Ordinary distillation from the whole teacher: arguments that differ from the end-to-end phase, e.g. `alpha`."""
 
     _has_teacher = True
     training: Training = Field(default_factory=dict)
@@ -130,20 +132,20 @@ class Recipe(Section):
     A whole experiment.
 
     Args:
-        name (`str`): What the report calls it.
-        output_dir (`str`): The run's folder.
-        seed (`int`): Of weights, data order and augmentation.
+        name (`str`): Name in the report.
+        output_dir (`str`): Folder of the run.
+        seed (`int`): Seed of weights, data order and augmentation.
         repeat_seeds (`list[int]`): Repeat distillation and arms with these seeds, sharing meta model and teacher.
         arms (`list` or `dict`): The arms to run, see `ArmSpec`: names of presets, or `{name: {init: …, supervision: …,
             data: …, training: …, budget: …}}`.
-        equal_compute (`bool`): Also run each other arm with the FLOPs of the first arm that starts from modules: its
-            distillation becomes extra epochs of theirs (`budget: {flops_of: …}`). An arm that takes more anyway is
-            not run again; its result counts for both.
-        processes (`int`, *optional*): How many phases to run at once on this machine, each in a process of its own
-            with its share of the threads. `None`: on a CPU as many as there are arms and seeds, as far as there are
-            threads; 1 with a GPU, or where several processes share each phase (torchrun).
+        equal_compute (`bool`): Also run each other arm with the FLOPs of the first arm that starts from modules. The
+            FLOPs of its distillation become extra epochs of the others (`budget: {flops_of: …}`). An arm that takes
+            more FLOPs anyway is not run again; its result counts for both.
+        processes (`int`, *optional*): Number of phases to run at once on this machine, each in its own process with
+            its part of the threads. `None`: on a CPU, one per arm and seed, but no more than there are threads; 1 with
+            a GPU, or if several processes share each phase (torchrun).
         data (`dict[str, DataConfig]`): Data sets by name; the phases refer to them.
-        training (`dict`): Training arguments of every phase; a phase's own come on top.
+        training (`dict`): Training arguments of every phase; those of a single phase override them.
     """
 
     name: str
@@ -179,7 +181,7 @@ class Recipe(Section):
 
     @property
     def all_arms(self) -> dict[str, Arm]:
-        """The arms by name, those that `equal_compute` adds included."""
+        """The arms by name, including those that `equal_compute` adds."""
         return resolve(self.arms, self.equal_compute)
 
     def data_of(self, arm: Arm) -> str:
@@ -187,7 +189,7 @@ class Recipe(Section):
         return arm.spec.data or self.finetune.data
 
     def _uses(self) -> dict[str, str]:
-        """The names of data sets, by the key that names them."""
+        """The names of data sets, by the recipe key that refers to them."""
         names = {
             **{f"arms.{name}.data": spec.data for name, spec in self.arms.items()},
             "meta.data": self.meta.data,
@@ -211,7 +213,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _check_holdouts(self) -> "Recipe":
-        """Both parts of a folder with a holdout must be in use, or images are lost silently."""
+        """Check that both parts of a folder with a holdout are used; otherwise images would be lost silently."""
         used = {name: data for name, data in self.used_data().items() if data.holdout}
         for name, data in used.items():
             rest = {"train": "test", "test": "train"}.get(data.split)
@@ -221,7 +223,7 @@ class Recipe(Section):
                     f"`data.{name}` has `holdout: {data.holdout}` and is split {data.split!r} of {data.source!r}, but "
                     f"no other set of this recipe is split {rest!r} of that folder with the same `holdout`. For "
                     f"separate folders, set data.{name}.holdout to 0 and data.{name}.split to null, as "
-                    "recipes/image_folders.yaml does for each set. For one folder, give both sets its path as `source`"
+                    "recipes/image_folders.yaml does for each set. For one folder, set `source` of both sets to it"
                 )
         return self
 
@@ -234,20 +236,21 @@ class Recipe(Section):
         for key, depths in (("teacher.depths", self.teacher.depths), ("meta.depths", self.meta.depths)):
             if depths is not None and len(depths) != num_pairs:
                 raise ValueError(
-                    f"`student.depths` {self.student.depths} makes {num_pairs} stages and `{key}` {depths} makes "
-                    f"{len(depths)}; pair i takes stage i of each network"
+                    f"`student.depths` {self.student.depths} makes {num_pairs} stages, but `{key}` {depths} makes "
+                    f"{len(depths)}; all networks need the same number of stages"
                 )
         if self.meta.init == "from_teacher" and self.teacher.incubation:
             raise ValueError(
-                "`teacher.incubation` needs a meta model to incubate in, but `meta.init` is from_teacher; leave it "
-                "out (`teacher.finetuning` trains the whole teacher), or train a `meta.model`"
+                "`teacher.incubation` needs a meta model to incubate in, but `meta.init` is from_teacher. Leave out "
+                "`teacher.incubation` (`teacher.finetuning` trains the whole teacher), or train a `meta.model`"
             )
         if self.finetune.keep_stitches and not stage_class_of_type(self.student.model.model_type).keeps_stitches:
             raise ValueError(
-                f"`finetune.keep_stitches` is for a vmoe; a {self.student.model.model_type} has no place for stitches"
+                f"`finetune.keep_stitches` works only with a vmoe; a {self.student.model.model_type} has no place for "
+                "stitches"
             )
         resolve(self.arms, self.equal_compute)
         seeds = [self.seed, *self.repeat_seeds]
         if len(set(seeds)) != len(seeds):
-            raise ValueError(f"`seed` {self.seed} and `repeat_seeds` {self.repeat_seeds} must all differ")
+            raise ValueError(f"`seed` {self.seed} and `repeat_seeds` {self.repeat_seeds} must all be different")
         return self

@@ -1,4 +1,4 @@
-"""Reads recipes: YAML in, checked objects out."""
+"""Reading of recipes: YAML in, checked objects out."""
 
 import copy
 import itertools
@@ -18,7 +18,7 @@ from m2mkd.experiment.recipe import Recipe
 from m2mkd.experiment.section import rule_of
 
 
-# What a value leaves no place for: (key, value or `None` for any, keys of the extended recipe that are dropped).
+# Keys that a value replaces: (key, value or `None` for any, keys of the extended recipe that are dropped).
 _INSTEAD_OF: tuple[tuple[str, Any, tuple[str, ...]], ...] = (
     ("meta.init", "from_teacher", ("meta.model", "teacher.incubation")),
     ("meta.model", None, ("meta.init",)),
@@ -27,16 +27,16 @@ _INSTEAD_OF: tuple[tuple[str, Any, tuple[str, ...]], ...] = (
 )
 
 
-# The recipe that runs if none is given; others extend it as `default`.
+# The recipe that runs if none is given; other recipes extend it as `default`.
 EMBEDDED = resources.files("m2mkd.experiment") / "default.yaml"
 
 
 def load_recipe(path: str | Path | None = None, overrides: dict[str, Any] | None = None) -> Recipe:
     """
-    Read a recipe. Its key `extends` names another recipe, relative to its own folder, whose values it takes over but
-    for those that it gives itself: sections are merged key by key, anything else is replaced. So is a network by one
-    with another `model_type`, and what a value leaves no place for is dropped: `meta.model` by `meta.init:
-    from_teacher`, `teacher.model` by `teacher.pretrained`, and the other way round.
+    Read a recipe. Its key `extends` names another recipe, relative to its own folder, whose values it inherits except
+    those that it gives itself: sections are merged key by key, anything else is replaced. A network with another
+    `model_type` replaces the whole network. Values that exclude each other are dropped: `meta.init: from_teacher`
+    drops `meta.model`, `teacher.pretrained` drops `teacher.model`, and the other way round.
 
     Args:
         path (`str` or `Path`, *optional*): A YAML file. `None`: the embedded default.
@@ -44,7 +44,7 @@ def load_recipe(path: str | Path | None = None, overrides: dict[str, Any] | None
             `{"finetune.training.num_train_epochs": 3}`.
 
     Raises:
-        `RecipeError`: a file that is no YAML mapping, an unknown key, a wrong type or value.
+        `RecipeError`: a file is not a YAML mapping, a key is unknown, or a type or value is wrong.
     """
     source = Path(path) if path is not None else EMBEDDED
     content = _read(source, [])
@@ -58,26 +58,26 @@ def load_recipe(path: str | Path | None = None, overrides: dict[str, Any] | None
 
 
 def _read(source: Any, extended: list[str]) -> dict[str, Any]:
-    """The content of a recipe, with what it extends; `extended` are those that extend it."""
+    """The content of a recipe, merged with the recipe that it extends; `extended` are the recipes that extend it."""
     if not source.is_file():
         here = ", ".join(str(path) for path in _recipes_here())
         raise RecipeError(
             f"There is no recipe {source}. "
-            + (f"There are: {here}." if here else "The repository of m2mkd has some in its folder recipes/.")
+            + (f"Available: {here}." if here else "The repository of m2mkd has some in its folder recipes/.")
         )
     try:
         content = yaml.load(source.read_text(encoding="utf-8"), Loader=_Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"{source} cannot be read as YAML: {_yaml_problem(error)}") from error
     if not isinstance(content, dict):
-        raise RecipeError(f"{source} holds no mapping of keys to values.")
+        raise RecipeError(f"{source} is not a mapping of keys to values.")
     base = content.pop("extends", None)
     if base is None:
         return content
     if not isinstance(base, str):
         raise RecipeError(f"{source}: `extends` is {base!r}; give the path of one recipe.")
     if str(source) in extended:
-        raise RecipeError(f"{source} extends itself, by way of {extended}.")
+        raise RecipeError(f"{source} extends itself, through {extended}.")
     inherited = _read(EMBEDDED if base == "default" else source.parent / base, [*extended, str(source)])
     return _merged(_without_replaced(inherited, content), content)
 
@@ -91,7 +91,7 @@ def _merged(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
 
 
 def _without_replaced(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-    """The content of a recipe without what `own`, which comes on top of it, leaves no place for."""
+    """The content of a recipe without the keys that `own`, which overrides it, replaces."""
     base = copy.deepcopy(base)
     dropped = [
         key
@@ -119,27 +119,27 @@ def _get(content: Any, key: str) -> Any:
 
 
 def parse_recipe(content: dict[str, Any], source: str) -> Recipe:
-    """Check the content of a recipe; `source` is what the message of a `RecipeError` calls it."""
+    """Check the content of a recipe; `source` is its name in the message of a `RecipeError`."""
     try:
         return Recipe.model_validate(content)
     except ValidationError as error:
         problems = [_explain(problem) for problem in error.errors()]
-        raise RecipeError("\n".join([f"{source} is no valid recipe:", *problems])) from error
+        raise RecipeError("\n".join([f"{source} is not a valid recipe:", *problems])) from error
 
 
 def parse_value(text: str) -> Any:
-    """A value from the command line, as YAML reads it: `3`, `1e-3`, `true`, `[0, 1]`, `text`."""
+    """Parse a value from the command line as YAML: `3`, `1e-3`, `true`, `[0, 1]`, `text`."""
     try:
         return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         raise RecipeError(
-            f"The value {text!r} cannot be read as YAML. Close its brackets and quotes, or, if it is text, put it in "
-            f"quotes of its own: \"'{text}'\"."
+            f"The value {text!r} cannot be read as YAML. Close its brackets and quotes, or, if it is text, quote it: "
+            f"\"'{text}'\"."
         ) from error
 
 
 def _yaml_problem(error: yaml.YAMLError | UnicodeDecodeError) -> str:
-    """Where a file is no YAML, why, and what to do."""
+    """Explain where and why a file is not valid YAML, and what to do."""
     if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
         return f"{error}. Save it as text in UTF-8."
     mark = error.problem_mark
@@ -169,7 +169,7 @@ def _set(content: dict[str, Any], key: str, value: Any) -> None:
             node[parent] = {}
         node = node[parent]
         if not isinstance(node, dict):
-            raise RecipeError(f"{key}: `{parent}` is a value, not a section, so nothing can be set inside it.")
+            raise RecipeError(f"{key}: `{parent}` is a value, not a section, so no key inside it can be set.")
     node[last] = value
 
 
@@ -179,14 +179,14 @@ class _Loader(yaml.SafeLoader):
     key given twice.
     """
 
-    # no list of another loader's is changed
+    # a new dictionary: the lists of other loaders stay unchanged
     yaml_implicit_resolvers = {
         first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        # before `<<` is resolved: a merged key may well be given again
+        # before `<<` is resolved: a merged key may be given again
         given: set[str] = set()
         for key, _ in node.value:
             if key.tag != "tag:yaml.org,2002:merge" and key.value in given:

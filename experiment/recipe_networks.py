@@ -1,4 +1,4 @@
-"""The networks of a recipe before anything is trained: whether they fit their depths, each other and the images."""
+"""Checks before anything is trained that a recipe's networks fit their depths, each other and the images."""
 
 from collections.abc import Callable, Sequence
 
@@ -19,27 +19,28 @@ from m2mkd.experiment.recipe import NetworkSpec, Recipe
 from m2mkd.experiment.run_data import RunData
 
 
-# Of published sets that are not drawn from ImageNet.
+# Classes of published sets that are not based on ImageNet.
 _CLASSES = {"cifar10": range(10), "cifar100": range(100), "cub-200": range(200)}
 
 
 class RecipeNetworks:
     """
     The networks that the arms of a recipe need, on the meta device, without memory for their weights. The runner, the
-    plan and the miniature build them first: a recipe that cannot run is refused here.
+    plan and the miniature build them first, so that a recipe that cannot run fails here.
 
     Args:
         recipe (`Recipe`)
         class_names (`Callable[[str], Sequence[str]]`): The classes of a training set, by its name.
 
     Attributes:
-        meta_depths (`list[int]`): Layers of each stage of the meta model.
-        teacher (`PreTrainedModel`, *optional*): As it is distilled from, on the images of `distill.data`.
-        meta (`PreTrainedModel`, *optional*)
+        meta_depths (`list[int]`): Layers in each stage of the meta model.
+        teacher (`PreTrainedModel`, *optional*): The teacher for the images of `distill.data`.
+        meta (`PreTrainedModel`, *optional*): The meta model.
 
     Raises:
-        `RecipeError`: a configuration is refused.
-        `StageError`: depths do not add up, networks do not fit together, or the teacher cannot be had or is untrained.
+        `RecipeError`: a configuration is not valid.
+        `StageError`: depths do not add up, networks do not fit together, or the teacher cannot be loaded or is
+            untrained.
         `DataError`: the teacher has no image processor.
     """
 
@@ -48,7 +49,7 @@ class RecipeNetworks:
         self.meta_depths = recipe.meta.depths or [1] * len(recipe.student.depths)
         arms, is_aligned = recipe.all_arms.values(), recipe.meta.init == "from_teacher"
         self._is_modular = any(arm.is_modular for arm in arms)
-        # training sets on which a student learns from the teacher as a whole
+        # training sets on which a student learns from the whole teacher
         self._taught = sorted({recipe.data_of(arm) for arm in arms if arm.has_teacher})
         has_teacher = self._is_modular or bool(self._taught)
         self.is_incubated = has_teacher and recipe.teacher.pretrained is None and not is_aligned
@@ -64,7 +65,7 @@ class RecipeNetworks:
         self._check_processors()
 
     def build(self, spec: NetworkSpec, data: str) -> PreTrainedModel:
-        """A network of the recipe for one of its training sets."""
+        """Build a network of the recipe for one of its training sets."""
         return build_on_meta(build_config(spec, self.recipe.data[data], self._class_names(data)))
 
     def _teacher(self) -> PreTrainedModel:
@@ -77,7 +78,7 @@ class RecipeNetworks:
         return teacher
 
     def _check_networks(self) -> None:
-        """The networks among each other."""
+        """Check that the networks fit each other."""
         recipe = self.recipe
         used = {recipe.distill.data, *map(recipe.data_of, recipe.all_arms.values())}
         students = {data: self.build(recipe.student.model, data) for data in sorted(used)}
@@ -98,7 +99,7 @@ class RecipeNetworks:
             check_stitchable(students[data].config, self.teacher.config, None)
 
     def _check_processors(self) -> None:
-        """What is trained on one data set and used on another must be given the same pixels."""
+        """Check that networks trained on one data set and used on another get the same pixels."""
         recipe, distill = self.recipe, self.recipe.distill.data
         if self.teacher is None:
             return
@@ -118,8 +119,8 @@ def check_pixels(data: str, config: DataConfig, network: str, processor: BaseIma
     Check that a data set feeds a network the pixels that it was trained on.
 
     Args:
-        data (`str`), config (`DataConfig`): The data set, by its name in the recipe.
-        network (`str`), processor (`BaseImageProcessor`): The network as messages call it, and its image processor.
+        data (`str`), config (`DataConfig`): Name of the data set in the recipe, and its configuration.
+        network (`str`), processor (`BaseImageProcessor`): Name of the network in messages, and its image processor.
 
     Raises:
         `StageError`: mean, standard deviation, rescaling or size differ.
@@ -129,10 +130,10 @@ def check_pixels(data: str, config: DataConfig, network: str, processor: BaseIma
 
 def class_names_without_images(data: RunData, name: str) -> list[str]:
     """
-    The classes of a training set; those of a published set are known without its images.
+    List the classes of a training set; those of a published set are known without its images.
 
     Raises:
-        `DataError`: it is no published set, and its images cannot be had.
+        `DataError`: it is not a published set, and its images cannot be loaded.
     """
     config = data.config(name)
     source = config.source.partition(":")[0]

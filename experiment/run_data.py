@@ -1,4 +1,4 @@
-"""The data sets of a recipe, loaded once each and handed to the phases."""
+"""The data sets of a recipe, each loaded once and passed to the phases."""
 
 from collections.abc import Sequence
 from itertools import islice
@@ -16,7 +16,7 @@ from m2mkd.experiment.recipe import Recipe
 
 class RunData:
     """
-    Images of a recipe by the names that it gives them.
+    Data sets of a recipe, by their names in it.
 
     Args:
         recipe (`Recipe`)
@@ -29,11 +29,11 @@ class RunData:
 
     def check(self) -> None:
         """
-        Look at every set before anything is trained.
+        Check every set before anything is trained.
 
         Raises:
-            `DataError`: a set cannot be had, a training set has a class without images, or a test set has a class that
-            the arms are not trained on.
+            `DataError`: a set cannot be loaded, a training set has a class without images, or a test set has a class
+            that the arms are not trained on.
         """
         recipe = self.recipe
         teacher = [recipe.teacher.data] if recipe.teacher.data is not None else []
@@ -44,21 +44,21 @@ class RunData:
                 self.test_set(name, recipe.finetune.data, self.class_names(recipe.finetune.data))
 
     def describe(self) -> list[str]:
-        """One line for each set that the run uses."""
+        """Describe each set that the run uses in one line."""
         return [describe_set(name, *self.size(name)) for name in self.recipe.used_data()]
 
     def size(self, name: str) -> tuple[int, list[str]]:
-        """Images and class names of a data set as the recipe takes it."""
+        """Number of images and class names of a data set as the recipe uses it."""
         config = self.config(name)
         data = self._stream(name, config, train=False) if config.streaming else self.images(name)
         return len(data), data.class_names
 
     def config(self, name: str) -> DataConfig:
-        """What the recipe says about a data set."""
+        """The recipe's section about a data set."""
         return self.recipe.data[name]
 
     def images(self, name: str) -> LabeledImages:
-        """The labelled images of a data set. Raises `DataError` if they cannot be had."""
+        """The labelled images of a data set. Raises `DataError` if they cannot be loaded."""
         if name not in self._loaded:
             try:
                 self._loaded[name] = load_images(self.config(name))
@@ -77,7 +77,7 @@ class RunData:
         The label space of a training set.
 
         Raises:
-            `DataError`: a class has no image, so nothing could be learnt of it.
+            `DataError`: a class has no image, so it could not be learned.
         """
         if self.config(name).streaming:
             if name not in self._streamed_classes:
@@ -87,19 +87,21 @@ class RunData:
         present = set(images.labels.tolist())
         absent = [class_name for label, class_name in enumerate(images.class_names) if label not in present]
         if absent:
-            raise DataError(f"data.{name}: no training image of the classes {absent}. Add some, or drop the classes.")
+            raise DataError(
+                f"data.{name}: the classes {absent} have no training images. Add some, or remove the classes."
+            )
         return images.class_names
 
     def training_set(self, name: str, seed: int) -> ImageDataset | StreamedImages:
-        """A data set with the augmentation of its recipe."""
+        """A training set with the augmentation of its recipe."""
         if self.config(name).streaming:
             return self._stream(name, self.config(name), train=True, seed=seed)
         return ImageDataset(self.images(name), self.config(name), train=True, seed=seed)
 
     def test_set(self, name: str, like: str, class_names: Sequence[str]) -> ImageDataset | StreamedImages:
         """
-        A test set for a model trained on the data set `like`: its pixels are made as the model's own, and its labels
-        are mapped by name onto the model's classes.
+        A test set for a model trained on the data set `like`: its pixels are prepared as for that set, and its labels
+        are mapped by name to the model's classes.
 
         Raises:
             `DataError`: it has a class that the model does not know.
@@ -131,7 +133,7 @@ class RunData:
 
 
 def describe_set(name: str, images: int | None, class_names: Sequence[str]) -> str:
-    """A data set in one line: how many images, which classes. `None`: nobody has published how many."""
+    """Describe a data set in one line: number of images (`None`: not published) and classes."""
     classes = ", ".join([*class_names[:3], *(["…"] if len(class_names) > 3 else [])])
     count = "an unknown number of" if images is None else f"{images:,}"
     return f"data.{name}: {count} images of {len(class_names):,} classes ({classes})"

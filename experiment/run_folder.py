@@ -1,4 +1,4 @@
-"""Where everything of a run lies: the one place that joins paths."""
+"""Paths of everything in a run's folder; no other file joins them."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,8 +10,8 @@ class RunFolder:
 
     Args:
         path (`str` or `Path`)
-        seed (`int`): The recipe's own, whose pairs and arms lie in `path` itself; those of its `repeat_seeds` lie in
-            `path/seeds/<seed>`.
+        seed (`int`): The recipe's `seed`, whose pairs and arms are in `path` itself; those of its `repeat_seeds` are
+            in `path/seeds/<seed>`.
     """
 
     def __init__(self, path: str | Path, seed: int):
@@ -33,12 +33,12 @@ class RunFolder:
 
     @property
     def teacher(self) -> Path:
-        """The teacher; of a published one the results only."""
+        """The teacher; for a published teacher, only the results."""
         return self.path / "teacher"
 
     @property
     def incubation(self) -> Path:
-        """Where checkpoints of the teacher's incubation are named after; no artifact."""
+        """Path that names the checkpoints of the teacher's incubation; it is not an artifact."""
         return self.path / "teacher-incubation"
 
     def of_seed(self, seed: int) -> Path:
@@ -73,10 +73,10 @@ class RunFolder:
         return max(found, default=-1) + 1
 
     def work_folders(self) -> Iterator[Path]:
-        """The folders with the checkpoints of all phases that are not finished."""
+        """Find the folders with the checkpoints of all unfinished phases."""
         return self.path.rglob(".*.work")
 
 
 def work_folder(artifact: Path) -> Path:
-    """Where a phase keeps its checkpoints until `artifact` is finished."""
+    """Folder of a phase's checkpoints until `artifact` is finished."""
     return artifact.parent / f".{artifact.name}.work"

@@ -1,4 +1,4 @@
-"""Runs a recipe: each phase once, into a folder of its own; what is finished is skipped."""
+"""Runs a recipe: each phase once, into its own folder; finished phases are skipped."""
 
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from m2mkd.screen import Screen
 
 def run(recipe: Recipe) -> Path | None:
     """
-    Run what a recipe asks for and is not finished yet.
+    Run all phases of a recipe that are not finished yet.
 
     Args:
         recipe (`Recipe`)
@@ -30,7 +30,7 @@ def run(recipe: Recipe) -> Path | None:
         Path of the report (`report.md`); `None` if pairs that other processes train are still missing.
 
     Raises:
-        `RunError`: the folder holds a run of another recipe, or cannot be written.
+        `RunError`: the folder has a run of another recipe, or cannot be written.
     """
     try:
         return _run(recipe)
@@ -55,12 +55,12 @@ def _run(recipe: Recipe) -> Path | None:
             screen.say(f"{phase.title}: finished, skipped")
     work = partial(_work, recipe, data)
     if shared_out := [phase for phase in phases if phase.missing()]:
-        # other processes run the rest, too: who finds all parts goes on
+        # other processes run the remaining parts; the one that finds all parts goes on
         run_tasks(_tasks(_with_what_they_read(shared_out, phases), phases), work, processes)
         for phase in shared_out:
             if missing := phase.missing():
                 phase.session.say(
-                    f"{phase.name} {missing} are still to be distilled (set distill.pairs), then run the recipe again"
+                    f"{phase.name} {missing} are not distilled yet: set distill.pairs to them and run the recipe again"
                 )
         if any(phase.missing() for phase in shared_out):
             return None
@@ -69,7 +69,7 @@ def _run(recipe: Recipe) -> Path | None:
 
 
 def _all_phases(recipe: Recipe, data: RunData, screen: Screen) -> list[Phase]:
-    """Those of all seeds; what the seeds share is that of the first."""
+    """The phases of all seeds; phases that the seeds share are those of the first seed."""
     phases: dict[str, Phase] = {}
     for seed in [recipe.seed, *recipe.repeat_seeds]:
         for phase in phases_of(Session(recipe, data, seed, screen)).values():
@@ -92,7 +92,7 @@ def _with_what_they_read(chosen: list[Phase], phases: list[Phase]) -> list[Phase
 
 
 def _tasks(chosen: list[Phase], phases: list[Phase]) -> list[Task]:
-    """Those that are not finished: what others wait for first, seed by seed among equals."""
+    """Tasks for the unfinished phases: first those that others wait for; otherwise seed by seed."""
     return [
         Task(
             phase.title,

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, field_
 from m2mkd.trainer.m2mkd_config import M2MKDConfig
 
 
-# What the runner sets itself, from other keys of the recipe.
+# Arguments that the runner sets itself, from other keys of the recipe.
 _SET_BY_THE_RUNNER = {
     "output_dir",
     "seed",
@@ -26,7 +26,7 @@ _TRAINING_TYPES = {
     for field in fields(M2MKDConfig)
     if field.init and field.name not in _SET_BY_THE_RUNNER
 }
-# They weigh a teacher; elsewhere there is none, and they would be ignored.
+# Arguments that concern a teacher; in phases without one they would be ignored.
 _LOSS_ARGUMENTS = {
     "alpha",
     "temperature",
@@ -48,7 +48,7 @@ class Section(BaseModel):
     @field_validator("training", "incubation", "finetuning", mode="before", check_fields=False)
     @classmethod
     def _none_given(cls, training: Training | None) -> Training:
-        # how a recipe drops the arguments of the one that it extends
+        # null: how a recipe drops the arguments of the recipe that it extends
         return {} if training is None else training
 
     @field_validator("training", "incubation", "finetuning", check_fields=False)
@@ -66,17 +66,19 @@ def check_training(training: Training, has_teacher: bool) -> Training:
         has_teacher (`bool`): Whether the phase learns from a teacher.
 
     Raises:
-        `ValueError`: an argument that does not exist, that the runner sets, that needs a teacher, or of a wrong type.
+        `ValueError`: an argument does not exist, is set by the runner, needs a teacher, or has a wrong type.
     """
     for name, value in training.items():
         if name in _SET_BY_THE_RUNNER:
             raise ValueError(f"`{name}` is set by the runner from other keys of the recipe; leave it out here")
         if name == "push_to_hub" and value:
-            raise ValueError("`push_to_hub` would push single phases; push an arm of the run with `m2mkd push`")
+            raise ValueError("`push_to_hub` would push single phases; leave it out, and push an arm with `m2mkd push`")
         if name in _LOSS_ARGUMENTS and not has_teacher:
-            raise ValueError(f"`{name}` belongs to distill.training or kd.training; this phase has no teacher")
+            raise ValueError(
+                f"`{name}` needs a teacher, which this phase does not have; set it in distill.training or kd.training"
+            )
         if name not in _TRAINING_TYPES:
-            raise ValueError(f"`{name}` is no argument of transformers.TrainingArguments or m2mkd.M2MKDConfig")
+            raise ValueError(f"`{name}` is not an argument of transformers.TrainingArguments or m2mkd.M2MKDConfig")
         try:
             TypeAdapter(_TRAINING_TYPES[name]).validate_python(value, strict=True)
         except ValidationError as error:
@@ -88,14 +90,14 @@ def check_training(training: Training, has_teacher: bool) -> Training:
 
 
 def _choices(argument: str) -> list[str]:
-    """The values of a training argument that has a fixed list of them."""
+    """The possible values of a training argument, if they are a fixed list."""
     kind = _TRAINING_TYPES[argument]
     enums = [part for part in (kind, *get_args(kind)) if isinstance(part, type) and issubclass(part, Enum)]
     return [member.value for enum in enums for member in enum]
 
 
 def rule_of(problem: Any) -> str:
-    """What pydantic says about a value, in YAML's words."""
+    """Pydantic's message about a value, in terms of YAML."""
     if problem["type"] in ("bool_type", "bool_parsing"):
         return "it should be true or false"
     return problem["msg"].removeprefix("Value error, ")

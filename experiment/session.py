@@ -1,4 +1,4 @@
-"""What the phases of a run share: its recipe, data and folder, and how a network is trained, tested and saved."""
+"""Shared parts of a run's phases: recipe, data and folder, and how networks are trained, tested and saved."""
 
 import math
 import shutil
@@ -33,30 +33,30 @@ from m2mkd.trainer.m2mkd_config import M2MKDConfig
 from m2mkd.trainer.m2mkd_trainer import M2MKDTrainer
 
 
-# Defaults of the phases, under those of the recipe.
+# Defaults of the phases; the recipe overrides them.
 _DEFAULTS = {
     "report_to": "none",
-    # by default it follows the verbosity of transformers, which is turned down
+    # the default follows the verbosity of transformers, which is lowered
     "disable_tqdm": False,
     "save_strategy": "epoch",
     "save_total_limit": 2,
     "logging_strategy": "epoch",
     "eval_strategy": "no",
 }
-# Of a phase that has no teacher.
+# Arguments of a phase without a teacher.
 NO_TEACHER = {"alpha": 0.0}
 Results = dict[str, Any]
 
 
 class Session:
     """
-    One seed of a recipe at work.
+    One seed of a recipe while it runs.
 
     Args:
         recipe (`Recipe`)
         data (`RunData`): The recipe's images.
         seed (`int`): The recipe's own, or one of its `repeat_seeds`, which share its meta model and teacher.
-        screen (`Screen`): Shows what is done.
+        screen (`Screen`): Shows the progress.
     """
 
     def __init__(self, recipe: Recipe, data: RunData, seed: int, screen: Screen):
@@ -66,7 +66,7 @@ class Session:
         self.meta_depths = recipe.meta.depths or [1] * len(self.depths)
 
     def say(self, text: str) -> None:
-        """Print a line that names the seed."""
+        """Print a line that starts with the seed."""
         self.screen.say(f"[seed {self.seed}] {text}")
 
     # ---- Networks ----
@@ -74,13 +74,13 @@ class Session:
     def new_network(
         self, spec: NetworkSpec, data: str, depths: list[int], seed: int, indices: list[int] | None = None
     ) -> PreTrainedModel:
-        """A network of the recipe for a data set; stages that `indices` leaves out stay on the meta device."""
+        """Build a network of the recipe for a data set; stages not in `indices` stay on the meta device."""
         return new_network(
             build_config(spec, self.data.config(data), self.data.class_names(data)), depths, seed, indices
         )
 
     def load_teacher(self) -> PreTrainedModel:
-        """The trained or published teacher, for the images and classes of the distillation."""
+        """Load the trained or published teacher, adapted to the images and classes of the distillation."""
         teacher, data = load_network(self.teacher_source()), self.recipe.distill.data
         fit_to_data(teacher, self.data.config(data), self.data.class_names(data))
         return teacher
@@ -112,18 +112,18 @@ class Session:
         Train `model` in place, from its last checkpoint if there is one.
 
         Args:
-            folder (`Path`): The artifact; its checkpoints lie beside it.
-            name (`str`): What the screen calls it.
+            folder (`Path`): The artifact; its checkpoints are next to it.
+            name (`str`): Name on the screen.
             data (`str`): Name of the training set.
             model (`PreTrainedModel`)
             training (`dict`): The recipe's arguments of the phase.
-            own (`dict`): What the phase itself sets, on top.
-            teacher, meta (`PreTrainedModel`, *optional*): As of the trainer.
-            on_trained (`Callable`, *optional*): Called with the trainer when it has trained.
+            own (`dict`): Arguments that the phase itself sets; they override the others.
+            teacher, meta (`PreTrainedModel`, *optional*): As in the trainer.
+            on_trained (`Callable`, *optional*): Called with the trainer after training.
             trainer_class (`type`)
 
         Returns:
-            What `train_results.json` says.
+            The content of `train_results.json`.
         """
         work = work_folder(folder)
         args = self.arguments(work, training, own)
@@ -151,13 +151,13 @@ class Session:
             "images": images,
             "labels": images if trainer.args.alpha < 1 else 0,
             "epochs": epochs,
-            # the Trainer's last entry sums up the session, not the training
+            # the Trainer's last entry summarizes the session, not the training
             "log_history": [_without_clocks(entry) for entry in history if "train_loss" not in entry],
         }
 
     def arguments(self, work: Path, training: Training, own: Training) -> M2MKDConfig:
-        """The arguments of a phase: the defaults, then the recipe's for all phases, its own, and what it sets."""
-        # the Trainer's state outlives it; a phase may compute in another precision than the last one
+        """Build the arguments of a phase: defaults, the recipe's for all phases, the phase's, and those it sets."""
+        # the Trainer's state outlives it; a phase may use another precision than the last one
         AcceleratorState._reset_state()
         use_cpu = not torch.accelerator.is_available()
         workers = default_workers(max(data.image_size for data in self.recipe.data.values()), use_cpu)
@@ -165,7 +165,7 @@ class Session:
         if use_cpu and PartialState().num_processes > 1:
             device["ddp_backend"] = "gloo"
         settings = {**_DEFAULTS, **device, **self.recipe.training, **training, **own}
-        # to start workers anew each epoch takes longer than a short epoch
+        # restarting the workers each epoch takes longer than a short epoch
         settings.setdefault("dataloader_persistent_workers", settings["dataloader_num_workers"] > 0)
         return M2MKDConfig(output_dir=str(work), seed=self.seed, **settings)
 
@@ -178,7 +178,7 @@ class Session:
         meta: PreTrainedModel | None = None,
         trainer_class: type[M2MKDTrainer] = M2MKDTrainer,
     ) -> M2MKDTrainer:
-        """A trainer on a data set of the recipe, which tests on the IID set if it is asked to and can."""
+        """Build a trainer for a data set of the recipe; it evaluates on the IID set if that is asked and possible."""
         evaluates = args.eval_strategy != "no" and self.has_test_set(self.recipe.evaluation.iid, data)
         args.eval_strategy = args.eval_strategy if evaluates else "no"
         networks = {name: network for name, network in (("teacher", teacher), ("meta", meta)) if network is not None}
@@ -197,16 +197,19 @@ class Session:
         return self.data.test_set(name, like, self.data.class_names(like))
 
     def has_test_set(self, name: str, like: str) -> bool:
-        """A meta model or teacher may be trained on other classes than the arms; then it is not tested on theirs."""
+        """
+        Whether a model trained on `like` can be tested on a set: meta model and teacher may be trained on other
+        classes than the arms.
+        """
         is_arms_data = like in map(self.recipe.data_of, self.recipe.all_arms.values())
         return is_arms_data or self.data.shares_labels(name, self.data.class_names(like))
 
     def eval_batch_size(self) -> int:
-        """Images a device in evaluations."""
+        """Images per device in evaluations."""
         return self.arguments(self.folder.path / ".evaluation", {}, {}).per_device_eval_batch_size
 
     def evaluate(self, model: PreTrainedModel, data: str) -> Results:
-        """`iid` and `ood` of `eval_results.json` for a model trained on `data`, and its experts' load."""
+        """Compute `iid`, `ood` and `expert_load` of `eval_results.json` for a model trained on `data`."""
         results: Results = {"iid": None, "ood": None, "expert_load": None}
         batch_size, use_cpu = self.eval_batch_size(), not torch.accelerator.is_available()
         for key, name in (("iid", self.recipe.evaluation.iid), ("ood", self.recipe.evaluation.ood)):
@@ -220,7 +223,7 @@ class Session:
     def save_model(
         self, folder: Path, model: PreTrainedModel, data: str, results: Results, before: Sequence[Path] = ()
     ) -> None:
-        """Test a trained model and write its folder. `before`: trainings that came before that of `folder`."""
+        """Test a trained model and write its folder. `before`: earlier trainings of the same model."""
         evaluation = self.evaluate(model, data)
 
         def write(temporary: Path) -> None:
@@ -236,7 +239,9 @@ class Session:
         scores = [
             f"{key.upper()} {100 * evaluation[key]['accuracy']:.2f} %" for key in ("iid", "ood") if evaluation[key]
         ]
-        self.say(f"{folder.name}: {', '.join(scores) or 'not tested: other classes than the test set'}")
+        self.say(
+            f"{folder.name}: {', '.join(scores) or 'not tested, because its classes are not those of the test set'}"
+        )
 
     def remove_work(self, folder: Path) -> None:
         """Delete the checkpoints of a finished artifact."""
@@ -249,7 +254,7 @@ def _train_or_restore(trainer: M2MKDTrainer, checkpoint: Path | None) -> list[di
     if checkpoint is not None:
         state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         if state.global_step >= state.max_steps:
-            # the Trainer would take one step too many
+            # the Trainer would do one step too many
             trainer._load_from_checkpoint(str(checkpoint))
             return state.log_history
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
@@ -257,7 +262,7 @@ def _train_or_restore(trainer: M2MKDTrainer, checkpoint: Path | None) -> list[di
 
 
 def _without_clocks(entry: dict[str, Any]) -> dict[str, Any]:
-    """A log entry without wall-clock readings, which differ from run to run, and without what is not finite."""
+    """Copy a log entry without wall-clock times, which differ from run to run, and without non-finite values."""
     clocks = ("runtime", "per_second")
     return {
         name: value

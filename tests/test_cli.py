@@ -79,7 +79,7 @@ class TestTrain:
         options = ("--plan", "--gpus", "8", "--throughput", "150", "--arms", "[e2e]", "--output_dir", str(tmp_path))
         done = CliRunner().invoke(app, ["run", recipe, *options])
         assert done.exit_code == 0, done.stderr
-        assert "on 8 GPUs" in done.stdout and "at 150 TFLOP/s a GPU (stated)" in done.stdout
+        assert "on 8 GPUs" in done.stdout and "at 150 TFLOP/s per GPU (stated)" in done.stdout
         # V-MoE-Base, ImageNet-1k, 1,024 images a step
         assert all(number in done.stdout for number in ("483.3 M", "1,281,167", "1,024", "125,200"))
         # the sets come first
@@ -178,7 +178,7 @@ class TestReport:
     def test_a_folder_that_is_no_run_is_not_to_be_deleted(self, tmp_path: Path, command: list[str]) -> None:
         done = CliRunner().invoke(app, [*command, str(tmp_path)])
         assert done.exit_code == 1 and "Delete" not in done.stderr
-        assert f"{tmp_path} is no folder of a run: it has no recipe.json. Give the `output_dir`" in done.stderr
+        assert f"{tmp_path} is not the folder of a run: it has no recipe.json. Give the `output_dir`" in done.stderr
 
     def test_a_damaged_recipe_is_all_that_is_to_be_deleted(self, tmp_path: Path) -> None:
         (tmp_path / "recipe.json").write_text("{")

@@ -1,4 +1,4 @@
-"""Runs tasks in an order that their dependencies allow, side by side in worker processes if asked to."""
+"""Runs tasks in an order that respects their dependencies, in parallel worker processes if requested."""
 
 import multiprocessing
 import os
@@ -22,13 +22,13 @@ from m2mkd.screen import RemoteScreen, Screen
 @dataclass(frozen=True)
 class Task:
     """
-    Something to do once.
+    A task that is done once.
 
     Args:
         name (`str`): Unique among the tasks.
-        arguments (`tuple`): What the work function is called with.
-        after (`tuple[str, ...]`, *optional*): Tasks to be finished before. A name that none of the tasks has is taken
-            for finished.
+        arguments (`tuple`): Arguments for the work function.
+        after (`tuple[str, ...]`, *optional*): Tasks that must be finished first. A name that no task has counts as
+            finished.
     """
 
     name: str
@@ -40,23 +40,23 @@ Work = Callable[..., None]
 
 
 class WorkerTraceback(Exception):
-    """The cause of an error that was raised in a worker process: the traceback there, as text."""
+    """Cause of an error from a worker process: the traceback there, as text."""
 
 
 def run_tasks(tasks: Sequence[Task], work: Work, processes: int = 1) -> None:
     """
-    Do all tasks. Whenever a process is free, the first task of the list that waits for nothing is next.
+    Do all tasks. Whenever a process is free, it gets the first task in the list that does not wait for another one.
 
     Args:
         tasks (`Sequence[Task]`)
-        work (`Callable`): Called as `work(screen, *task.arguments)`. With several processes each gets a copy of it,
-            made by pickle; what it keeps in itself stays in that process.
-        processes (`int`, *optional*, defaults to 1): How many tasks to do at once. 1: in this process, with no worker.
-            The threads of this process are shared out among the workers.
+        work (`Callable`): Called as `work(screen, *task.arguments)`. With several processes, each gets a pickled copy
+            of it, whose state stays in that process.
+        processes (`int`, *optional*, defaults to 1): Number of tasks to do at once. 1: in this process, without
+            workers. The threads of this process are divided among the workers.
 
     Raises:
-        `RunError`: a worker process was killed. An error of a task is raised here as well. In both cases the other
-            workers are ended.
+        `RunError`: a worker process was killed. An error in a task is raised here as well. In both cases, the other
+            workers are stopped.
     """
     screen, waiting = Screen(), list(tasks)
     try:
@@ -71,7 +71,7 @@ def run_tasks(tasks: Sequence[Task], work: Work, processes: int = 1) -> None:
 
 
 def _next_task(waiting: list[Task], running: Sequence[Task]) -> Task | None:
-    """Take the first task that can start out of `waiting`; `None` if all must wait for one that is running."""
+    """Remove the first task that can start from `waiting` and return it; `None` if all wait for a running task."""
     unfinished = {task.name for task in [*waiting, *running]}
     task = next((task for task in waiting if unfinished.isdisjoint(task.after)), None)
     if task is not None:
@@ -97,13 +97,13 @@ def _side_by_side(waiting: list[Task], work: Work, processes: int, screen: Scree
             for connection in wait(list(busy)):
                 busy[connection].listen(screen, processes)
     finally:
-        # after an error too, and after Ctrl-C: what is not finished goes on from its checkpoint in the next run
+        # also after an error or Ctrl-C: unfinished phases resume from their checkpoints in the next run
         for worker in workers:
             worker.end()
 
 
 class _Worker:
-    """A process that does one task after the other, seen from the process that hands them out."""
+    """A worker process that does one task after the other, as seen by the process that distributes the tasks."""
 
     def __init__(self, work: Work, threads: int):
         # not fork: a forked process shares the state of torch's threads and of a GPU
@@ -117,7 +117,7 @@ class _Worker:
     def start(self, task: Task | None) -> None:
         self.task = task
         if task is not None:
-            # a worker that died is noticed when its answer is read
+            # a dead worker is detected when its answer is read
             try:
                 self.connection.send(task.arguments)
             except BrokenPipeError:
@@ -142,18 +142,18 @@ class _Worker:
         code = self._process.exitcode or 0
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit status {code}"
         advice = (
-            f" If the memory did not suffice for {processes} phases at once, set `processes` to a smaller number."
+            f" If there was not enough memory for {processes} phases at once, set `processes` to a smaller number."
             if code == -signal.SIGKILL
             else ""
         )
         return (
             f"The process of {self.task.name} {how}.{advice} Run the same command again: finished phases are kept, "
-            "and others go on from their last checkpoint."
+            "and the others resume from their last checkpoint."
         )
 
     def end(self) -> None:
         self._process.terminate()
-        # and what it has started: the processes of a data loader would wait for minutes for one that is gone
+        # and the processes that it started: those of a data loader would wait for minutes for a dead parent
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.join()
@@ -163,11 +163,11 @@ class _Worker:
 @contextmanager
 def _no_interrupts() -> Iterator[None]:
     """
-    Start processes that ignore Ctrl-C, from their first moment on: it reaches every process of a terminal, and the one
-    that hands out the tasks ends the workers.
+    Context manager in which new processes ignore Ctrl-C from the start. Ctrl-C reaches every process of a terminal,
+    and the one that distributes the tasks stops the workers.
     """
     if threading.current_thread() is not threading.main_thread():
-        # no other thread may change what happens at a signal
+        # only the main thread may set signal handlers
         yield
         return
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -178,13 +178,13 @@ def _no_interrupts() -> Iterator[None]:
 
 
 def _serve(connection: Connection, work: Work, threads: int) -> None:
-    """What a worker process runs."""
-    # a group of its own, so that whatever it starts can be ended with it
+    """Main function of a worker process."""
+    # its own process group, so that all processes that it starts can be stopped with it
     os.setpgid(0, 0)
-    # here a data loader would spawn its processes, which takes seconds, and leave their semaphores behind when killed
+    # otherwise a data loader would spawn its processes, which takes seconds, and leave semaphores behind when killed
     multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    # by default a semaphore, which would be left behind when the worker is ended; no bar is drawn here
+    # the default is a semaphore, which would be left behind when the worker is stopped; no bar is drawn here
     tqdm.set_lock(threading.RLock())
     torch.set_num_threads(threads)
     screen = RemoteScreen(connection)
@@ -192,14 +192,14 @@ def _serve(connection: Connection, work: Work, threads: int) -> None:
         arguments = connection.recv()
         try:
             work(screen, *arguments)
-        except Exception as error:  # noqa: BLE001 - raised again where the tasks are handed out
+        except Exception as error:  # noqa: BLE001 - raised again where the tasks are distributed
             connection.send(("error", _that_can_be_sent(error), traceback.format_exc()))
         else:
             connection.send(("done",))
 
 
 def _end_with_parent() -> None:
-    """A worker that outlived a killed run would write into the folders of the next one."""
+    """Stop the worker with its parent: otherwise, it would write into the folders of the next run."""
     multiprocessing.parent_process().join()
     os.killpg(0, signal.SIGKILL)
 

@@ -13,11 +13,11 @@ from m2mkd.experiment.session import Session
 
 def phases_of(session: Session, arms: Iterable[Arm] | None = None) -> dict[str, Phase]:
     """
-    The phases that the arms of a recipe need, by name, each after those that it reads.
+    Build the phases that the arms of a recipe need, by name, each after those that it reads.
 
     Args:
-        session (`Session`): Phases that the further seeds share are those of the first.
-        arms (`Iterable[Arm]`, *optional*): `None`: the recipe's.
+        session (`Session`): The seed at work. Phases that all seeds share belong to the first seed.
+        arms (`Iterable[Arm]`, *optional*): The arms. `None`: those of the recipe.
     """
     recipe = session.recipe
     is_aligned, is_published = recipe.meta.init == "from_teacher", recipe.teacher.pretrained is not None

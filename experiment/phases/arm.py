@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 class ArmPhase(Phase):
     """
-    A student from its first weights to its results.
+    Trains a student from its initial weights to its results.
 
     Args:
         session (`Session`)
@@ -42,7 +42,7 @@ class ArmPhase(Phase):
         self.reads = tuple(name for name, is_read in sources if is_read)
         teacher = ("kd",) if arm.has_teacher else ()
         self.sections = ("student", "finetune", "evaluation", f"arms.{arm.name}", *teacher)
-        # the longest first; one that reads pairs comes last anyway
+        # the longest first; an arm that reads pairs comes last anyway
         self.rank = 2 * (arm.budget is None) + (not arm.has_teacher)
 
     @property
@@ -56,18 +56,18 @@ class ArmPhase(Phase):
         return (self.recipe.data_of(self.arm), *self.tested_on())
 
     def training_arguments(self) -> dict[str, Training]:
-        """Those of the arm, under the key that says most about it."""
+        """The training arguments of the arm, under the most specific key."""
         is_taught = self.arm.has_teacher and self.recipe.kd.training
         key = f"arms.{self.arm.name}" if self.arm.spec.training else "kd" if is_taught else "finetune"
         return {f"{key}.training": self.training()}
 
     def training(self) -> Training:
-        """The recipe's arguments: those of `finetune`, of `kd` under a teacher, and the arm's own."""
+        """The recipe's arguments: those of `finetune`, with a teacher those of `kd`, and the arm's own."""
         taught = self.recipe.kd.training if self.arm.has_teacher else {}
         return {**self.recipe.finetune.training, **taught, **self.arm.spec.training}
 
     def run(self) -> None:
-        """Train it, or take over its sibling's model where that has spent the budget."""
+        """Train it, or copy its sibling's model if that has already used up the budget."""
         session, data = self.session, self.recipe.data_of(self.arm)
         (folder,) = self.artifacts
         teacher = None
@@ -90,7 +90,7 @@ class ArmPhase(Phase):
         session.save_model(folder, model, data, {**results, **extra, "arm": self.arm.words()})
 
     def student(self) -> tuple[PreTrainedModel, Results]:
-        """The student as the end-to-end phase starts with it, and what its results say of that."""
+        """Build the student that the end-to-end phase starts with, and the facts about it for the results."""
         session, spec = self.session, self.recipe.finetune
         model = session.new_network(
             self.recipe.student.model, self.recipe.data_of(self.arm), session.depths, session.seed
@@ -106,8 +106,8 @@ class ArmPhase(Phase):
 
     def flops(self) -> float:
         """
-        What the arm takes, its distillation included. Its end-to-end phase is counted and not read, so that no arm
-        with this budget has to wait for it.
+        Compute the FLOPs of the arm, including its distillation. Its end-to-end phase is counted instead of read, so
+        that arms with this budget do not have to wait for it.
         """
         session, total = self.session, self._flops_of_an_epoch() * self._arguments().num_train_epochs
         for index in range(len(session.depths)) if self.arm.is_modular else ():
@@ -128,7 +128,7 @@ class ArmPhase(Phase):
         return training_flops_per_image(trainer, networks) * len(trainer.train_dataset)
 
     def _epochs_of_budget(self) -> int:
-        """Rounded up: it never gets less than its budget."""
+        """Number of epochs that the budget allows, rounded up: the arm never gets less than its budget."""
         budget = ArmPhase(self.session, self.spent).flops()
         if self.arm.sibling is not None:
             plain = self._sibling_results()
@@ -151,11 +151,11 @@ class ArmPhase(Phase):
 
         write_folder(folder, write)
         self.session.say(
-            f"{folder.name}: {name} takes the FLOPs of {self.arm.budget} or more, so its result counts for both"
+            f"{folder.name}: {name} takes at least the FLOPs of {self.arm.budget}, so its result counts for both"
         )
 
     def cost(self, costs: "Costs") -> list["PhaseCost"]:
-        """Steps of the whole student, and of the teacher that it learns from."""
+        """Cost of the steps of the whole student, and of the teacher that it learns from."""
         data = self.recipe.data_of(self.arm)
         step = costs.whole(costs.network(self.recipe.student.model, data), data)
         if self.arm.has_teacher:

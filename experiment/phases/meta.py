@@ -1,4 +1,4 @@
-"""[PT] The meta model: trained by the labels, or made of the teacher and aligned with it."""
+"""[PT] The meta model: trained with the labels, or made from the teacher and aligned with it."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class MetaPhase(Phase):
-    """The meta model, trained end to end by the labels."""
+    """The meta model, trained end to end with the labels."""
 
     name = "meta"
     is_shared = True
@@ -34,7 +34,7 @@ class MetaPhase(Phase):
         return (self.recipe.meta.data, *self.tested_on())
 
     def training_arguments(self) -> dict[str, Training]:
-        """Those of `meta`."""
+        """The training arguments of `meta`."""
         return {"meta.training": self.recipe.meta.training}
 
     def run(self) -> None:
@@ -46,20 +46,20 @@ class MetaPhase(Phase):
         session.save_model(folder, model, spec.data, results)
 
     def cost(self, costs: "Costs") -> list["PhaseCost"]:
-        """Steps of the whole model."""
+        """Cost of the steps of the whole model."""
         spec = self.recipe.meta
         return [costs.phase("meta", spec.data, spec.training, costs.whole(costs.meta, spec.data))]
 
 
 class AlignedMetaPhase(MetaPhase):
-    """The meta model made of the teacher: its layers learn the teacher's stage boundaries, without labels."""
+    """The meta model made from the teacher: its layers learn the teacher's stage boundaries, without labels."""
 
     reads = ("teacher",)
-    # the student must be stitchable, but the weights do not depend on it
+    # the student must be stitchable, but these weights do not depend on it
     sections = ("meta", "teacher.depths", "evaluation")
 
     def run(self) -> None:
-        """Make it of the teacher and align it; measure the hybrids before and after."""
+        """Make it from the teacher and align it; measure the hybrids before and after."""
         session, spec, depths = self.session, self.recipe.meta, self.recipe.teacher.depths
         folder = session.folder.meta
         teacher = session.load_teacher()
@@ -90,6 +90,6 @@ class AlignedMetaPhase(MetaPhase):
         session.save_model(folder, meta, spec.data, {**results, "labels": 0, "before": before, "after": after})
 
     def cost(self, costs: "Costs") -> list["PhaseCost"]:
-        """Steps of its layers on the boundaries of the teacher's stages."""
+        """Cost of the steps of its layers on the boundaries of the teacher's stages."""
         spec = self.recipe.meta
         return [costs.phase("meta", spec.data, spec.training, costs.aligned(spec.data))]

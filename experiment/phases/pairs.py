@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class PairsPhase(Phase):
-    """Those of the pairs that this run is asked to distil, in one process, with one pass through the meta model."""
+    """The pairs that this run distils, in one process, with one pass through the meta model."""
 
     name = "pairs"
     reads = ("meta", "teacher")
@@ -33,13 +33,13 @@ class PairsPhase(Phase):
 
     @property
     def asked(self) -> list[int]:
-        """The pairs that are to be distilled here."""
+        """The pairs to distil in this run."""
         pairs = self.recipe.distill.pairs
         return list(range(len(self.session.depths))) if pairs == "all" else pairs
 
     @property
     def artifacts(self) -> list[Path]:
-        """`pairs/<i>` of all pairs, those that other processes distil included."""
+        """`pairs/<i>` of all pairs, including those that other processes distil."""
         return [self._folder(index) for index in range(len(self.session.depths))]
 
     @property
@@ -48,7 +48,7 @@ class PairsPhase(Phase):
         return (self.recipe.distill.data,)
 
     def training_arguments(self) -> dict[str, Training]:
-        """Those of `distill`."""
+        """The training arguments of `distill`."""
         return {"distill.training": self.recipe.distill.training}
 
     def _folder(self, index: int) -> Path:
@@ -58,15 +58,15 @@ class PairsPhase(Phase):
         return [index for index in range(len(self.session.depths)) if not is_finished(self._folder(index))]
 
     def is_finished(self) -> bool:
-        """Whether those asked for are there."""
+        """Whether all pairs to distil in this run exist."""
         return not set(self.asked) & set(self._unfinished())
 
     def missing(self) -> list[int]:
-        """The pairs that are not distilled yet, and not asked for."""
+        """The pairs that are not distilled yet and not to be distilled in this run."""
         return [index for index in self._unfinished() if index not in self.asked]
 
     def run(self) -> None:
-        """Distil those asked for that are missing."""
+        """Distil the missing pairs of this run."""
         session, spec = self.session, self.recipe.distill
         unfinished = self._unfinished()
         indices = [index for index in self.asked if index in unfinished]
@@ -76,7 +76,7 @@ class PairsPhase(Phase):
         work = session.folder.pairs(session.seed) / f"work-{'-'.join(map(str, indices))}"
         hybrids = None
         if session.arguments(work, spec.training, {}).alpha > 0:
-            # copies, so that this process keeps no more of either network than its pairs need
+            # copies, so that this process keeps only what its pairs need of both networks
             hybrids = check_hybrids(session, session.load_teacher(), load_network(session.folder.meta), indices)
         # stages of other processes stay on the meta device
         student = session.new_network(self.recipe.student.model, spec.data, session.depths, session.seed, indices)
@@ -101,13 +101,13 @@ class PairsPhase(Phase):
         self._write(work, trained[0], {**results, "hybrids": hybrids}, meta.config.hidden_size)
         session.remove_work(work)
         if not self._unfinished() and PartialState().is_main_process:
-            # of a run that was killed between two pairs
+            # left by a run that was killed between two pairs
             for leftover in session.folder.pairs(session.seed).glob(".work-*.work"):
                 shutil.rmtree(leftover)
 
     def _write(self, work: Path, trainer: M2MKDTrainer, results: Results, stitch_size: int) -> None:
         pairs = trainer.trained_pairs()
-        # pairs trained together share time and compute; the history is kept by each for its own curve
+        # pairs trained together divide time and compute; each keeps the history for its own curve
         share = {name: results[name] / len(pairs) for name in ("train_seconds", "train_flops")}
         processor = build_image_processor(self.session.data.config(self.recipe.distill.data))
         for index, pair in pairs.items():
@@ -121,7 +121,7 @@ class PairsPhase(Phase):
             write_folder(self._folder(index), write)
 
     def cost(self, costs: "Costs") -> list["PhaseCost"]:
-        """`pair <i>`: each alone in a process of its own; `pairs`: all together."""
+        """Cost of `pair <i>`, each alone in its own process, and of `pairs`, all together."""
         spec = self.recipe.distill
         student = costs.network(self.recipe.student.model, spec.data)
         names = ("stitch", "nac_codes", "read_in_latents")

@@ -1,4 +1,4 @@
-"""What a phase of a run is."""
+"""Base class of the phases of a run."""
 
 from abc import ABC, abstractmethod
 from pathlib import Path
@@ -23,10 +23,10 @@ class Phase(ABC):
     Attributes:
         name (`str`): Unique within a seed: `"meta"`, `"teacher"`, `"pairs"`, `"arms/<name>"`.
         reads (`tuple[str, ...]`): Names of the phases whose artifacts it reads.
-        sections (`tuple[str, ...]`): Keys of the recipe that its artifact depends on, beside those of what it reads;
-            the keys of the data sets that they name are not repeated.
-        is_shared (`bool`): Whether the further seeds take the artifact of the first.
-        rank (`int`): Of phases that could start at once, that of the lowest rank starts first.
+        sections (`tuple[str, ...]`): Keys of the recipe that its artifact depends on, in addition to those of the
+            phases that it reads; the keys of the data sets that they name are not repeated.
+        is_shared (`bool`): Whether the further seeds use the artifact of the first.
+        rank (`int`): Of several phases that could start, the one with the lowest rank starts first.
     """
 
     name: str
@@ -41,26 +41,26 @@ class Phase(ABC):
 
     @property
     def title(self) -> str:
-        """The phase in messages; different for each seed, unless they share it."""
+        """Name of the phase in messages; different for each seed, unless the seeds share it."""
         seed = self.recipe.seed if self.is_shared else self.session.seed
         return f"[seed {seed}] {self.name.replace('arms/', 'arm ')}"
 
     @property
     def data(self) -> tuple[str, ...]:
-        """Names of the data sets that its artifact depends on, beside those of what it reads."""
+        """Names of the data sets that its artifact depends on, in addition to those of the phases that it reads."""
         return ()
 
     @property
     @abstractmethod
     def artifacts(self) -> list[Path]:
-        """The folders that it makes."""
+        """The folders that it creates."""
 
     def training_arguments(self) -> dict[str, Training]:
-        """The recipe's arguments of its trainings, by their key in the recipe."""
+        """The recipe's arguments for its trainings, by their key in the recipe."""
         return {}
 
     def is_finished(self) -> bool:
-        """Whether all its artifacts are there."""
+        """Whether all its artifacts exist."""
         return all(is_finished(folder) for folder in self.artifacts)
 
     def missing(self) -> list[int]:
@@ -69,11 +69,11 @@ class Phase(ABC):
 
     @abstractmethod
     def run(self) -> None:
-        """Make the artifacts. What it reads is finished."""
+        """Make the artifacts. The phases that it reads are finished."""
 
     @abstractmethod
     def cost(self, costs: "Costs") -> list["PhaseCost"]:
-        """What running it takes, part by part, counted on the meta device."""
+        """Cost of running it, part by part, counted on the meta device."""
 
     def tested_on(self) -> tuple[str, ...]:
         """Names of the recipe's test sets."""

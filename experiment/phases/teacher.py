@@ -28,7 +28,7 @@ _NOTHING_TRAINED: Results = {
 
 
 class TrainedTeacherPhase(Phase):
-    """A teacher that is trained as a whole, where there is no meta model yet to incubate it in."""
+    """A teacher that is trained as a whole, because there is no meta model yet to incubate it in."""
 
     name = "teacher"
     is_shared = True
@@ -45,7 +45,7 @@ class TrainedTeacherPhase(Phase):
         return (self.recipe.teacher.data, *self.tested_on())
 
     def training_arguments(self) -> dict[str, Training]:
-        """Those of its two steps."""
+        """The training arguments of its two steps."""
         spec = self.recipe.teacher
         return {"teacher.incubation": spec.incubation, "teacher.finetuning": spec.finetuning}
 
@@ -58,14 +58,14 @@ class TrainedTeacherPhase(Phase):
         session.save_model(folder, model, spec.data, {**_total(phases), "phases": phases})
 
     def cost(self, costs: "Costs") -> list["PhaseCost"]:
-        """Steps of the whole network."""
+        """Cost of the steps of the whole network."""
         spec = self.recipe.teacher
         network = costs.network(spec.model, spec.data)
         return [costs.phase("teacher", spec.data, spec.finetuning, costs.whole(network, spec.data))]
 
 
 class IncubatedTeacherPhase(TrainedTeacherPhase):
-    """A teacher whose stages are trained inside the meta model, each alone, and then fine-tuned as a whole."""
+    """A teacher whose stages are trained inside the meta model, each on its own, and then fine-tuned as a whole."""
 
     reads = ("meta",)
 
@@ -86,7 +86,7 @@ class IncubatedTeacherPhase(TrainedTeacherPhase):
         session.remove_work(incubation)
 
     def cost(self, costs: "Costs") -> list["PhaseCost"]:
-        """Steps of all its stages inside the meta model, then of the whole network."""
+        """Cost of the steps of all its stages inside the meta model, then of the whole network."""
         spec = self.recipe.teacher
         network = costs.network(spec.model, spec.data)
         pairs = costs.pairs(network, spec.depths, spec.data, teacher=None, stitch="none")
@@ -97,13 +97,13 @@ class IncubatedTeacherPhase(TrainedTeacherPhase):
 
 
 class PublishedTeacherPhase(TrainedTeacherPhase):
-    """A published teacher. It is not copied: the folder holds its results only."""
+    """A published teacher. It is not copied: the folder contains only its results."""
 
     sections = ("teacher.pretrained", "evaluation")
 
     @property
     def data(self) -> tuple[str, ...]:
-        """Its test sets, and the set whose images it is shown."""
+        """Its test sets, and the set whose images it gets."""
         return (self.recipe.distill.data, *self.tested_on())
 
     def run(self) -> None:
@@ -133,7 +133,7 @@ class PublishedTeacherPhase(TrainedTeacherPhase):
         write_folder(session.folder.teacher, write)
 
     def cost(self, costs: "Costs") -> list["PhaseCost"]:
-        """Nothing: it is not trained here."""
+        """No cost: it is not trained here."""
         return []
 
 

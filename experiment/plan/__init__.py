@@ -1,1 +1,1 @@
-"""What a recipe would cost."""
+"""Plans: the expected cost of a recipe."""

@@ -40,12 +40,12 @@ class PhaseCost:
 
     Args:
         name (`str`)
-        parameters (`int`): Trained ones, stitches included.
-        frozen (`int`): Parameters of what the images pass through untrained.
-        images (`int`): In an epoch.
+        parameters (`int`): Number of trained parameters, including stitches.
+        frozen (`int`): Number of parameters that the images pass through without being trained.
+        images (`int`): Images per epoch.
         epochs (`float`)
-        batch (`int`): Images of a step, over all GPUs and accumulation steps.
-        flops_per_image (`float`): Forward and backward, multiplications and additions apart.
+        batch (`int`): Images per step, over all GPUs and accumulation steps.
+        flops_per_image (`float`): Forward and backward; multiplications and additions count separately.
         memory (`float`): Bytes on each GPU: weights, gradients, AdamW's moments, and the activations of one device
             batch without attention maps, which fused attention does not keep.
     """
@@ -61,23 +61,23 @@ class PhaseCost:
 
     @property
     def steps(self) -> int:
-        """Updates of the weights."""
+        """Number of updates of the weights."""
         return math.ceil(math.ceil(self.images / self.batch) * self.epochs)
 
     @property
     def flops(self) -> float:
-        """Of the whole phase."""
+        """FLOPs of the whole phase."""
         return self.flops_per_image * self.images * self.epochs
 
     def with_flops(self, flops: float) -> "PhaseCost":
-        """As many epochs as take these FLOPs, rounded up; no fewer than it has."""
+        """Copy of the phase with as many epochs as the FLOPs allow, rounded up, but no fewer than it has."""
         epochs = math.ceil(flops / (self.flops_per_image * self.images))
         return replace(self, epochs=max(epochs, self.epochs))
 
 
 class Costs:
     """
-    The networks of a recipe without weights, and what steps through them take.
+    The networks of a recipe without weights, and the cost of steps through them.
 
     Args:
         recipe (`Recipe`)
@@ -86,7 +86,7 @@ class Costs:
 
     def __init__(self, recipe: Recipe, gpus: int):
         self.recipe, self.gpus, self.data, self._counter = recipe, gpus, RunData(recipe), StageCounter()
-        # a set that does not exist is named before networks that do not fit it
+        # first, so that a missing set is reported before networks that do not fit it
         self.sets = self._describe_sets()
         self._networks = RecipeNetworks(recipe, partial(class_names_without_images, self.data))
         self._meta_depths = self._networks.meta_depths
@@ -95,18 +95,18 @@ class Costs:
     # ---- Networks and data ----
 
     def network(self, spec: NetworkSpec, data: str) -> PreTrainedModel:
-        """A network of the recipe for a data set."""
+        """Build a network of the recipe for a data set."""
         return self._networks.build(spec, data)
 
     @cache  # noqa: B019 - a plan is short-lived
     def _size(self, name: str) -> int:
-        """Images of an epoch of a training set."""
+        """Images per epoch of a training set."""
         published = self._published(name)
         if published is None:
             return len(self.data.training_set(name, seed=0))
         images, _ = published
         if images is None:
-            raise DataError(f"data.{name}: the number of its images is not published, so it is not a training set")
+            raise DataError(f"data.{name}: the number of its images is not published, so it cannot be a training set")
         return images
 
     def _published(self, name: str) -> tuple[int | None, list[str]] | None:
@@ -129,14 +129,14 @@ class Costs:
         return images, classes
 
     def _describe_sets(self) -> list[str]:
-        """A line for each set that the recipe uses."""
+        """Describe each set that the recipe uses in one line."""
         sizes = {name: self._published(name) or self.data.size(name) for name in self.recipe.used_data()}
         return [describe_set(name, *size) for name, size in sizes.items()]
 
     # ---- Phases ----
 
     def phase(self, name: str, data: str, training: Training, step: StepCost) -> PhaseCost:
-        """What a phase takes whose images each take `step`."""
+        """Compute the cost of a phase from the cost per image, `step`."""
         training = {**_DEFAULTS, **self.recipe.training, **training}
         half = training["bf16"] or training["fp16"]
         device_batch = training["per_device_train_batch_size"]
@@ -156,17 +156,17 @@ class Costs:
         return (COUNTED_IMAGES, 3, size, size)
 
     def whole(self, network: PreTrainedModel, data: str) -> StepCost:
-        """A network that is trained end to end."""
+        """Cost per image of a network that is trained end to end."""
         (stage,) = split_into_stages(network, [count_layers(network)])
         (pair,) = stitched_pairs(network, [stage], network.config.hidden_size, "none")
         return trained_cost(pair, self._images(data))[0]
 
     def frozen(self, network: PreTrainedModel, data: str) -> StepCost:
-        """A pass through a network without gradient."""
+        """Cost per image of a pass through a network without gradient."""
         return self._chain(split_into_stages(network, [count_layers(network)]), data)[-1]
 
     def _chain(self, stages: Sequence[Stage], data: str) -> list[StepCost]:
-        """A chain of stages without gradient: what it takes up to each."""
+        """Cost per image of a chain of stages without gradient, up to and including each stage."""
         steps, shape = [StepCost()], self._images(data)
         for stage in stages:
             step, shape = self._counter.forward(stage, shape)
@@ -174,7 +174,7 @@ class Costs:
         return steps[1:]
 
     def aligned(self, data: str) -> StepCost:
-        """The layers of the meta model on the boundaries of the teacher's stages."""
+        """Cost per image of the meta model's layers on the boundaries of the teacher's stages."""
         theirs = split_into_stages(self.teacher, self.recipe.teacher.depths)
         own = split_into_stages(self.meta, self._meta_depths)
         total, shape = self._chain(theirs, data)[-1], self._images(data)
@@ -193,7 +193,7 @@ class Costs:
         stitch: str | None = None,
         **options: Any,
     ) -> list[StepCost]:
-        """Each pair on the meta model's hidden states, which the prefix gives; its teacher and suffix included."""
+        """Cost per image of each pair, with its teacher stage and suffix but without the prefix."""
         meta = split_into_stages(self.meta, self._meta_depths)
         theirs = split_into_stages(teacher, self.recipe.teacher.depths) if teacher is not None else []
         stages, shape, steps = split_into_stages(student, depths), self._images(data), []
@@ -212,13 +212,13 @@ class Costs:
                 for stage in meta[index + 1 :]:
                     suffix, states = self._counter.forward(stage, states)
                     step += replace(suffix, frozen=0)
-            # the meta model is counted once, where the pairs come together
+            # the meta model is counted once, in `together`
             steps.append(replace(step, frozen=count_parameters(theirs[index]) if theirs else 0))
             shape = self._counter.forward(meta[index], shape)[1]
         return steps
 
     def together(self, steps: Sequence[StepCost], data: str, indices: Sequence[int] | None = None) -> StepCost:
-        """Pairs (`None`: all) in one process, with one pass through the meta model up to the last of them."""
+        """Cost per image of pairs (`None`: all) in one process, with one pass through the meta model's prefix."""
         chosen = range(len(steps)) if indices is None else indices
         meta = split_into_stages(self.meta, self._meta_depths)
         prefix = [StepCost(), *self._chain(meta, data)][max(chosen)]

@@ -1,4 +1,4 @@
-"""What a recipe would cost: parameters, FLOPs, memory and steps of every phase, without data, GPUs or training."""
+"""Cost of a recipe: parameters, FLOPs, memory and steps of every phase, without data, GPUs or training."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,15 +17,15 @@ _IN_WORDS = {"meta": "meta model", "teacher": "teacher"}
 @dataclass(frozen=True)
 class Plan:
     """
-    A recipe's phases in the order in which they run, and what each arm adds up to.
+    A recipe's phases in the order in which they run, and the totals of each arm.
 
     Args:
-        name (`str`): The recipe's.
-        phases (`list[PhaseCost]`): `pair 0`, `pair 1`, … are each alone in a process of its own; `pairs` are those
-            that the recipe trains together.
-        totals (`dict[str, float]`): FLOPs by arm, and with what the arms need beforehand.
-        gpus (`int`): That the steps and the memory are for.
-        data (`list[str]`): Each data set in a line: its images and classes.
+        name (`str`): Name of the recipe.
+        phases (`list[PhaseCost]`): `pair 0`, `pair 1`, … are single pairs, each in its own process; `pairs` is all
+            pairs that the recipe trains together.
+        totals (`dict[str, float]`): FLOPs by arm, with and without the networks that the arm needs beforehand.
+        gpus (`int`): Number of GPUs that steps and memory refer to.
+        data (`list[str]`): One line per data set: its images and classes.
     """
 
     name: str
@@ -45,12 +45,12 @@ def make_plan(recipe: Recipe, gpus: int = 1) -> Plan:
 
     Raises:
         `RecipeError` or `StageError`: the networks do not fit the recipe's depths or each other.
-        `DataError`: the images of a set can be counted only where they are, and they are not there.
+        `DataError`: the images of a set must be counted, but they are not on this machine.
     """
     costs = Costs(recipe, gpus)
     phases = phases_of(Session(recipe, costs.data, recipe.seed, Screen()))
     parts = {name: phase.cost(costs) for name, phase in phases.items()}
-    # the pairs are planned alone, too; what counts is all of them together
+    # the pairs are also planned one by one; the total counts all of them together
     flops = {
         name: own[-1].flops if name == "pairs" else sum(part.flops for part in own) for name, own in parts.items()
     }
@@ -73,6 +73,6 @@ def _total(arm: Arm, flops: Mapping[str, float]) -> float:
 
 
 def _beforehand(name: str, phases: Mapping[str, Phase]) -> set[str]:
-    """Everything that a phase needs to be finished."""
+    """Names of all phases that must be finished before a phase."""
     reads = [other for other in phases[name].reads if other in phases]
     return set(reads).union(*(_beforehand(other, phases) for other in reads))

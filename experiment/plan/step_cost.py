@@ -1,4 +1,4 @@
-"""What one training step through a network costs, counted on the meta device: FLOPs, memory, parameters."""
+"""Cost of one training step through a network, counted on the meta device: FLOPs, memory, parameters."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -15,13 +15,13 @@ from m2mkd.distillation.stitched_student import StitchedStudent
 from m2mkd.experiment.flops import count_parameters
 
 
-# Images of the pass that is counted: a batch of one would hide what grows with it.
+# Number of images in the counted pass: a batch of one would hide costs that grow with it.
 COUNTED_IMAGES = 2
 
 
 @dataclass(frozen=True)
 class StepCost:
-    """FLOPs of an image, bytes of float32 that it leaves for the backward pass, and parameters on its way."""
+    """FLOPs per image, bytes of float32 that it keeps for the backward pass, and parameters that it passes through."""
 
     flops: float = 0.0
     saved: float = 0.0
@@ -38,21 +38,21 @@ class StepCost:
 
 
 class StageCounter:
-    """Steps through frozen stages, each counted once for each shape of its input."""
+    """Counts steps through frozen stages, each once per shape of its input."""
 
     def __init__(self) -> None:
         self._known: dict[tuple[Any, ...], tuple[StepCost, torch.Size]] = {}
 
     def forward(self, stage: Stage, shape: Sequence[int]) -> tuple[StepCost, torch.Size]:
-        """Without gradient: the step, and the shape of what comes out."""
+        """Count a step without gradient. Returns the cost and the shape of the output."""
         return self._count(stage, tuple(shape), passes_gradient=False)
 
     def passed(self, stage: Stage, shape: Sequence[int]) -> tuple[StepCost, torch.Size]:
-        """With gradient for the input."""
+        """Count a step with gradient for the input. Returns the cost and the shape of the output."""
         return self._count(stage, tuple(shape), passes_gradient=True)
 
     def _count(self, stage: Stage, shape: tuple[int, ...], passes_gradient: bool) -> tuple[StepCost, torch.Size]:
-        # the networks live as long as the plan is made, so an identity stands for one of them
+        # the networks live as long as the plan is made, so an id identifies one of them
         key = (id(stage.config), stage.layer_indices, shape, passes_gradient)
         if key not in self._known:
             stage.requires_grad_(False).eval()
@@ -62,10 +62,10 @@ class StageCounter:
 
 
 def build_on_meta(config: PreTrainedConfig) -> PreTrainedModel:
-    """A model without weights, through the plain paths of attention and experts, which torch's counter knows."""
+    """Build a model without weights, with the plain paths of attention and experts, which torch's counter knows."""
     with torch.device("meta"):
         model = AutoModelForImageClassification.from_config(config)
-    # fused attention and grouped products are the same mathematics
+    # fused attention and grouped products compute the same
     model.set_attn_implementation("eager")
     model.config._experts_implementation = "batched_mm"
     stage_class(type(model)).leave_out_uncountable(model.config)
@@ -75,17 +75,17 @@ def build_on_meta(config: PreTrainedConfig) -> PreTrainedModel:
 def stitched_pairs(
     student: PreTrainedModel, stages: Sequence[Stage], width: int, stitch: str | None, **options: Any
 ) -> list[nn.Module]:
-    """The student's stages as the trainer distils them: with stitches to and from hidden states `width` wide."""
+    """Build the student's stages as the trainer distils them: with stitches to and from hidden states of `width`."""
     with torch.device("meta"):
         return list(StitchedStudent(student, stages, width, stitch, **options).pairs.values())
 
 
 def trained_cost(pair: nn.Module, shape: Sequence[int], layers_only: bool = False) -> tuple[StepCost, torch.Size]:
-    """The step through a pair that is trained, whole or its layers only, and the shape of what comes out."""
+    """Count a step through a pair that is trained, whole or only its layers. Returns also the shape of the output."""
     pair.requires_grad_(not layers_only)
     for layer in pair.stage.layers if layers_only else ():
         layer.requires_grad_(True)
-    # in evaluation mode, as a run counts its FLOPs; what is kept, as in training
+    # FLOPs in evaluation mode, as a run counts them; kept memory in training mode
     flops, _, out = _run(pair.eval(), shape, passes_gradient=False, backward=True)
     _, saved, _ = _run(pair.train(), shape, passes_gradient=False, backward=True)
     pair.zero_grad(set_to_none=True)
@@ -96,28 +96,28 @@ def trained_cost(pair: nn.Module, shape: Sequence[int], layers_only: bool = Fals
 def _run(
     module: nn.Module, shape: Sequence[int], passes_gradient: bool, backward: bool
 ) -> tuple[float, float, torch.Size]:
-    """FLOPs and saved bytes of an image through a module, and the shape that comes out."""
+    """FLOPs and saved bytes per image of a pass through a module, and the shape of its output."""
     states = torch.empty(*shape, device="meta", requires_grad=passes_gradient)
     saved = _SavedActivations(module.parameters())
     with torch.set_grad_enabled(backward), FlopCounterMode(display=False) as counter, saved:
         out = module(states)
         out = out[0] if isinstance(out, tuple) else out
         if backward:
-            # a loss has no products of matrices
+            # a loss has no matrix products
             out.sum().backward()
     return counter.get_total_flops() / COUNTED_IMAGES, saved.nbytes / COUNTED_IMAGES, out.shape
 
 
 class _SavedActivations(torch.autograd.graph.saved_tensors_hooks):
-    """Bytes of what autograd keeps for the backward pass, without parameters and what fused kernels do not keep."""
+    """Counts the bytes that autograd keeps for backward, without parameters and what fused kernels do not keep."""
 
     def __init__(self, parameters: Iterable[torch.Tensor]):
         parameters = list(parameters)
         self._parameters = {parameter.untyped_storage()._cdata for parameter in parameters}
-        # a product with the experts' weights gathered for each token keeps them; grouped products do not
+        # a product with expert weights gathered for each token keeps them; grouped products do not
         self._gathered = {tuple(parameter.shape[1:]) for parameter in parameters if parameter.ndim == 3}
         self._gathered |= {shape[::-1] for shape in self._gathered}
-        # kept alive, so that no storage takes the place of another
+        # kept alive, so that no storage is reused for another tensor
         self._kept: dict[int, torch.Tensor] = {}
         super().__init__(self._keep, lambda tensor: tensor)
 

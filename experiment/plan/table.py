@@ -1,4 +1,4 @@
-"""A plan, shown in the terminal."""
+"""Terminal output of a plan."""
 
 from rich.console import Console
 from rich.table import Table
@@ -13,7 +13,7 @@ _UNITS = {"EFLOPs": 1e18, "PFLOPs": 1e15, "TFLOPs": 1e12, "GFLOPs": 1e9}
 
 def print_plan(plan: Plan, throughput: float, how: str, console: Console | None = None) -> None:
     """
-    Print the phases, and what each arm costs.
+    Print the phases and the cost of each arm.
 
     Args:
         plan (`Plan`)
@@ -31,7 +31,7 @@ def print_plan(plan: Plan, throughput: float, how: str, console: Console | None 
     for phase in plan.phases:
         phases.add_row(*_row(phase))
     console.print(phases)
-    title = f"In all, at {throughput:g} TFLOP/s a GPU ({how})"
+    title = f"In total, at {throughput:g} TFLOP/s per GPU ({how})"
     totals = Table(title=title, caption=_TOTALS_CAPTION, caption_justify="left")
     first = next(iter(plan.totals))
     for column in ("Arm", "Compute", "GPU-hours", f"Hours on {gpus}", f"times {first}"):
@@ -44,11 +44,11 @@ def print_plan(plan: Plan, throughput: float, how: str, console: Console | None 
 
 
 _CAPTION = (
-    "Trained and frozen: parameters. Each pair is planned alone, in a process of its own; `pairs` trains all of them "
-    "in one, with one pass through the meta model. GiB/device: weights, gradients, AdamW and the activations of one "
-    "device batch; fused attention and grouped experts are assumed."
+    "Trained and frozen: parameters. Each pair is planned alone, in its own process; `pairs` trains all of them in "
+    "one process, with one pass through the meta model. GiB/device: weights, gradients, AdamW and the activations of "
+    "one device batch; fused attention and grouped experts are assumed."
 )
-_TOTALS_CAPTION = "FLOPs of forward and backward passes in training; evaluation, data and communication come on top."
+_TOTALS_CAPTION = "FLOPs of forward and backward passes in training, without evaluation, data and communication."
 
 
 def _row(phase: PhaseCost) -> list[str]:
@@ -59,7 +59,7 @@ def _row(phase: PhaseCost) -> list[str]:
 
 
 def _flops(value: float) -> str:
-    """In the largest unit of which it is one or more, or else in the smallest."""
+    """Format FLOPs in the largest unit in which the value is at least one, otherwise in the smallest unit."""
     name = next((name for name, unit in _UNITS.items() if value >= unit), "GFLOPs")
     return f"{_number(value / _UNITS[name])} {name}"
 

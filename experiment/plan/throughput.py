@@ -1,4 +1,4 @@
-"""How fast a device trains, for plans."""
+"""Training throughput of a device, for plans."""
 
 import time
 
@@ -7,17 +7,17 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForImageClassification, ViTConfig
 
 
-# TFLOP/s of one GPU in training, where none is stated: about a third of what an A100 can do in bfloat16.
+# TFLOP/s of one GPU in training, if none is given: about a third of the peak of an A100 in bfloat16.
 THROUGHPUT = 100.0
 
 
 def measure_throughput(seconds: float = 3.0) -> float:
     """
-    TFLOP/s of this machine's device in training: the embeddings and four layers of ViT-Base, forward and backward,
-    in bfloat16 on an accelerator.
+    Measure the TFLOP/s of this machine's device in training: the embeddings and four layers of ViT-Base, forward and
+    backward, in bfloat16 on an accelerator.
 
     Args:
-        seconds (`float`): How long to measure, after a first step.
+        seconds (`float`): Duration of the measurement, after a first step.
     """
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     device = accelerator or torch.device("cpu")

@@ -1,4 +1,4 @@
-"""The report of a run: what its phases left behind, as JSON, Markdown and pictures."""
+"""The report of a run: the results of its phases as JSON, Markdown and figures."""
 
 import json
 import os
@@ -42,13 +42,13 @@ def make_report(recipe: Recipe) -> Path:
 
 def write_report(output_dir: Path, report: Report, histories: Histories, graph: bytes | None = None) -> Path:
     """
-    Write report.json, report.md and report.png into `output_dir`, and graph.png for a NAC, each whole or not at all.
+    Write report.json, report.md and report.png, and for a NAC graph.png, into `output_dir`, each whole or not at all.
 
     Args:
-        output_dir (`Path`): The run's folder; made if it does not exist.
-        report (`dict[str, Any]`): From `collect`, or a report.json read back.
+        output_dir (`Path`): The run's folder; created if it does not exist.
+        report (`dict[str, Any]`): From `collect`, or read from report.json.
         histories (`dict`): From `read_histories`; `{}` leaves the training curves out.
-        graph (`bytes`, *optional*): Picture of a NAC's graph.
+        graph (`bytes`, *optional*): Figure of a NAC's graph.
 
     Returns:
         The path of report.md.

@@ -1,4 +1,4 @@
-"""Writes the model cards of a run."""
+"""Model cards of a run."""
 
 from pathlib import Path
 
@@ -22,10 +22,10 @@ def render_card(
     license: str = "apache-2.0",
 ) -> ModelCard:
     """
-    The model card of one arm of a finished run, see [`run_card`].
+    Render the model card of one arm of a finished run, see [`run_card`].
 
     Args:
-        run_folder (`str` or `Path`): With its `report.json`.
+        run_folder (`str` or `Path`): A finished run, with its `report.json`.
         arm, source, with_code, pairs, license: See [`run_card`].
         seed (`int`, *optional*): Seed of the arm. `None`: the run's first.
 
@@ -41,7 +41,7 @@ def render_card(
 
 def write_cards(run_folder: str | Path) -> list[Path]:
     """
-    Write `README.md` into the folder of every arm of a run, those of its further seeds included.
+    Write `README.md` into the folder of every arm of a run, including the arms of its further seeds.
 
     Args:
         run_folder (`str` or `Path`): A finished run, with its `report.json`.

@@ -1,4 +1,4 @@
-"""What a run found, from the results that each finished phase left behind."""
+"""Collection of a run's results from the files that each finished phase wrote."""
 
 import importlib
 import importlib.metadata
@@ -18,8 +18,8 @@ from m2mkd.experiment.run_folder import RunFolder
 
 PACKAGES = ("torch", "transformers", "accelerate", "m2mkd")
 COSTS = ("train_seconds", "train_samples_seen", "train_flops", "parameters", "images", "labels", "epochs")
-RUN_AGAIN = "Run the recipe again: finished phases are kept, and what is missing is made."
-REPEAT = "Delete {folder} and run the recipe again: that phase is repeated, the other finished ones are kept."
+RUN_AGAIN = "Run the recipe again: finished phases are kept, and missing ones run."
+REPEAT = "Delete {folder} and run the recipe again: that phase runs again, and the other finished phases are kept."
 
 Result = dict[str, Any]
 Report = dict[str, Any]
@@ -35,19 +35,19 @@ def collect(output_dir: Path, recipe: dict[str, Any], seed: int, repeat_seeds: l
 
     Args:
         output_dir (`Path`): The run's folder.
-        recipe (`dict[str, Any]`): The recipe as plain values; a `hub_token` in it is left out of the report. Arms that
-            it asks for must have run with every seed; others are reported if they have.
-        seed (`int`): The seed whose phases lie in `output_dir` itself.
+        recipe (`dict[str, Any]`): The recipe as plain values; a `hub_token` in it is left out of the report. Arms in
+            the recipe must have run with every seed; others are reported if they have.
+        seed (`int`): The seed whose phases are in `output_dir` itself.
         repeat_seeds (`list[int]`): The seeds in `output_dir/seeds`.
-        device (`str`): What the run was made on, in words.
+        device (`str`): Device of the run, as text.
 
     Returns:
         The report: accuracies in [0, 1], times in seconds, `train_flops` in floating-point
-        operations. `meta` and `teacher` are `None` if they have no folder and no arm needs one, their `iid` is `None`
-        if they know other classes. Beside it `date`, `seeds` (the arms of every seed, the first included), `summary`
-        (over the seeds), `comparisons` (seed by seed) and `hybrids`: the accuracy of the meta model with one teacher
-        stage in it when the pairs of the first seed were distilled, and before alignment (`None` where it was not
-        measured).
+        operations. `meta` and `teacher` are `None` if they have no folder and no arm needs one; their `iid` is `None`
+        if they know other classes. In addition: `date`, `seeds` (the arms of every seed, including the first),
+        `summary` (over the seeds), `comparisons` (seed by seed) and `hybrids`: the accuracy of the meta model with one
+        teacher stage in it when the pairs of the first seed were distilled, and before alignment (`None` if it was
+        not measured).
 
     Raises:
         `RunError`: no arm has run, or a results file is missing or damaged.
@@ -81,11 +81,11 @@ def collect(output_dir: Path, recipe: dict[str, Any], seed: int, repeat_seeds: l
 
 def read_histories(output_dir: Path, seed: int, repeat_seeds: list[int]) -> Histories:
     """
-    The log entries of a run, for `write_report`.
+    Read the log entries of a run, for `write_report`.
 
     Returns:
-        `{"arms": {arm: {seed: [entry, …]}}, "pairs": {index: [entry, …]}}`, keys as text, the pairs those of the first
-        seed.
+        `{"arms": {arm: {seed: [entry, …]}}, "pairs": {index: [entry, …]}}`, with keys as text and the pairs of the
+        first seed.
 
     Raises:
         `RunError`: a results file is missing or damaged.
@@ -100,7 +100,7 @@ def read_histories(output_dir: Path, seed: int, repeat_seeds: list[int]) -> Hist
 
 
 def arms_of(results: Mapping[str, Result]) -> dict[str, Arm]:
-    """The arms whose results a report has, by name."""
+    """The arms with results in a report, by name."""
     arms = {name: arm_of_folder(name, result["arm"]) for name, result in results.items()}
     return {name: arm.with_sibling(arms.values()) for name, arm in arms.items()}
 
@@ -110,12 +110,12 @@ def _seeds(seed: int, repeat_seeds: list[int]) -> list[int]:
 
 
 def _pair_folders(folder: RunFolder, seed: int, num_pairs: int) -> list[Path]:
-    """The folders of all pairs, at least `num_pairs`: one that is missing is not passed over."""
+    """The folders of all pairs, at least `num_pairs`, so that a missing one is not skipped."""
     return [folder.pair(index, seed) for index in range(max(num_pairs, folder.num_pairs(seed)))]
 
 
 def _read_arms(folder: RunFolder, seed: int, recipe: dict[str, Any]) -> dict[str, Result]:
-    """The arms of one seed: those that the recipe asks for, in its order, and further ones that are there."""
+    """Read the arms of one seed: those of the recipe, in its order, and others that have a folder."""
     arms = _asked_arms(recipe)
     for name in folder.arm_names(seed):
         path = folder.arm(name, seed) / "train_results.json"
@@ -147,7 +147,10 @@ def _asked_arms(recipe: dict[str, Any]) -> dict[str, Arm]:
 
 
 def _read_hybrids(folder: RunFolder) -> Result | None:
-    """`stages` (`before` alignment and `after` it, by index), `teacher`, `chance`, `n`, `set`: `hybrid_accuracies`."""
+    """
+    Read the results of `hybrid_accuracies`: `stages` (`before` and `after` alignment, by index), `teacher`, `chance`,
+    `n` and `set`.
+    """
     before: dict[str, float] = {}
     if (folder.meta / "train_results.json").is_file():
         before = _read_json(folder.meta / "train_results.json").get("before", {}).get("hybrids", {})
@@ -155,14 +158,14 @@ def _read_hybrids(folder: RunFolder) -> Result | None:
     measured = [own for own in pairs if own]
     if not measured:
         return None
-    # pairs that were distilled together were measured together
+    # hybrids of pairs that were distilled together were measured together
     after = {index: accuracy for own in measured for index, accuracy in own["hybrids"].items()}
     stages = {index: {"before": before.get(index), "after": after[index]} for index in sorted(after, key=int)}
     return {"stages": stages, **{name: measured[-1][name] for name in ("teacher", "chance", "n", "set")}}
 
 
 def _add_distillation(result: Result, pairs: list[Result]) -> None:
-    """Add what the pairs cost to an arm that starts from them; its own results are those of its end-to-end phase."""
+    """Add the cost of the pairs to an arm that starts from them; its own cost is that of its end-to-end phase."""
     finetune = {name: result[name] for name in COSTS}
     total = ("train_seconds", "train_flops", "parameters")
     distill = {name: (sum if name in total else max)(pair[name] for pair in pairs) for name in COSTS}
@@ -174,13 +177,13 @@ def _add_distillation(result: Result, pairs: list[Result]) -> None:
 
 
 def _read_result(folder: Path) -> Result:
-    """Results and costs of a finished phase; `iid` and `ood` are `None` where it was not tested."""
+    """Read results and costs of a finished phase; `iid` and `ood` are `None` if it was not tested on them."""
     path = folder / "eval_results.json"
     evaluation = _read_json(path)
     costs = _read_costs(folder / "train_results.json")
     load = evaluation.get("expert_load")
     if load is not None and not _is_load(load):
-        raise _damaged(path, "`expert_load` is no share of each expert by layer")
+        raise _damaged(path, "`expert_load` does not give the fraction of each expert by layer")
     return {**{split: _scores(evaluation, split, path) for split in ("iid", "ood")}, **costs, "expert_load": load}
 
 
@@ -188,9 +191,9 @@ def _read_costs(path: Path) -> Result:
     content = _read_json(path)
     phases = content.get("phases") or {}
     if not isinstance(phases, dict):
-        raise _damaged(path, "`phases` is no mapping")
+        raise _damaged(path, "`phases` is not a mapping")
     costs: Result = {name: _number(content, name, path) for name in COSTS}
-    # a published network; an arm whose model stands for two arms
+    # for a published network; for an arm that has the model of another one
     costs |= {name: content[name] for name in ("pretrained", "network", "same_as") if content.get(name)}
     if phases:
         costs["phases"] = {phase: {name: _number(own, name, path) for name in COSTS} for phase, own in phases.items()}
@@ -201,7 +204,7 @@ def _read_log(folder: Path) -> list[dict[str, Any]]:
     path = folder / "train_results.json"
     log = _read_json(path).get("log_history") or []
     if not isinstance(log, list) or not all(isinstance(entry, dict) for entry in log):
-        raise _damaged(path, "`log_history` is no list of entries")
+        raise _damaged(path, "`log_history` is not a list of entries")
     return log
 
 
@@ -214,7 +217,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise _damaged(path, str(error)) from error
     if not isinstance(content, dict):
-        raise _damaged(path, "it holds no mapping of names to values")
+        raise _damaged(path, "it is not a mapping of names to values")
     return content
 
 
@@ -226,8 +229,8 @@ def _number(content: Any, name: str, path: Path, highest: float = math.inf) -> f
     value: Any = content.get(name) if isinstance(content, dict) else None
     is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if not is_number or not 0 <= value <= highest:
-        limit = "" if highest == math.inf else f" up to {highest:g}"
-        raise _damaged(path, f"`{name}` should be a number from 0{limit} on, and is {value!r}")
+        limit = "" if highest == math.inf else f" and at most {highest:g}"
+        raise _damaged(path, f"`{name}` should be a number of at least 0{limit}, but is {value!r}")
     return value
 
 
@@ -254,7 +257,7 @@ def _version(name: str) -> str:
 
 
 def plain(value: Any) -> Any:
-    """The value as JSON can hold it: `None` for numbers that are not finite, text for unknown objects, no tokens."""
+    """Convert a value for JSON: `None` for numbers that are not finite, text for unknown objects, no tokens."""
     if isinstance(value, dict):
         return {str(key): plain(item) for key, item in value.items() if not str(key).endswith("hub_token")}
     if isinstance(value, list | tuple):
@@ -268,7 +271,7 @@ def plain(value: Any) -> Any:
 
 
 def _statistics(values: list[float]) -> dict[str, Any]:
-    """Mean and sample standard deviation (`None` of one value)."""
+    """Mean and sample standard deviation (`None` for a single value)."""
     return {"mean": statistics.fmean(values), "std": statistics.stdev(values) if len(values) > 1 else None}
 
 
@@ -282,7 +285,7 @@ def _summarise(results: list[Result]) -> dict[str, Any]:
 
 
 def _compare(seeds: dict[str, Any], name: str, baseline: str) -> dict[str, Any]:
-    """An arm minus `baseline`, seed by seed; differences of accuracies in [-1, 1]."""
+    """Compare an arm with `baseline`, seed by seed: differences of accuracies in [-1, 1]."""
     first = next(iter(seeds.values()))["arms"]
     budget, unit = _common_budget(first[name], first[baseline])
     own = first[name][unit]
@@ -311,7 +314,7 @@ def _compare(seeds: dict[str, Any], name: str, baseline: str) -> dict[str, Any]:
 
 
 def _common_budget(ours: Result, theirs: Result) -> tuple[str, str]:
-    """What two arms have in common, in words and as the name of a cost."""
+    """The budget that two arms have in common, as text and as the name of a cost."""
     if theirs["arm"]["budget"] is not None:
         return "equal training compute", "train_flops"
     if theirs["arm"]["data"] == ours["arm"]["data"]:

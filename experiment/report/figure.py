@@ -1,4 +1,4 @@
-"""The picture of a report: accuracies, training curves and the load of the experts."""
+"""The figure of a report: accuracies, training curves and the load of the experts."""
 
 import io
 import math
@@ -23,7 +23,7 @@ Points = tuple[list[float], list[float]]
 
 
 def render_figure(report: Report, histories: Histories) -> bytes:
-    """The picture as PNG, 14 × 9 inches at 110 dpi (half as high for two panels); panels without data are left out."""
+    """Render the figure as PNG, 14 × 9 inches at 110 dpi (half as high for two panels), without empty panels."""
     pair_curves, kind = _pair_curves(histories)
     panels: list[tuple[Callable[..., str], Any]] = [
         (_draw_accuracy, report["summary"]),
@@ -50,7 +50,7 @@ def _colors(report: Report) -> dict[str, str]:
 
 
 def _load(report: Report) -> tuple[str, dict[str, list[float]]] | None:
-    """Name and expert load of the arm that the others are compared with, else of the first that has experts."""
+    """Name and expert load of the arm that the others are compared with, otherwise of the first arm with experts."""
     compared = reference(list(arms_of(report["arms"]).values()))
     names = [*([] if compared is None else [compared.name]), *report["arms"]]
     return next(((name, load) for name in names if (load := report["arms"][name]["expert_load"])), None)
@@ -64,7 +64,7 @@ def _points(log: list[dict[str, Any]], name: str) -> Points:
 
 
 def _arm_curves(report: Report, histories: Histories) -> dict[str, dict[str, Points]]:
-    """`{arm: {seed: points}}` of the arms and seeds that were trained by themselves and evaluated meanwhile."""
+    """`{arm: {seed: points}}` of the arms and seeds that were trained themselves and evaluated during training."""
     curves: dict[str, dict[str, Points]] = {}
     for arm in (arm for arm, result in report["arms"].items() if not result.get("same_as")):
         for seed, log in histories.get("arms", {}).get(arm, {}).items():
@@ -74,7 +74,7 @@ def _arm_curves(report: Report, histories: Histories) -> dict[str, dict[str, Poi
 
 
 def _pair_curves(histories: Histories) -> tuple[dict[int, Points], str]:
-    """Points by pair, and what they are of: the test set, or training batches where nothing was evaluated."""
+    """Points by pair, and what they show: the test set, or training batches if nothing was evaluated."""
     logs = sorted((int(index), log) for index, log in histories.get("pairs", {}).items())
     test, training = "IID accuracy", "accuracy on training batches"
     for name, kind in (("eval_pair_{}_accuracy", test), ("eval_accuracy", test), ("pair_{}_accuracy", training)):
@@ -148,7 +148,7 @@ def _finish_curves(axes: Axes, x_label: str, y_label: str, columns: int) -> None
 
 
 def _draw_load(axes: Axes, report: Report, named: tuple[str, dict[str, list[float]]]) -> str:
-    """Layers × experts; the colour is the share relative to the uniform one, so that 1 is a balanced layer."""
+    """Draw layers × experts; the color is the fraction relative to the uniform one, so 1 is a balanced layer."""
     arm, load = named
     layers = sorted(load, key=lambda name: (not name.isdigit(), int(name) if name.isdigit() else 0, name))
     width = max(len(shares) for shares in load.values())
@@ -167,6 +167,6 @@ def _draw_load(axes: Axes, report: Report, named: tuple[str, dict[str, list[floa
     axes.set_xlabel("expert")
     axes.set_ylabel("layer")
     bar = axes.figure.colorbar(image, ax=axes, ticks=[0, 0.5, 1, top], format="%.2g")
-    bar.set_label("share relative to uniform (1 = balanced)")
+    bar.set_label("fraction relative to uniform (1 = balanced)")
     uniform = f", uniform: {100 / width:.3g} %" if len({len(row) for row in relative}) == 1 else ""
     return f"Expert load of {arm}, seed {report['seed']} (% of the tokens' choices{uniform})"

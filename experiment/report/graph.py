@@ -1,4 +1,4 @@
-"""Draws the graph of a NAC: how strongly each latent hears each other one, before and after training."""
+"""Figure of a NAC's graph: how strongly each latent receives from each other one, before and after training."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -16,8 +16,8 @@ from m2mkd.modeling.modeling_nac import NACForImageClassification
 @torch.no_grad()
 def signature_affinity(model: NACForImageClassification) -> torch.Tensor:
     """
-    Affinity of the mediators (rows) with all senders of the first round, input latents first, of shape
-    `(num_mediator_latents, num_senders)`: 0 where two are not connected.
+    Compute the affinity of the mediators (rows) with all senders of the first round, input latents first, of shape
+    `(num_mediator_latents, num_senders)`. It is 0 if two are not connected.
     """
     was_training = model.training
     model.eval()
@@ -27,7 +27,7 @@ def signature_affinity(model: NACForImageClassification) -> torch.Tensor:
 
 
 def density(affinity: torch.Tensor) -> float:
-    """Share of connected pairs, a latent with itself left out, among the mediators."""
+    """Fraction of connected pairs among the mediators, without pairs of a latent with itself."""
     num_mediators = affinity.shape[0]
     among = affinity[:, -num_mediators:] > 0
     return ((among.sum() - among.diagonal().sum()) / max(num_mediators * (num_mediators - 1), 1)).item()
@@ -35,12 +35,12 @@ def density(affinity: torch.Tensor) -> float:
 
 def read_graphs(arms: Mapping[str, Path], depths: Sequence[int], seed: int) -> dict[str, torch.Tensor]:
     """
-    Affinities of a NAC before training, and after that of each arm.
+    Compute the affinities of a NAC before training, and after the training of each arm.
 
     Args:
         arms (`Mapping[str, Path]`): Folders of the arms by name; at least one.
-        depths (`Sequence[int]`): Of the student's stages.
-        seed (`int`): What its weights are drawn from.
+        depths (`Sequence[int]`): Depths of the student's stages.
+        seed (`int`): Seed of its initial weights.
     """
     models = {name: load_network(folder) for name, folder in arms.items()}
     before = new_network(next(iter(models.values())).config, depths, seed)
@@ -49,7 +49,7 @@ def read_graphs(arms: Mapping[str, Path], depths: Sequence[int], seed: int) -> d
 
 def draw_graphs(affinities: Mapping[str, torch.Tensor]) -> bytes:
     """
-    One panel a model, as PNG: its signature-kernel adjacency.
+    Draw the signature-kernel adjacency as PNG, with one panel per model.
 
     Args:
         affinities (`Mapping[str, torch.Tensor]`): By title, see [`signature_affinity`].

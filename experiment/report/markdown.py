@@ -9,12 +9,12 @@ _HYBRID_COLUMNS = {"before": "Before alignment %", "after": "When distilled %"}
 
 
 def name_of(report: Report) -> str:
-    """What the recipe calls the run."""
+    """Name of the run in the recipe."""
     return str(report["recipe"].get("name") or "a run without a name")
 
 
 def to_markdown(report: Report) -> str:
-    """The report as GitHub Markdown; it shows report.png of the same folder."""
+    """Render the report as GitHub Markdown; it shows report.png from the same folder."""
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     sections = [
         f"# {name_of(report)}",
@@ -22,7 +22,7 @@ def to_markdown(report: Report) -> str:
         "## Results",
         results_section(report),
         _hybrid_section(report),
-        "![Accuracy and the course of training](report.png)",
+        "![Accuracy and training curves](report.png)",
         _graph_section(report),
         "## Training data and compute",
         compute_section(report),
@@ -34,7 +34,7 @@ def to_markdown(report: Report) -> str:
 
 
 def _hybrid_section(report: Report) -> str:
-    """What the pairs were distilled from; nothing where no pair was distilled from a teacher."""
+    """Section about the hybrids that the pairs were distilled from; empty if no pair was distilled from a teacher."""
     if not report.get("hybrids"):
         return ""
     table = markdown_table(*hybrid_rows(report))
@@ -42,18 +42,18 @@ def _hybrid_section(report: Report) -> str:
 
 
 def _graph_section(report: Report) -> str:
-    """The graph of a NAC; nothing for other students."""
+    """Section about the graph of a NAC; empty for other students."""
     if not report.get("graph_density"):
         return ""
     shares = ", ".join(f"{name} {100 * share:.1f} %" for name, share in report["graph_density"].items())
     return (
-        "## Graph\n\nShare of the mediators' pairs that the truncated kernel of their signatures connects: "
+        "## Graph\n\nFraction of the mediators' pairs that the truncated kernel of their signatures connects: "
         f"{shares}.\n\n![Signature-kernel adjacency before and after training](graph.png)"
     )
 
 
 def hybrid_rows(report: Report) -> tuple[list[str], list[list[str]]]:
-    """Columns and rows: accuracy of the meta model with one teacher stage in it, as far as it was measured."""
+    """Columns and rows of the hybrids' table: accuracy of the meta model with one teacher stage in it, if measured."""
     stages = report["hybrids"]["stages"]
     measured = [
         when for when in _HYBRID_COLUMNS if any(accuracies[when] is not None for accuracies in stages.values())
@@ -66,7 +66,7 @@ def hybrid_rows(report: Report) -> tuple[list[str], list[list[str]]]:
 
 
 def hybrid_caption(report: Report) -> str:
-    """What the table of the hybrids shows."""
+    """Caption of the hybrids' table."""
     hybrids = report["hybrids"]
     return (
         f"Accuracy of the meta model with one teacher stage in it, whose logits the pairs are distilled from "

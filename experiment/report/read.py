@@ -1,4 +1,4 @@
-"""Reads report.json."""
+"""Reading of report.json."""
 
 import json
 from pathlib import Path
@@ -11,14 +11,17 @@ from m2mkd.model_cards.parts import REPORT_FILE
 
 
 def read_report(run_folder: Path) -> dict[str, Any]:
-    """`report.json` of a run. Raises `HubError` if it is missing or damaged, `RunError` if the folder is no run."""
+    """
+    Read `report.json` of a run. Raises `HubError` if it is missing or damaged, and `RunError` if the folder is not a
+    run.
+    """
     path = run_folder / REPORT_FILE
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         check_is_run(run_folder)
         raise HubError(
-            f"{path} is missing: a card tells what was measured. Finish the run, or write the report again with "
+            f"{path} is missing, but the model card needs its results. Finish the run, or write the report again with "
             f"`m2mkd report {run_folder}`."
         ) from error
     except ValueError as error:
@@ -32,7 +35,7 @@ def read_report(run_folder: Path) -> dict[str, Any]:
 
 
 def result_of(report: dict[str, Any], run_folder: Path, arm: str, seed: int) -> dict[str, Any]:
-    """What the report says of one arm. Raises `HubError` if it has no such seed or arm."""
+    """The results of one arm in a report. Raises `HubError` if it has no such seed or arm."""
     seeds = report["seeds"]
     if str(seed) not in seeds:
         raise HubError(f"{run_folder / REPORT_FILE} has no seed {seed}, only {', '.join(seeds)}.")

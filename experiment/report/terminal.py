@@ -1,4 +1,4 @@
-"""The report in a terminal."""
+"""Terminal output of the report."""
 
 from rich.console import Console
 from rich.markup import escape

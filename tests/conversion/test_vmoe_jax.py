@@ -55,10 +55,10 @@ def test_a_name_in_front_of_all_and_dots_do_not_matter() -> None:
         ({"pre_logits/kernel": np.zeros((2, 2))}, "representation layer"),
         ({"head/kernel": None}, "`head/kernel` is missing"),
         ({"embedding/kernel": None}, "one `embedding/kernel`; this one has 0"),
-        ({"Encoder/posembed_input/pos_embedding": np.zeros((1, 7, WIDTH))}, "6 patches are no square"),
+        ({"Encoder/posembed_input/pos_embedding": np.zeros((1, 7, WIDTH))}, "6 patches do not form a square"),
         (
             {"Encoder/encoderblock_0/SelfAttention/query_ln/scale": np.zeros(4)},
-            r"no part of a V-MoE .*encoderblock_0.SelfAttention.query_ln.scale",
+            r"do not belong to a V-MoE .*encoderblock_0.SelfAttention.query_ln.scale",
         ),
     ],
 )

@@ -50,7 +50,7 @@ class TestAnArmOfTheRecipesOwn:
         assert compared == {"e2e": "equal end-to-end epochs", "kd_all": "budgets of their own"}
         text = (finished / "report.md").read_text()
         assert "m2mkd − kd_all at budgets of their own" in text
-        assert "- kd_all: end-to-end training towards the teacher's outputs" in text
+        assert "- kd_all: end-to-end training to match the teacher's outputs" in text
         assert (finished / "report.png").stat().st_size > 10_000
 
     def test_it_has_a_card_and_can_be_pushed(self, finished: Path) -> None:
@@ -95,9 +95,9 @@ class TestBudgets:
     @pytest.mark.parametrize(
         "arms, message",
         [
-            ({"a": {"budget": {"flops_of": "b"}}}, "`flops_of: b`; name another arm"),
-            ({"a": {"budget": {"flops_of": "a"}}}, "name another arm"),
-            ({"e2e": {"budget": {"flops_of": "m2mkd"}, "training": {"max_steps": 3}}}, "not both"),
+            ({"a": {"budget": {"flops_of": "b"}}}, "`flops_of: b`; name an arm"),
+            ({"a": {"budget": {"flops_of": "a"}}}, "name an arm"),
+            ({"e2e": {"budget": {"flops_of": "m2mkd"}, "training": {"max_steps": 3}}}, "either `budget` or a length"),
         ],
     )
     def test_a_budget_that_means_nothing_is_refused(self, tmp_path: Path, arms: dict[str, Any], message: str) -> None:
@@ -114,7 +114,7 @@ class TestWords:
             ([{"../up": KD_ALL}], "cannot name an arm's folder"),
             ({"e2e": 3}, "give a mapping"),
             ({"e2e": {"init": "pretrained"}}, "arms.e2e.init"),
-            ({"own": {"training": {"alpha": 0.5}}}, "`alpha` belongs to"),
+            ({"own": {"training": {"alpha": 0.5}}}, "`alpha` needs a teacher"),
             ({"own": {"data": "nowhere"}}, "`arms.own.data` is 'nowhere'"),
             ([], "at least 1"),
         ],

@@ -80,7 +80,7 @@ class TestFilesToPush:
     def test_what_is_not_finished_is_refused(self, finished_run: Path, tmp_path: Path):
         with pytest.raises(HubError, match="no arm 'kd', only e2e, m2mkd"):
             files_to_push(finished_run, "kd", "alice/tiny")
-        with pytest.raises(RunError, match="is no folder of a run"):
+        with pytest.raises(RunError, match="is not the folder of a run"):
             files_to_push(tmp_path, "m2mkd", "alice/tiny")
         (tmp_path / "recipe.json").touch()
         with pytest.raises(HubError, match="report.json is missing.*Finish the run"):

@@ -18,7 +18,7 @@ def test_phases_and_hours_against_e2e(capsys: pytest.CaptureFixture[str]) -> Non
     print_plan(Plan("tiny", phases, totals, gpus=8), 150.0, "stated", Console(width=200))
     lines = capsys.readouterr().out.splitlines()
     assert any("Plan of tiny on 8 GPUs" in line for line in lines)
-    assert any("at 150 TFLOP/s a GPU (stated)" in line for line in lines)
+    assert any("at 150 TFLOP/s per GPU (stated)" in line for line in lines)
     rows = {
         line.split("│")[1].strip(): [cell.strip() for cell in line.split("│")[2:-1]] for line in lines if "│" in line
     }

@@ -244,7 +244,7 @@ class TestErrors:
     def test_accuracy_is_a_share(self, run_folder, accuracy):
         scores = {"accuracy": accuracy, "n": 10}
         write(run_folder / "arms" / "e2e" / "eval_results.json", {"iid": scores, "ood": None})
-        with pytest.raises(RunError, match="`accuracy` should be a number from 0 up to 1"):
+        with pytest.raises(RunError, match="`accuracy` should be a number of at least 0 and at most 1"):
             collect_all(run_folder)
 
     def test_an_untested_arm(self, run_folder):
