@@ -207,16 +207,10 @@ def _learning_rate(how: HeadTraining, step: int) -> float:
 
 def interval_95(values: Sequence[float]) -> float | None:
     """Half the width of the 95 % confidence interval of a mean: `t * s / sqrt(n)`. `None` for a single value."""
+    # takes a second
+    from scipy.stats import t
+
     freedom = len(values) - 1
     if freedom < 1:
         return None
-    return _student_quantile(freedom) * float(np.std(values, ddof=1)) / math.sqrt(len(values))
-
-
-def _student_quantile(freedom: int) -> float:
-    """The value that Student's t stays below with probability 0.975; it is 12.7 for one degree of freedom."""
-    scale = math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2) - 0.5 * math.log(freedom * math.pi)
-    t = np.linspace(0.0, 15.0, 300_001)
-    density = np.exp(scale - (freedom + 1) / 2 * np.log1p(t**2 / freedom))
-    below = 0.5 + np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2)]) * (t[1] - t[0])
-    return float(np.interp(0.975, below, t))
+    return float(t.ppf(0.975, freedom) * np.std(values, ddof=1)) / math.sqrt(len(values))
