@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from m2mkd.data.config import IMAGEFOLDER_PREFIX, DataConfig
 from m2mkd.data.dataset import ImageDataset
 from m2mkd.data.episodes import Episode, draw_episodes
-from m2mkd.data.known_sets import KNOWN_SETS
+from m2mkd.data.known_sets import splits_of
 from m2mkd.data.sources import load_images
 from m2mkd.distillation.split import stage_class
 from m2mkd.evaluation.saved_model import data_config, load_for_evaluation
@@ -83,19 +83,13 @@ def few_shot(
     screen.say(f"Few-shot test of {folder} on {source}: loading")
     model, pixels = load_for_evaluation(folder)
     config, second = _splits(source, pixels, train_split, val_split, partial)
-    train = load_images(config)
-    validation = None if second is None else load_images(second)
+    train, validation = load_images(config), None if second is None else load_images(second)
     drawn = list(draw_episodes(train, validation, ways, shots, episodes, seed))
     model = model.to(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu").eval()
 
-    pool = train if validation is None else validation
-    learnt, tested = (
-        _features(model, ImageDataset(images, config, False), indices, batch_size, screen)
-        for images, indices in (
-            (train, [each.train for each in drawn]),
-            (pool, [each.validation for each in drawn]),
-        )
-    )
+    shown, asked = [each.train for each in drawn], [each.validation for each in drawn]
+    learnt = _features(model, ImageDataset(train, config, False), shown, batch_size, screen)
+    tested = _features(model, ImageDataset(validation or train, config, False), asked, batch_size, screen)
     how = HEADS[stage_class(type(model)).few_shot_head]
     accuracies = [
         _accuracy(episode, learnt, tested, ways, how, seed + number)
@@ -130,9 +124,8 @@ def _splits(
     source: str, pixels: dict[str, Any], train_split: str | None, val_split: str | None, partial: bool
 ) -> tuple[DataConfig, DataConfig | None]:
     """The set to learn from and the one to test on; `None`: the same."""
-    known = KNOWN_SETS.get(source.partition(":")[0])
-    own = list(known.splits) if known is not None else ["train", "test"] if source == "mnist5k" else []
-    first, last = train_split or (own[0] if own else None), val_split or (own[-1] if own else None)
+    own = splits_of(source) or [None]
+    first, last = train_split or own[0], val_split or own[-1]
     train = data_config(source, pixels, first, partial)
     is_one = source.startswith(IMAGEFOLDER_PREFIX) or first == last
     return train, None if is_one else data_config(source, pixels, last, partial)
