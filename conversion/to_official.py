@@ -1,6 +1,5 @@
 """What `m2mkd convert --to-official` does: a folder of ours to a checkpoint that the official code loads, strictly."""
 
-import os
 from pathlib import Path
 
 import torch
@@ -11,7 +10,7 @@ from m2mkd.conversion.convert import described_model, official_tensors, own_memo
 from m2mkd.conversion.official_models import check_tensors, cut_in_stages, shapes_of, with_aliases
 from m2mkd.distillation.load import load_network
 from m2mkd.errors import ConversionError
-from m2mkd.files import explained_write_errors
+from m2mkd.files import explained_write_errors, replaced_file
 from m2mkd.modeling.modeling_nac import NACForImageClassification
 from m2mkd.modeling.modeling_vmoe import VMoEForImageClassification
 
@@ -93,10 +92,9 @@ def _check_logits(model: PreTrainedModel, described: PreTrainedModel) -> None:
 
 
 def _write(out: Path, official: dict[str, torch.Tensor], depths: list[int] | None) -> None:
-    temporary = out.with_name(f".{out.name}.tmp")
-    try:
-        with explained_write_errors(out):
-            out.absolute().parent.mkdir(parents=True, exist_ok=True)
+    with explained_write_errors(out):
+        out.absolute().parent.mkdir(parents=True, exist_ok=True)
+        with replaced_file(out) as temporary:
             if out.suffix == ".safetensors":
                 save_file(official, temporary, metadata={"format": "pt"})
             elif depths is None:
@@ -104,6 +102,3 @@ def _write(out: Path, official: dict[str, torch.Tensor], depths: list[int] | Non
             else:
                 stages = cut_in_stages(official, depths)
                 torch.save({"model": with_aliases(official, depths), "model_stages": stages}, temporary)
-            os.replace(temporary, out)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -87,9 +87,10 @@ def few_shot(
     drawn = list(draw_episodes(train, validation, ways, shots, episodes, seed))
     model = model.to(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu").eval()
 
-    shown, asked = [each.train for each in drawn], [each.validation for each in drawn]
-    learnt = _features(model, ImageDataset(train, config, False), shown, batch_size, screen)
-    tested = _features(model, ImageDataset(validation or train, config, False), asked, batch_size, screen)
+    pool = train if validation is None else validation
+    needed = ((train, [each.train for each in drawn]), (pool, [each.validation for each in drawn]))
+    sets = ((ImageDataset(images, config, False), indices) for images, indices in needed)
+    learnt, tested = (_features(model, dataset, indices, batch_size, screen) for dataset, indices in sets)
     how = HEADS[stage_class(type(model)).few_shot_head]
     accuracies = [
         _accuracy(episode, learnt, tested, ways, how, seed + number)
