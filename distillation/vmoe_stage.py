@@ -13,6 +13,7 @@ class VMoEStage(TransformerStage):
     """Consecutive layers of a V-MoE. Between the layers there is room for stitches."""
 
     keeps_stitches = True
+    interpolates_positions = False
 
     @property
     def is_stochastic(self) -> bool:
