@@ -12,7 +12,6 @@ from rich.console import Console
 from m2mkd.errors import RunError, WriteError
 from m2mkd.experiment.report import write_report
 from m2mkd.experiment.report.collect import COSTS, collect, read_histories
-from m2mkd.experiment.report.figure import _pair_curves
 from m2mkd.experiment.report.markdown import to_markdown
 from m2mkd.experiment.report.terminal import print_report
 from m2mkd.model_cards.tables import comparison_sentence
@@ -295,18 +294,6 @@ class TestWriteReport:
         path = write_report(tmp_path / "new" / "folder", collect_all(tmp_path, seeds=()), {})
         with Image.open(path.with_name("report.png")) as picture:
             assert picture.size == (990, 528)
-
-    @pytest.mark.parametrize("panel", ["no curves", "no pairs", "no load"])
-    def test_a_panel_without_data_is_left_out(self, run_folder, panel):
-        report, histories = collect_all(run_folder), read_histories(run_folder, 0, [1, 2])
-        if panel == "no load":
-            report["arms"]["m2mkd"]["expert_load"] = None
-        histories.pop({"no curves": "arms", "no pairs": "pairs"}.get(panel, ""), None)
-        assert write_report(run_folder, report, histories).is_file()
-
-    def test_training_accuracy_of_pairs_that_were_not_evaluated(self):
-        logs = {"10": [{"epoch": 1.0, "pair_10_accuracy": 0.5}], "9": [{"epoch": 2.0, "pair_9_accuracy": math.nan}]}
-        assert _pair_curves({"pairs": logs}) == ({10: ([1.0], [50.0])}, "accuracy on training batches")
 
     def test_nan_becomes_null(self, run_folder):
         report = collect_all(run_folder)

@@ -9,8 +9,8 @@ from tiny_run import recipe_content
 from m2mkd.experiment.phases import Phase, phases_of
 from m2mkd.experiment.recipe_file import parse_recipe
 from m2mkd.experiment.run_data import RunData
-from m2mkd.experiment.screen import Screen
 from m2mkd.experiment.session import Session
+from m2mkd.screen import Screen
 
 
 def phases(folder: Path, **changes: Any) -> dict[str, Phase]:
