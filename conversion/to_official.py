@@ -1,6 +1,5 @@
 """What `m2mkd convert --to-official` does: a folder of ours to a checkpoint that the official code loads, strictly."""
 
-import os
 from pathlib import Path
 
 import torch
@@ -14,7 +13,7 @@ from m2mkd.conversion.official_models import check_tensors, cut_in_stages, shape
 from m2mkd.conversion.output import own_memory
 from m2mkd.distillation.load import load_network
 from m2mkd.errors import ConversionError
-from m2mkd.files import explained_write_errors
+from m2mkd.files import explained_write_errors, replaced_file
 
 
 _KINDS = {name: kind for name, kind in KINDS.items() if isinstance(kind, ReversibleKind)}
@@ -91,10 +90,9 @@ def _check_logits(model: PreTrainedModel, described: PreTrainedModel) -> None:
 
 
 def _write(out: Path, official: dict[str, torch.Tensor], depths: list[int] | None) -> None:
-    temporary = out.with_name(f".{out.name}.tmp")
-    try:
-        with explained_write_errors(out):
-            out.absolute().parent.mkdir(parents=True, exist_ok=True)
+    with explained_write_errors(out):
+        out.absolute().parent.mkdir(parents=True, exist_ok=True)
+        with replaced_file(out) as temporary:
             if out.suffix == ".safetensors":
                 save_file(official, temporary, metadata={"format": "pt"})
             elif depths is None:
@@ -102,6 +100,3 @@ def _write(out: Path, official: dict[str, torch.Tensor], depths: list[int] | Non
             else:
                 stages = cut_in_stages(official, depths)
                 torch.save({"model": with_aliases(official, depths), "model_stages": stages}, temporary)
-            os.replace(temporary, out)
-    finally:
-        temporary.unlink(missing_ok=True)

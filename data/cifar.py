@@ -13,17 +13,15 @@ from m2mkd.errors import DataError
 
 
 SIDE = 32  # pixels
-# Set name -> its folder, the files of each split, the key of the labels, the file and the key of the class names.
-FILES: dict[str, tuple[str, dict[str, list[str]], bytes, str, bytes]] = {
+# Set name -> the files of each split, the key of the labels, the file and the key of the class names.
+FILES: dict[str, tuple[dict[str, list[str]], bytes, str, bytes]] = {
     "cifar10": (
-        "cifar-10-batches-py",
         {"train": [f"data_batch_{number}" for number in range(1, 6)], "test": ["test_batch"]},
         b"labels",
         "batches.meta",
         b"label_names",
     ),
     "cifar100": (
-        "cifar-100-python",
         {"train": ["train"], "test": ["test"]},
         b"fine_labels",
         "meta",
@@ -96,7 +94,7 @@ def load_cifar(name: str, folder: Path, split: str) -> LabeledImages:
     Raises:
         DataError: a file is missing, damaged, or contains anything other than arrays, lists and text.
     """
-    _, files, label_key, meta, names_key = FILES[name]
+    files, label_key, meta, names_key = FILES[name]
     pixels, labels = [], []
     for file in files[split]:
         content = _read(folder / file, (b"data", label_key))

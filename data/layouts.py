@@ -209,6 +209,41 @@ LAYOUTS: dict[str, tuple[str, str, Loader]] = {
 }
 
 
+def _write_imagenet(root: Path, classes: Sequence[str], per_class: int, picture: "Picture") -> None:
+    for number, wnid in enumerate(classes):
+        for split in ("train", "val"):
+            for index in range(per_class):
+                picture(root / split / wnid / f"{wnid}_{index}.JPEG", number)
+
+
+def _write_renditions(root: Path, classes: Sequence[str], per_class: int, picture: "Picture") -> None:
+    for number, wnid in enumerate(classes):
+        for index in range(per_class):
+            picture(root / wnid / f"art_{index}.jpg", number)
+
+
+def _write_tiny_imagenet(root: Path, classes: Sequence[str], per_class: int, picture: "Picture") -> None:
+    lines = []
+    for number, wnid in enumerate(classes):
+        for index in range(per_class):
+            picture(root / "train" / wnid / "images" / f"{wnid}_{index}.JPEG", number)
+            name = f"val_{len(lines)}.JPEG"
+            picture(root / "val" / "images" / name, number)
+            lines.append(f"{name}\t{wnid}\t0\t0\t62\t62\n")
+    (root / "val" / "val_annotations.txt").write_text("".join(lines), encoding="utf-8")
+
+
+# (path, number of the class): writes an image, and the folders above it
+Picture = Callable[[Path, int], None]
+# (folder of the set, its classes, images of each, what writes one): write every split of a set in small
+WRITERS: dict[str, Callable[[Path, Sequence[str], int, Picture], None]] = {
+    "imagenet-1k": _write_imagenet,
+    "imagenet-r": _write_renditions,
+    "tiny-imagenet": _write_tiny_imagenet,
+    "tiny-imagenet-r": _write_renditions,
+}
+
+
 def load_layout(name: str, path: str, split: str, partial: bool) -> LabeledImages:
     """Load one split of a local copy of a published set.
 

@@ -5,7 +5,7 @@ from m2mkd.data.corruption import without_corrupt
 from m2mkd.data.digits import load_mnist5k, load_uci_digits
 from m2mkd.data.huggingface import load_from_datasets
 from m2mkd.data.imagefolder import load_imagefolder
-from m2mkd.data.known_sets import KNOWN_SETS, load_known_set
+from m2mkd.data.known_sets import known_set, load_known_set, splits_of
 from m2mkd.data.labeled_images import LabeledImages
 from m2mkd.data.splits import holdout_indices, sample_per_class
 from m2mkd.errors import DataError
@@ -33,7 +33,7 @@ def _load_split(config: DataConfig) -> LabeledImages:
     if config.source == "mnist5k":
         return _held_out(load_mnist5k(), config, MNIST5K_HOLDOUT)
     if config.source == "uci_digits":
-        _check_split(config, ("test", None))
+        _check_split(config, (*splits_of(config.source), None))
         return load_uci_digits()
     if config.source.startswith(IMAGEFOLDER_PREFIX):
         data = load_imagefolder(config.source.removeprefix(IMAGEFOLDER_PREFIX))
@@ -45,7 +45,7 @@ def _load_split(config: DataConfig) -> LabeledImages:
                 "'test'"
             )
         return data
-    if config.source.partition(":")[0] in KNOWN_SETS:
+    if known_set(config.source) is not None:
         return load_known_set(config)
     return load_from_datasets(config)
 

@@ -16,7 +16,7 @@ from m2mkd.data.config import DataConfig
 from m2mkd.data.dataset import OF_BATCH, Sample, SamplePixels, mix_samples
 from m2mkd.data.decoding import decode_image
 from m2mkd.data.imagenet_classes import imagenet_classes
-from m2mkd.data.known_sets import KNOWN_SETS
+from m2mkd.data.known_sets import known_set, published_split
 from m2mkd.errors import DataError
 
 
@@ -180,15 +180,10 @@ def open_stream(config: DataConfig, train: bool, seed: int = 0) -> StreamedImage
     """
     import datasets
 
-    known = KNOWN_SETS.get(config.source)
+    known = known_set(config.source)
     split, length = config.split, None
     if known is not None:
-        split = split or (next(iter(known.splits)) if len(known.splits) == 1 else None)
-        if split not in known.splits:
-            raise DataError(
-                f"{config.source} has no split {split!r}: set split to {' or '.join(map(repr, known.splits))}"
-            )
-        split, length = known.splits[split]
+        _, split, length = published_split(config)
         if length is None:
             raise DataError(
                 f"{config.source} is a part of another set and cannot be streamed: download it (streaming: false), or "

@@ -77,9 +77,10 @@ def fit_image_size(model: PreTrainedModel, image_size: int) -> None:
         `StageError`: the image is not covered by whole patches.
     """
     config = model.config
-    patch_size = config.patch_size if config.model_type in ("vit", "deit", "dinov2") else None
-    if not isinstance(patch_size, int) or config.image_size in (image_size, [image_size] * 2, (image_size,) * 2):
+    is_kept = not stage_class(type(model)).interpolates_positions or not isinstance(config.patch_size, int)
+    if is_kept or config.image_size in (image_size, [image_size] * 2, (image_size,) * 2):
         return
+    patch_size = config.patch_size
     if image_size % patch_size:
         raise StageError(
             f"Images of {image_size} pixels cannot be divided into the teacher's patches of {patch_size} pixels. Set "

@@ -1,7 +1,6 @@
 """One distilled pair on disk: the student stage with the student's own names, its stitches, and its contract."""
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -19,6 +18,7 @@ from m2mkd.distillation.split import new_network, stage_class
 from m2mkd.distillation.stage import Stage
 from m2mkd.distillation.stitched_stage import StitchedStage
 from m2mkd.errors import PairFileError
+from m2mkd.files import read_json, write_json
 
 
 STAGE_FILE = "model.safetensors"
@@ -26,6 +26,7 @@ STITCHES_FILE = "stitches.safetensors"
 CONTRACT_FILE = "pair.json"
 # Fields that all pairs of one student have in common; a pair with other values does not fit.
 _COMMON = ("model_type", "num_pairs", "hidden_size", "stitch_size")
+_REPEAT = "Delete {folder}, then run its recipe again or fetch this pair again."
 HASHES = {"teacher_sha256": "teacher", "meta_sha256": "meta model"}
 # Fields that do not affect the weights.
 _INCIDENTAL = ("transformers_version", "architectures", "dtype", "_name_or_path")
@@ -64,7 +65,7 @@ def save_pair(
         teacher_sha256,
         meta_sha256,
     )
-    (folder / CONTRACT_FILE).write_text(json.dumps(contract, indent=2) + "\n")
+    write_json(folder / CONTRACT_FILE, contract)
 
 
 def make_contract(
@@ -215,7 +216,7 @@ def match_pairs(folders: Sequence[str | Path]) -> list[Path]:
         known = {folder: contract[field] for folder, contract in contracts.items() if contract.get(field)}
         _check_equal(field, known, CONTRACT_FILE)
     for name in ("config.json", "preprocessor_config.json"):
-        contents = {folder: _read_json(folder / name) for folder in contracts if (folder / name).is_file()}
+        contents = {folder: _read_json(folder, name) for folder in contracts if (folder / name).is_file()}
         for field in sorted({field for content in contents.values() for field in content} - set(_INCIDENTAL)):
             _check_equal(field, {folder: content.get(field) for folder, content in contents.items()}, name)
     places: dict[int, Path] = {}
@@ -276,25 +277,18 @@ def read_contract(folder: str | Path) -> dict[str, Any]:
     path = folder / CONTRACT_FILE
     if not path.is_file():
         raise PairFileError(f"{path} is missing: {folder} is not the folder of a distilled pair.")
-    contract = _read_json(path)
+    contract = _read_json(folder, CONTRACT_FILE)
     numbers, layers = [contract.get(name) for name in ("index", "num_pairs")], contract.get("layers")
     if not isinstance(layers, list) or not layers or not all(isinstance(item, int) for item in [*numbers, *layers]):
         raise PairFileError(
-            f"{path} is damaged (`index`, `num_pairs` or `layers` is missing or not a number). Delete {folder} and "
-            "distil this pair again."
+            f"{path} is damaged (`index`, `num_pairs` or `layers` is missing or not a number). "
+            f"{_REPEAT.format(folder=folder)}"
         )
     return contract
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    way_out = f"Delete {path.parent} and distil this pair again."
-    try:
-        content = json.loads(path.read_text())
-    except ValueError as error:  # not JSON, or not text
-        raise PairFileError(f"{path} is damaged ({error}). {way_out}") from error
-    if not isinstance(content, dict):
-        raise PairFileError(f"{path} is damaged (not a JSON object). {way_out}")
-    return content
+def _read_json(folder: Path, name: str) -> dict[str, Any]:
+    return read_json(folder / name, PairFileError, _REPEAT.format(folder=folder))
 
 
 def _contract(stage: Stage) -> dict[str, Any]:
@@ -309,12 +303,12 @@ def _contract(stage: Stage) -> dict[str, Any]:
 
 def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
     if not path.is_file():
-        raise PairFileError(f"{path} is missing. Delete {path.parent} and distil this pair again.")
+        raise PairFileError(f"{path} is missing. {_REPEAT.format(folder=path.parent)}")
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
         raise PairFileError(
-            f"{path} is damaged or truncated ({error}). Delete {path.parent} and distil this pair again."
+            f"{path} is damaged or truncated ({error}). {_REPEAT.format(folder=path.parent)}"
         ) from error
 
 

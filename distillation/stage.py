@@ -28,6 +28,7 @@ class Stage(nn.Module):
         keeps_stitches (`bool`): Whether the model has places for the stitches between its stages.
         has_graph (`bool`): Whether the model's latents exchange messages along a graph.
         is_meta_source (`bool`): Whether a meta model can be made from the layers of such a network.
+        interpolates_positions (`bool`): Whether such a network, once trained, takes images of another size.
         few_shot_head (`str`): How a new head is trained on its features: `"adamw"` or `"sgd"`.
     """
 
@@ -35,6 +36,7 @@ class Stage(nn.Module):
     keeps_stitches: ClassVar[bool] = False
     has_graph: ClassVar[bool] = False
     is_meta_source: ClassVar[bool] = True
+    interpolates_positions: ClassVar[bool] = False
     few_shot_head: ClassVar[str] = "adamw"
 
     def __init__(self, model: PreTrainedModel, index: int, num_stages: int, layer_indices: range):

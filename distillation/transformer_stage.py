@@ -62,6 +62,8 @@ TRANSFORMERS = tuple(_ARCHITECTURES)
 class TransformerStage(Stage):
     """Consecutive transformer layers, with the embeddings in the first stage and the head in the last."""
 
+    interpolates_positions = True
+
     def __init__(self, model: PreTrainedModel, index: int, num_stages: int, layer_indices: range):
         super().__init__(model, index, num_stages, layer_indices)
         architecture = _ARCHITECTURES[type(model).__name__]

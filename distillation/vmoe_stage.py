@@ -13,6 +13,7 @@ class VMoEStage(TransformerStage):
     """Consecutive layers of a V-MoE. Stitches can be kept between the layers."""
 
     keeps_stitches = True
+    interpolates_positions = False
 
     @property
     def is_stochastic(self) -> bool:

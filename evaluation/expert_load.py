@@ -1,12 +1,10 @@
-"""Load of a V-MoE's experts."""
+"""How evenly a model uses its experts."""
 
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel
-
-from m2mkd.configuration.configuration_vmoe import VMoEConfig
 
 
 @torch.no_grad()
@@ -17,7 +15,8 @@ def expert_load(model: PreTrainedModel, dataset: Dataset, batch_size: int) -> di
     Returns:
         `num_experts` fractions that sum to 1, by layer index; `None` for a model without experts.
     """
-    if not isinstance(model.config, VMoEConfig) or not model.config.moe_layers:
+    sparse_layers = getattr(model.config, "moe_layers", None)
+    if not sparse_layers:
         return None
     counts: list[torch.Tensor] = []
     model.eval()
@@ -29,7 +28,4 @@ def expert_load(model: PreTrainedModel, dataset: Dataset, batch_size: int) -> di
             if position == len(counts):
                 counts.append(torch.zeros_like(new))
             counts[position] += new
-    return {
-        str(layer): (count / count.sum()).tolist()
-        for layer, count in zip(model.config.moe_layers, counts, strict=True)
-    }
+    return {str(layer): (count / count.sum()).tolist() for layer, count in zip(sparse_layers, counts, strict=True)}

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from m2mkd.data.config import IMAGEFOLDER_PREFIX, DataConfig
 from m2mkd.data.dataset import ImageDataset
 from m2mkd.data.episodes import Episode, draw_episodes
-from m2mkd.data.known_sets import KNOWN_SETS
+from m2mkd.data.known_sets import splits_of
 from m2mkd.data.sources import load_images
 from m2mkd.distillation.split import stage_class
 from m2mkd.evaluation.saved_model import data_config, load_for_evaluation
@@ -128,9 +128,8 @@ def _splits(
     source: str, pixels: dict[str, Any], train_split: str | None, val_split: str | None, partial: bool
 ) -> tuple[DataConfig, DataConfig | None]:
     """The set to learn from and the one to test on; `None`: the same."""
-    known = KNOWN_SETS.get(source.partition(":")[0])
-    own = list(known.splits) if known is not None else ["train", "test"] if source == "mnist5k" else []
-    first, last = train_split or (own[0] if own else None), val_split or (own[-1] if own else None)
+    own = splits_of(source) or [None]
+    first, last = train_split or own[0], val_split or own[-1]
     train = data_config(source, pixels, first, partial)
     is_one = source.startswith(IMAGEFOLDER_PREFIX) or first == last
     return train, None if is_one else data_config(source, pixels, last, partial)
@@ -205,16 +204,10 @@ def _learning_rate(how: HeadTraining, step: int) -> float:
 
 def interval_95(values: Sequence[float]) -> float | None:
     """Half the width of the 95 % confidence interval of a mean: `t * s / sqrt(n)`. `None` for a single value."""
+    # takes a second
+    from scipy.stats import t
+
     freedom = len(values) - 1
     if freedom < 1:
         return None
-    return _student_quantile(freedom) * float(np.std(values, ddof=1)) / math.sqrt(len(values))
-
-
-def _student_quantile(freedom: int) -> float:
-    """The value that Student's t stays below with probability 0.975; it is 12.7 for one degree of freedom."""
-    scale = math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2) - 0.5 * math.log(freedom * math.pi)
-    t = np.linspace(0.0, 15.0, 300_001)
-    density = np.exp(scale - (freedom + 1) / 2 * np.log1p(t**2 / freedom))
-    below = 0.5 + np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2)]) * (t[1] - t[0])
-    return float(np.interp(0.975, below, t))
+    return float(t.ppf(0.975, freedom) * np.std(values, ddof=1)) / math.sqrt(len(values))

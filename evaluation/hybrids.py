@@ -4,7 +4,6 @@ teacher share a feature space.
 """
 
 import math
-import tempfile
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,11 +11,11 @@ import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import Dataset
-from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from m2mkd.distillation.frozen_networks import FrozenNetworks
 from m2mkd.distillation.stage import Stage
 from m2mkd.errors import RunError
+from m2mkd.evaluation.predict import among, run_over
 
 
 # Fractions of the way from chance to the teacher's own accuracy: a hybrid below the first is noise, below the second
@@ -52,22 +51,8 @@ def hybrid_accuracies(
         `hybrids` (accuracy in [0, 1] by index as text), `teacher` (its own accuracy), `chance` (fraction of the most
         frequent class) and the number of images `n`.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        args = TrainingArguments(
-            output_dir=folder,
-            per_device_eval_batch_size=batch_size,
-            use_cpu=use_cpu,
-            dataloader_pin_memory=not use_cpu,
-            report_to="none",
-            disable_tqdm=True,
-            # this is not a model of transformers, so the Trainer cannot infer its columns and labels
-            remove_unused_columns=False,
-            label_names=["labels"],
-        )
-        possible = getattr(dataset, "possible", None)
-        trainer = Trainer(_Hybrids(meta, teacher, indices, possible), args=args)
-        trainer.remove_callback(PrinterCallback)
-        found = trainer.predict(dataset)
+    hybrids = _Hybrids(meta, teacher, indices, getattr(dataset, "possible", None))
+    found = run_over(hybrids, dataset, batch_size, use_cpu)
     accuracies = found.predictions.mean(axis=0).tolist()
     labels = torch.as_tensor(found.label_ids)
     return {
@@ -88,8 +73,7 @@ class _Hybrids(nn.Module):
         self, meta: Sequence[Stage], teacher: Sequence[Stage], indices: Sequence[int], possible: np.ndarray | None
     ):
         super().__init__()
-        self.indices = indices
-        self.possible = None if possible is None else torch.from_numpy(possible)
+        self.indices, self.possible = indices, possible
         self.frozen = FrozenNetworks(meta, {index: teacher[index] for index in indices})
         self.teacher = nn.ModuleList(teacher).eval()
 
@@ -98,14 +82,9 @@ class _Hybrids(nn.Module):
         own = pixel_values
         for stage in self.teacher:
             own = stage(own)
-        right = [(self._predict(z) == labels).float() for z in [*logits.values(), own]]
+        predicted = [among(z, self.possible).argmax(dim=-1) for z in [*logits.values(), own]]
+        right = [(each == labels).float() for each in predicted]
         return right[-1].mean(), torch.stack(right, dim=1)
-
-    def _predict(self, logits: torch.Tensor) -> torch.Tensor:
-        if self.possible is None:
-            return logits.argmax(dim=-1)
-        possible = self.possible.to(logits.device)
-        return possible[logits[:, possible].argmax(dim=-1)]
 
 
 def judge_hybrids(measured: Hybrids) -> tuple[list[str], list[str]]:

@@ -1,16 +1,18 @@
 """Prediction of whole data sets."""
 
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
+from transformers.trainer_utils import PredictionOutput
 
-from m2mkd.data.dataset import ImageDataset
 from m2mkd.data.metrics import Accuracy, TopKAccuracy
-from m2mkd.data.streaming import StreamedImages
 from m2mkd.distillation.losses import per_sample_cross_entropy
 
 
@@ -57,20 +59,42 @@ def predict(model: PreTrainedModel, dataset: Dataset, batch_size: int, use_cpu: 
         batch_size (`int`): Images per device.
         use_cpu (`bool`): Whether to stay on the CPU.
     """
-    possible = dataset.possible if isinstance(dataset, ImageDataset | StreamedImages) else None
+    possible = getattr(dataset, "possible", None)
     classes = model.config.num_labels if possible is None else len(possible)
 
     def keep(outputs: torch.Tensor | tuple[torch.Tensor, ...], labels: torch.Tensor) -> tuple[torch.Tensor, ...]:
         # ranks and losses instead of logits: the logits of 50,000 images and 1,000 classes would fill 200 MB
-        logits = (outputs[0] if isinstance(outputs, tuple) else outputs).float()
-        if possible is not None:
-            allowed = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
-            allowed[torch.from_numpy(possible).to(logits.device)] = True
-            logits = logits.masked_fill(~allowed, -torch.inf)
+        logits = among(outputs[0] if isinstance(outputs, tuple) else outputs, possible)
         ranked = logits.sort(dim=-1, descending=True, stable=True).indices[:, : min(5, classes)]
         ranked = ranked.masked_fill(logits.isnan().any(dim=-1, keepdim=True), -1)
         return ranked, per_sample_cross_entropy(logits, labels)
 
+    output = run_over(model, dataset, batch_size, use_cpu, keep)
+    ranked, losses = output.predictions
+    return Predictions(ranked, losses, np.asarray(output.label_ids), classes)
+
+
+def among(logits: torch.Tensor, possible: np.ndarray | None) -> torch.Tensor:
+    """The logits in float32, and -inf for all classes but the `possible` ones (`None`: all are)."""
+    logits = logits.float()
+    if possible is None:
+        return logits
+    allowed = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
+    allowed[torch.from_numpy(possible).to(logits.device)] = True
+    return logits.masked_fill(~allowed, -torch.inf)
+
+
+def run_over(
+    model: nn.Module, dataset: Dataset, batch_size: int, use_cpu: bool, keep: Callable[..., Any] | None = None
+) -> PredictionOutput:
+    """
+    What a model gives for each image of a data set, in one process or several.
+
+    Args:
+        model (`nn.Module`): Takes `pixel_values` and `labels`; gives the loss, and what is gathered.
+        dataset (`Dataset`), batch_size (`int`), use_cpu (`bool`): See [`predict`].
+        keep (`Callable`, *optional*): Called with what the model gives and the labels; makes of it what is gathered.
+    """
     with tempfile.TemporaryDirectory() as folder:
         args = TrainingArguments(
             output_dir=folder,
@@ -79,12 +103,13 @@ def predict(model: PreTrainedModel, dataset: Dataset, batch_size: int, use_cpu: 
             dataloader_pin_memory=not use_cpu,
             report_to="none",
             disable_tqdm=True,
+            # a module that is no model of transformers does not say what it takes
+            remove_unused_columns=False,
+            label_names=["labels"],
         )
         trainer = Trainer(model, args=args, preprocess_logits_for_metrics=keep)
         trainer.remove_callback(PrinterCallback)
-        output = trainer.predict(dataset)
-    ranked, losses = output.predictions
-    return Predictions(ranked, losses, np.asarray(output.label_ids), classes)
+        return trainer.predict(dataset)
 
 
 def evaluate_model(model: PreTrainedModel, dataset: Dataset, batch_size: int, use_cpu: bool) -> dict[str, float]:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from m2mkd.data.config import DataConfig
 from m2mkd.data.dataset import ImageDataset
 from m2mkd.data.imagenet_classes import imagenet_classes
-from m2mkd.data.known_sets import KNOWN_SETS
+from m2mkd.data.known_sets import known_set, splits_of
 from m2mkd.data.labeled_images import LabeledImages
 from m2mkd.data.metrics import PerClassAccuracy, effective_robustness
 from m2mkd.data.processing import pixels_of_processor
@@ -21,12 +21,6 @@ from m2mkd.distillation.load import load_network, load_processor
 from m2mkd.errors import DataError
 from m2mkd.evaluation.predict import predict
 from m2mkd.screen import Screen
-
-
-# The split that is tested if none is named.
-_TEST_SPLITS = {"mnist5k": "test", "uci_digits": None} | {
-    name: list(known.splits)[-1] for name, known in KNOWN_SETS.items()
-}
 
 
 def load_for_evaluation(folder: str | Path) -> tuple[PreTrainedModel, dict[str, Any]]:
@@ -47,9 +41,9 @@ def data_config(source: str, pixels: dict[str, Any], split: str | None = None, p
     Raises:
         `DataError`: the source or the split is not valid.
     """
-    name = source.partition(":")[0]
+    split = split or (splits_of(source) or [None])[-1]
     try:
-        return DataConfig(source=source, split=split or _TEST_SPLITS.get(name), partial=partial, **pixels)
+        return DataConfig(source=source, split=split, partial=partial, **pixels)
     except ValidationError as error:
         raise DataError(f"{source}: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from error
 
@@ -62,7 +56,7 @@ def class_names_of(model: PreTrainedModel, source: str) -> list[str]:
     have those of ImageNet-1k or Tiny-ImageNet in their usual order.
     """
     names = [model.config.id2label[index] for index in range(model.config.num_labels)]
-    known = KNOWN_SETS.get(source.partition(":")[0])
+    known = known_set(source)
     if known is None or known.marks is None or set(names) & set(imagenet_classes()):
         return names
     spaces = {len(space): space for space in (imagenet_classes(), imagenet_classes("tiny"))}

@@ -1,6 +1,5 @@
 """The artifacts of a run: whether one is finished, and from which checkpoint training resumes."""
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 from accelerate import PartialState
 
 from m2mkd.errors import RunError
+from m2mkd.files import read_json
 from m2mkd.trainer.student_trainer import COMPLETE_MARKER
 
 
@@ -15,6 +15,8 @@ TRAIN_RESULTS = "train_results.json"
 EVAL_RESULTS = "eval_results.json"
 RECIPE_FILE = "recipe.json"
 CHECKPOINT = "checkpoint-"
+RUN_AGAIN = "Run the recipe again: finished phases are kept, and missing ones run."
+REPEAT = "Delete {folder} and run the recipe again: that phase runs again, and the other finished phases are kept."
 
 
 def check_is_run(folder: Path) -> None:
@@ -25,17 +27,19 @@ def check_is_run(folder: Path) -> None:
         )
 
 
-def read_noted_recipe(run_folder: Path) -> Any:
-    """Read the recipe that a run has recorded. Raises `RunError` if it is missing or damaged."""
+def read_noted_recipe(run_folder: Path) -> dict[str, Any]:
+    """Read the recipe that a run has recorded. Raises `RunError` if the folder is not a run or the file is damaged."""
     check_is_run(run_folder)
-    path = run_folder / RECIPE_FILE
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise RunError(
-            f"{path} cannot be read ({error}). Delete this file and run the recipe of this run again: its finished "
-            "phases are kept, and the file is written again."
-        ) from error
+    way_out = (
+        "Delete this file and run the recipe of this run again: its finished phases are kept, and the file is written "
+        "again."
+    )
+    return read_json(run_folder / RECIPE_FILE, RunError, way_out)
+
+
+def read_results(folder: Path, name: str = TRAIN_RESULTS) -> dict[str, Any]:
+    """Results in the folder of a finished phase. Raises `RunError` if they are missing or damaged."""
+    return read_json(folder / name, RunError, REPEAT.format(folder=folder) if folder.is_dir() else RUN_AGAIN)
 
 
 def is_finished(folder: Path) -> bool:

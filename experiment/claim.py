@@ -9,14 +9,14 @@ from accelerate import PartialState
 
 from m2mkd.errors import RecipeError, RunError
 from m2mkd.experiment.arms import Arm, arm_of_folder
-from m2mkd.experiment.artifact import TRAIN_RESULTS, is_finished, read_noted_recipe
+from m2mkd.experiment.artifact import is_finished, read_noted_recipe, read_results
 from m2mkd.experiment.phases import Phase, phases_of
 from m2mkd.experiment.recipe import Recipe
 from m2mkd.experiment.recipe_file import parse_recipe
 from m2mkd.experiment.run_data import RunData
 from m2mkd.experiment.run_folder import RunFolder
 from m2mkd.experiment.session import Session
-from m2mkd.files import explained_write_errors, read_json, write_json
+from m2mkd.files import explained_write_errors, write_json
 from m2mkd.screen import Screen
 
 
@@ -144,8 +144,8 @@ def known_arms(folder: RunFolder, recipe: Recipe, seed: int) -> list[Arm]:
 def _arms_of_folder(folder: RunFolder, seed: int) -> list[Arm]:
     arms = []
     for name in folder.arm_names(seed):
-        results = folder.arm(name, seed) / TRAIN_RESULTS
-        words = read_json(results).get("arm") if results.is_file() else None
+        own = folder.arm(name, seed)
+        words = read_results(own).get("arm") if is_finished(own) else None
         arms.append(arm_of_folder(name, words))
     return [arm for arm in arms if arm is not None]
 

@@ -9,6 +9,8 @@ from PIL import Image
 from m2mkd.configuration.configuration_nac import NAC_PRESETS
 from m2mkd.configuration.configuration_vmoe import VMOE_PRESETS
 from m2mkd.data.imagenet_classes import imagenet_classes
+from m2mkd.data.known_sets import PACKAGED_SPLITS
+from m2mkd.data.layouts import WRITERS
 from m2mkd.distillation.load import load_network_config
 from m2mkd.errors import DataError
 from m2mkd.experiment.recipe import Recipe
@@ -163,11 +165,11 @@ def _short(training: dict[str, Any]) -> dict[str, Any]:
 def _source(name: str, data: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Write the images of a set, and return the recipe's values for them."""
     source = data["source"].partition(":")[0]
-    if source in ("mnist5k", "uci_digits"):
+    if source in PACKAGED_SPLITS:
         return {"samples_per_class": IMAGES_PER_CLASS}
     few = {"samples_per_class": None, "max_corrupt_share": 0.0, "streaming": False}
-    if source in _LAYOUTS:
-        _LAYOUTS[source](folder / source)
+    if source in WRITERS:
+        WRITERS[source](folder / source, imagenet_classes("tiny", "r")[:NUM_CLASSES], IMAGES_PER_CLASS, _picture)
         return {**few, "source": f"{source}:{folder / source}", "partial": True}
     for number in range(NUM_CLASSES):
         for index in range(IMAGES_PER_CLASS):
@@ -182,39 +184,3 @@ def _picture(path: Path, number: int) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         noise = np.random.default_rng(number).integers(0, 100, (36, 40, 3))
         Image.fromarray((noise + [40 * number, 70, 150 - 40 * number]).astype(np.uint8)).save(path)
-
-
-def _wnids() -> list[str]:
-    return imagenet_classes("tiny", "r")[:NUM_CLASSES]
-
-
-def _imagenet(root: Path) -> None:
-    for number, wnid in enumerate(_wnids()):
-        for split in ("train", "val"):
-            for index in range(IMAGES_PER_CLASS):
-                _picture(root / split / wnid / f"{wnid}_{index}.JPEG", number)
-
-
-def _renditions(root: Path) -> None:
-    for number, wnid in enumerate(_wnids()):
-        for index in range(IMAGES_PER_CLASS):
-            _picture(root / wnid / f"art_{index}.jpg", number)
-
-
-def _tiny_imagenet(root: Path) -> None:
-    lines = []
-    for number, wnid in enumerate(_wnids()):
-        for index in range(IMAGES_PER_CLASS):
-            _picture(root / "train" / wnid / "images" / f"{wnid}_{index}.JPEG", number)
-            name = f"val_{number}_{index}.JPEG"
-            _picture(root / "val" / "images" / name, number)
-            lines.append(f"{name}\t{wnid}\t0\t0\t62\t62\n")
-    (root / "val" / "val_annotations.txt").write_text("".join(lines), encoding="utf-8")
-
-
-_LAYOUTS = {
-    "imagenet-1k": _imagenet,
-    "imagenet-r": _renditions,
-    "tiny-imagenet": _tiny_imagenet,
-    "tiny-imagenet-r": _renditions,
-}

@@ -6,8 +6,7 @@ from transformers import PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
 from m2mkd.data.config import DataConfig
-from m2mkd.data.imagenet_classes import imagenet_classes
-from m2mkd.data.known_sets import KNOWN_SETS
+from m2mkd.data.known_sets import known_set
 from m2mkd.data.processing import build_image_processor
 from m2mkd.distillation.checks import check_same_normalization, check_stitchable
 from m2mkd.distillation.load import load_network_config, load_processor
@@ -17,10 +16,6 @@ from m2mkd.experiment.networks import build_config, fit_to_data
 from m2mkd.experiment.plan.step_cost import build_on_meta
 from m2mkd.experiment.recipe import NetworkSpec, Recipe
 from m2mkd.experiment.run_data import RunData
-
-
-# Classes of published sets that are not based on ImageNet.
-_CLASSES = {"cifar10": range(10), "cifar100": range(100), "cub-200": range(200)}
 
 
 class RecipeNetworks:
@@ -136,9 +131,5 @@ def class_names_without_images(data: RunData, name: str) -> list[str]:
         `DataError`: it is not a published set, and its images cannot be loaded.
     """
     config = data.config(name)
-    source = config.source.partition(":")[0]
-    known = KNOWN_SETS.get(source)
-    if known is None or config.partial:
-        return data.class_names(name)
-    classes = imagenet_classes(*known.marks) if known.marks is not None else _CLASSES[source]
-    return [str(class_name) for class_name in classes]
+    known = known_set(config.source)
+    return data.class_names(name) if known is None or config.partial else known.classes

@@ -8,7 +8,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from m2mkd.configuration import NACConfig, VMoEConfig
 from m2mkd.errors import HubError
-from m2mkd.files import explained_write_errors, read_config, write_json
+from m2mkd.files import explained_write_errors, read_json, write_json
 from m2mkd.hub.flat_code import flatten, own_imports
 from m2mkd.modeling import NACForImageClassification, NACModel, VMoEBackbone, VMoEForImageClassification, VMoEModel
 
@@ -61,7 +61,8 @@ def hub_code(folder: Path) -> dict[str, str]:
     The sources that a saved model needs and a `config.json` with their names in `auto_map`, by file name. Raises
     `HubError` as [`export_hub_code`] does.
     """
-    config = read_config(folder)
+    way_out = "Give a folder that save_pretrained has written, or save the model again."
+    config = read_json(folder / "config.json", HubError, way_out)
     model_type = config.get("model_type")
     if model_type not in _CLASSES:
         raise HubError(

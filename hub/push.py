@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import CommitOperationAdd, HfApi
 from rich.console import Console
@@ -10,11 +9,11 @@ from rich.table import Table
 
 from m2mkd.distillation.pair_folder import CONTRACT_FILE, match_pairs
 from m2mkd.errors import HubError
-from m2mkd.experiment.artifact import is_finished
+from m2mkd.experiment.artifact import REPEAT, is_finished
 from m2mkd.experiment.report.cards import render_card
 from m2mkd.experiment.report.read import read_report, result_of
 from m2mkd.experiment.run_folder import RunFolder
-from m2mkd.files import read_config
+from m2mkd.files import read_json
 from m2mkd.hub.code_export import hub_code
 from m2mkd.hub.requests import explained_hub_errors, patiently
 from m2mkd.model_cards.parts import CARD_FILE
@@ -118,7 +117,7 @@ def _pairs(pairs: list[Path]) -> list[Path]:
 
 
 def _model_files(folder: Path) -> Files:
-    config: dict[str, Any] = read_config(folder)
+    config = read_json(folder / "config.json", HubError, REPEAT.format(folder=folder))
     # from an earlier export: it would name code that is not pushed
     config.pop("auto_map", None)
     found = sorted(path for pattern in _PUSHED for path in folder.glob(pattern))

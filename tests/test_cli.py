@@ -183,5 +183,11 @@ class TestReport:
     def test_a_damaged_recipe_is_all_that_is_to_be_deleted(self, tmp_path: Path) -> None:
         (tmp_path / "recipe.json").write_text("{")
         done = CliRunner().invoke(app, ["report", str(tmp_path)])
-        assert done.exit_code == 1 and "recipe.json cannot be read" in done.stderr
+        assert done.exit_code == 1 and "recipe.json is damaged" in done.stderr
         assert "Delete this file and run the recipe of this run again" in done.stderr
+
+    def test_a_damaged_report_is_written_again_by_a_command(self, tmp_path: Path) -> None:
+        (tmp_path / "report.json").write_text("{")
+        done = CliRunner().invoke(app, ["push", "--repo-id", "user/name", str(tmp_path)])
+        assert done.exit_code == 1 and "report.json is damaged" in done.stderr
+        assert f"write the report again with `m2mkd report {tmp_path}`" in done.stderr.replace("\n", " ")

@@ -1,6 +1,6 @@
 """
 README and the hand-written cards: every code block does what it says. (Generated cards: test_cards, test_push,
-test_trainer_push.)
+test_student_trainer.)
 """
 
 import json

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from m2mkd.errors import WriteError
-from m2mkd.files import explained_write_errors, write_folder, write_json
+from m2mkd.errors import HubError, WriteError
+from m2mkd.files import explained_write_errors, read_json, replaced_file, write_folder, write_json
 
 
 class TestWriteFolder:
@@ -46,3 +46,43 @@ def test_json_is_replaced_at_once(tmp_path: Path) -> None:
         write_json(path, {"a": float("nan")})
     assert path.read_text() == '{\n  "a": 1\n}\n'
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_that_was_not_written_to_its_end_changes_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    path.write_bytes(b"old")
+    with pytest.raises(OSError, match="full"), replaced_file(path) as temporary:
+        temporary.write_bytes(b"n")
+        raise OSError("full")
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
+class TestReadJson:
+    def test_what_was_written_is_read(self, tmp_path: Path) -> None:
+        write_json(tmp_path / "a.json", {"a": "→"})
+        assert read_json(tmp_path / "a.json", HubError, "Write it again.") == {"a": "→"}
+        assert "→" in (tmp_path / "a.json").read_text(encoding="utf-8")
+
+    @pytest.mark.parametrize(
+        ("content", "what"),
+        [
+            (None, "is missing"),
+            (b"{", "is damaged (Expecting"),
+            (b"", "is damaged"),
+            (b"[]", "is damaged (no JSON object)"),
+            (b"\xff\xfe", "is damaged ('utf-8' codec"),
+        ],
+    )
+    def test_an_error_is_the_caller_s_and_names_its_way_out(
+        self, tmp_path: Path, content: bytes | None, what: str
+    ) -> None:
+        path = tmp_path / "a.json"
+        if content is not None:
+            path.write_bytes(content)
+        with pytest.raises(HubError) as caught:
+            read_json(path, HubError, "Write it again.")
+        assert str(caught.value).startswith(f"{path} {what}") and str(caught.value).endswith(". Write it again.")
+
+    def test_what_cannot_be_read_is_not_called_damaged(self, tmp_path: Path) -> None:
+        with pytest.raises(HubError, match=r"cannot be read \(.*directory.*\). Write it again.$"):
+            read_json(tmp_path, HubError, "Write it again.")

@@ -169,6 +169,24 @@ def test_networkx_is_imported_lazily(source: Path, tree: ast.Module):
     assert not wrong, report(source, wrong)
 
 
+def test_no_branch_on_the_type_of_a_model(source: Path, tree: ast.AST):
+    # What differs between architectures is a method or an attribute of a stage's class.
+    def is_attribute(node: ast.AST, name: str) -> bool:
+        return isinstance(node, ast.Attribute) and node.attr == name
+
+    wrong = [
+        (node.lineno, ast.unparse(node))
+        for node in ast.walk(tree)
+        if (isinstance(node, ast.Compare) and is_attribute(node.left, "model_type") and "'" in ast.unparse(node))
+        or (
+            isinstance(node, ast.Call)
+            and ast.unparse(node.func) == "isinstance"
+            and is_attribute(node.args[0], "config")
+        )
+    ]
+    assert not wrong, report(source, wrong)
+
+
 def test_files_classes_and_functions_are_short(source: Path, tree: ast.Module):
     limits = {ast.ClassDef: LARGEST_CLASS, ast.FunctionDef: LARGEST_FUNCTION, ast.AsyncFunctionDef: LARGEST_FUNCTION}
     lengths = [(node, length_of(node)) for node in ast.walk(tree) if type(node) in limits]

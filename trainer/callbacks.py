@@ -7,6 +7,7 @@ from typing import Any
 from torch.utils.data import Dataset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from m2mkd.errors import RunError
 from m2mkd.files import read_json, write_json
 
 
@@ -33,8 +34,10 @@ class Stopwatch(TrainerCallback):
     """Counts the seconds of training without evaluations. Checkpoints keep them, so a resumed run goes on counting."""
 
     def __init__(self, checkpoint: Path | None = None):
-        file = checkpoint / SECONDS_FILE if checkpoint is not None else None
-        self.seconds: float = read_json(file)["seconds"] if file is not None and file.is_file() else 0.0
+        self.seconds = 0.0
+        if checkpoint is not None and (checkpoint / SECONDS_FILE).is_file():
+            way_out = f"Delete {checkpoint} and run the same command again: it goes on from an earlier checkpoint."
+            self.seconds = read_json(checkpoint / SECONDS_FILE, RunError, way_out)["seconds"]
         self._since: float | None = None
 
     def _stop(self) -> None:

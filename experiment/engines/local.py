@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from graphlib import CycleError, TopologicalSorter
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -58,44 +59,52 @@ def run_tasks(tasks: Sequence[Task], work: Work, processes: int = 1) -> None:
         `RunError`: a worker process was killed. An error in a task is raised here as well. In both cases, the other
             workers are stopped.
     """
-    screen, waiting = Screen(), list(tasks)
+    screen, order = Screen(), _Order(tasks)
     try:
         if processes > 1 and len(tasks) > 1:
-            _side_by_side(waiting, work, min(processes, len(tasks)), screen)
+            _side_by_side(order, work, min(processes, len(tasks)), screen)
             return
-        while waiting:
-            task = _next_task(waiting, running=[])
+        while order.is_active():
+            task = order.next_task()
             work(screen, *task.arguments)
+            order.done(task.name)
     finally:
         screen.finish_all()
 
 
-def _next_task(waiting: list[Task], running: Sequence[Task]) -> Task | None:
-    """Remove the first task that can start from `waiting` and return it; `None` if all wait for a running task."""
-    unfinished = {task.name for task in [*waiting, *running]}
-    task = next((task for task in waiting if unfinished.isdisjoint(task.after)), None)
-    if task is not None:
-        waiting.remove(task)
-    elif waiting and not running:
-        raise ValueError(f"The tasks {[task.name for task in waiting]} wait for each other.")
-    return task
+class _Order(TopologicalSorter[str]):
+    """What can start when, of tasks given as a list."""
+
+    def __init__(self, tasks: Sequence[Task]):
+        self._tasks = {task.name: task for task in tasks}
+        self._ready: set[str] = set()
+        super().__init__({task.name: self._tasks.keys() & task.after for task in tasks})
+        try:
+            self.prepare()
+        except CycleError as error:
+            raise ValueError(f"The tasks {sorted(set(error.args[1]))} wait for each other.") from error
+
+    def next_task(self) -> Task | None:
+        """Take the first task that can start; `None` if all must wait for one that is running."""
+        self._ready.update(self.get_ready())
+        name = next((name for name in self._tasks if name in self._ready), None)
+        self._ready.discard(name)
+        return self._tasks.get(name)
 
 
-def _side_by_side(waiting: list[Task], work: Work, processes: int, screen: Screen) -> None:
+def _side_by_side(order: _Order, work: Work, processes: int, screen: Screen) -> None:
     workers: list[_Worker] = []
     try:
         threads = max(torch.get_num_threads() // processes, 1)
         with _no_interrupts():
             workers += [_Worker(work, threads) for _ in range(processes)]
-        while True:
+        while order.is_active():
             for worker in workers:
                 if worker.task is None:
-                    worker.start(_next_task(waiting, [busy.task for busy in workers if busy.task is not None]))
+                    worker.start(order.next_task())
             busy = {worker.connection: worker for worker in workers if worker.task is not None}
-            if not busy:
-                return
             for connection in wait(list(busy)):
-                busy[connection].listen(screen, processes)
+                busy[connection].listen(screen, order, processes)
     finally:
         # also after an error or Ctrl-C: unfinished phases resume from their checkpoints in the next run
         for worker in workers:
@@ -123,7 +132,7 @@ class _Worker:
             except BrokenPipeError:
                 pass
 
-    def listen(self, screen: Screen, processes: int) -> None:
+    def listen(self, screen: Screen, order: _Order, processes: int) -> None:
         """Take one message: something to show, or the end of the task. Raises what the task raised."""
         try:
             kind, *content = self.connection.recv()
@@ -131,6 +140,7 @@ class _Worker:
             self._process.join()
             raise RunError(self._post_mortem(processes)) from error
         if kind == "done":
+            order.done(self.task.name)
             self.task = None
         elif kind == "error":
             error, text = content

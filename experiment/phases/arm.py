@@ -10,13 +10,13 @@ from transformers import PreTrainedModel
 from m2mkd.distillation.pair_folder import load_stage, with_stitches
 from m2mkd.distillation.split import split_into_stages
 from m2mkd.experiment.arms import Arm
-from m2mkd.experiment.artifact import TRAIN_RESULTS
+from m2mkd.experiment.artifact import TRAIN_RESULTS, read_results
 from m2mkd.experiment.flops import training_flops_per_image
 from m2mkd.experiment.phases.phase import Phase
 from m2mkd.experiment.run_folder import work_folder
 from m2mkd.experiment.section import Training
 from m2mkd.experiment.session import NO_TEACHER, Results, Session
-from m2mkd.files import read_json, write_folder, write_json
+from m2mkd.files import write_folder, write_json
 from m2mkd.trainer.m2mkd_config import M2MKDConfig
 
 
@@ -111,7 +111,7 @@ class ArmPhase(Phase):
         """
         session, total = self.session, self._flops_of_an_epoch() * self._arguments().num_train_epochs
         for index in range(len(session.depths)) if self.arm.is_modular else ():
-            total += read_json(session.folder.pair(index, session.seed) / TRAIN_RESULTS)["train_flops"]
+            total += read_results(session.folder.pair(index, session.seed))["train_flops"]
         return total
 
     def _arguments(self) -> M2MKDConfig:
@@ -139,7 +139,7 @@ class ArmPhase(Phase):
         return self.session.folder.arm(self.arm.sibling, self.session.seed)
 
     def _sibling_results(self) -> Results:
-        return read_json(self._sibling_folder() / TRAIN_RESULTS)
+        return read_results(self._sibling_folder())
 
     def _copy_sibling(self, folder: Path) -> None:
         source, name = self._sibling_folder(), self.arm.sibling

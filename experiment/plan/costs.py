@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from m2mkd.data.known_sets import KNOWN_SETS
+from m2mkd.data.known_sets import known_set, published_split
 from m2mkd.distillation.checks import num_special_tokens
 from m2mkd.distillation.split import count_layers, split_into_stages
 from m2mkd.distillation.stage import Stage
@@ -112,17 +112,12 @@ class Costs:
     def _published(self, name: str) -> tuple[int | None, list[str]] | None:
         """Images (if their number is published) and classes of a published set; `None` for any other set."""
         config = self.data.config(name)
-        source = config.source.partition(":")[0]
-        known = KNOWN_SETS.get(source)
-        if known is None or config.partial:
+        if known_set(config.source) is None or config.partial:
             return None
-        split = config.split or (next(iter(known.splits)) if len(known.splits) == 1 else None)
-        if split not in known.splits:
-            raise DataError(
-                f"data.{name}: {source} has no split {config.split!r}: set split to "
-                f"{' or '.join(map(repr, known.splits))}"
-            )
-        _, images = known.splits[split]
+        try:
+            _, _, images = published_split(config)
+        except DataError as error:
+            raise DataError(f"data.{name}: {error}") from error
         classes = class_names_without_images(self.data, name)
         if config.samples_per_class is not None:
             images = config.samples_per_class * len(classes)

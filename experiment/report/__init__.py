@@ -1,7 +1,5 @@
 """The report of a run: the results of its phases as JSON, Markdown and figures."""
 
-import json
-import os
 from pathlib import Path
 
 from accelerate import PartialState
@@ -16,6 +14,7 @@ from m2mkd.experiment.report.graph import density, draw_graphs, read_graphs
 from m2mkd.experiment.report.markdown import to_markdown
 from m2mkd.experiment.report.terminal import print_report
 from m2mkd.experiment.run_folder import RunFolder
+from m2mkd.files import explained_write_errors, replaced_file, write_json
 
 
 def make_report(recipe: Recipe) -> Path:
@@ -55,22 +54,15 @@ def write_report(output_dir: Path, report: Report, histories: Histories, graph: 
     """
     report = plain(report)
     contents = {
-        "report.json": (json.dumps(report, indent=2, allow_nan=False, ensure_ascii=False) + "\n").encode(),
         "report.png": render_figure(report, histories),
         "report.md": to_markdown(report).encode(),
         **({} if graph is None else {"graph.png": graph}),
     }
     folder = Path(output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, content in contents.items():
-        _replace(folder / name, content)
+    with explained_write_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "report.json", report)
+        for name, content in contents.items():
+            with replaced_file(folder / name) as temporary:
+                temporary.write_bytes(content)
     return folder / "report.md"
-
-
-def _replace(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

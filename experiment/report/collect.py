@@ -2,7 +2,6 @@
 
 import importlib
 import importlib.metadata
-import json
 import math
 import platform
 import statistics
@@ -13,13 +12,12 @@ from typing import Any
 
 from m2mkd.errors import RunError
 from m2mkd.experiment.arms import Arm, ArmSpec, arm_of_folder, named_specs, reference, resolve
+from m2mkd.experiment.artifact import EVAL_RESULTS, REPEAT, RUN_AGAIN, TRAIN_RESULTS, is_finished, read_results
 from m2mkd.experiment.run_folder import RunFolder
 
 
 PACKAGES = ("torch", "transformers", "accelerate", "m2mkd")
 COSTS = ("train_seconds", "train_samples_seen", "train_flops", "parameters", "images", "labels", "epochs")
-RUN_AGAIN = "Run the recipe again: finished phases are kept, and missing ones run."
-REPEAT = "Delete {folder} and run the recipe again: that phase runs again, and the other finished phases are kept."
 
 Result = dict[str, Any]
 Report = dict[str, Any]
@@ -118,8 +116,8 @@ def _read_arms(folder: RunFolder, seed: int, recipe: dict[str, Any]) -> dict[str
     """Read the arms of one seed: those of the recipe, in its order, and others that have a folder."""
     arms = _asked_arms(recipe)
     for name in folder.arm_names(seed):
-        path = folder.arm(name, seed) / "train_results.json"
-        words = _read_json(path).get("arm") if path.is_file() else None
+        own = folder.arm(name, seed)
+        words = read_results(own).get("arm") if is_finished(own) else None
         if name not in arms and (arm := arm_of_folder(name, words)) is not None:
             arms[name] = arm
     if not arms:
@@ -127,11 +125,11 @@ def _read_arms(folder: RunFolder, seed: int, recipe: dict[str, Any]) -> dict[str
     results = {name: _read_result(folder.arm(name, seed)) for name in arms}
     for name, result in results.items():
         if result["iid"] is None:
-            raise _damaged(folder.arm(name, seed) / "eval_results.json", "an arm needs an `iid` result")
+            raise _damaged(folder.arm(name, seed) / EVAL_RESULTS, "an arm needs an `iid` result")
         result["arm"] = arms[name].described()
         if arms[name].is_modular:
             num_pairs = len((recipe.get("student") or {}).get("depths") or [])
-            pairs = [_read_costs(pair / "train_results.json") for pair in _pair_folders(folder, seed, num_pairs)]
+            pairs = [_read_costs(pair) for pair in _pair_folders(folder, seed, num_pairs)]
             if not pairs:
                 raise RunError(f"There are no distilled pairs in {folder.pairs(seed)}. {RUN_AGAIN}")
             _add_distillation(result, pairs)
@@ -152,9 +150,9 @@ def _read_hybrids(folder: RunFolder) -> Result | None:
     `n` and `set`.
     """
     before: dict[str, float] = {}
-    if (folder.meta / "train_results.json").is_file():
-        before = _read_json(folder.meta / "train_results.json").get("before", {}).get("hybrids", {})
-    pairs = [_read_json(pair / "train_results.json").get("hybrids") for pair in _pair_folders(folder, folder.seed, 0)]
+    if is_finished(folder.meta):
+        before = read_results(folder.meta).get("before", {}).get("hybrids", {})
+    pairs = [read_results(pair).get("hybrids") for pair in _pair_folders(folder, folder.seed, 0)]
     measured = [own for own in pairs if own]
     if not measured:
         return None
@@ -178,17 +176,15 @@ def _add_distillation(result: Result, pairs: list[Result]) -> None:
 
 def _read_result(folder: Path) -> Result:
     """Read results and costs of a finished phase; `iid` and `ood` are `None` if it was not tested on them."""
-    path = folder / "eval_results.json"
-    evaluation = _read_json(path)
-    costs = _read_costs(folder / "train_results.json")
+    path, evaluation, costs = folder / EVAL_RESULTS, read_results(folder, EVAL_RESULTS), _read_costs(folder)
     load = evaluation.get("expert_load")
     if load is not None and not _is_load(load):
         raise _damaged(path, "`expert_load` does not give the fraction of each expert by layer")
     return {**{split: _scores(evaluation, split, path) for split in ("iid", "ood")}, **costs, "expert_load": load}
 
 
-def _read_costs(path: Path) -> Result:
-    content = _read_json(path)
+def _read_costs(folder: Path) -> Result:
+    path, content = folder / TRAIN_RESULTS, read_results(folder)
     phases = content.get("phases") or {}
     if not isinstance(phases, dict):
         raise _damaged(path, "`phases` is not a mapping")
@@ -201,24 +197,10 @@ def _read_costs(path: Path) -> Result:
 
 
 def _read_log(folder: Path) -> list[dict[str, Any]]:
-    path = folder / "train_results.json"
-    log = _read_json(path).get("log_history") or []
+    log = read_results(folder).get("log_history") or []
     if not isinstance(log, list) or not all(isinstance(entry, dict) for entry in log):
-        raise _damaged(path, "`log_history` is not a list of entries")
+        raise _damaged(folder / TRAIN_RESULTS, "`log_history` is not a list of entries")
     return log
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        way_out = REPEAT.format(folder=path.parent) if path.parent.is_dir() else RUN_AGAIN
-        raise RunError(f"{path} is missing. {way_out}") from error
-    except (OSError, ValueError) as error:
-        raise _damaged(path, str(error)) from error
-    if not isinstance(content, dict):
-        raise _damaged(path, "it is not a mapping of names to values")
-    return content
 
 
 def _damaged(path: Path, why: str) -> RunError:

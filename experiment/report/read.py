@@ -1,12 +1,12 @@
 """Reading of report.json."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from m2mkd.errors import HubError
 from m2mkd.experiment.arms import arm_of_folder
 from m2mkd.experiment.artifact import check_is_run
+from m2mkd.files import read_json
 from m2mkd.model_cards.parts import REPORT_FILE
 
 
@@ -16,16 +16,10 @@ def read_report(run_folder: Path) -> dict[str, Any]:
     run.
     """
     path = run_folder / REPORT_FILE
-    try:
-        report = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
+    if not path.is_file():
         check_is_run(run_folder)
-        raise HubError(
-            f"{path} is missing, but the model card needs its results. Finish the run, or write the report again with "
-            f"`m2mkd report {run_folder}`."
-        ) from error
-    except ValueError as error:
-        raise HubError(f"{path} is damaged ({error}). Write it again with `m2mkd report {run_folder}`.") from error
+    way_out = f"Finish the run, or write the report again with `m2mkd report {run_folder}`."
+    report = read_json(path, HubError, way_out)
     for own in (report, *report["seeds"].values()):
         for name, result in own["arms"].items():
             # reports of earlier versions name presets only

@@ -11,7 +11,7 @@ from typing import Any
 from accelerate import PartialState
 from safetensors import SafetensorError
 
-from m2mkd.errors import HubError, RunError, WriteError
+from m2mkd.errors import M2MKDError, WriteError
 
 
 def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
@@ -57,35 +57,40 @@ def _write_advice(path: Path, error: Exception) -> str:
     )
 
 
+@contextmanager
+def replaced_file(path: Path) -> Iterator[Path]:
+    """Gives a path to write to. What lies there at the end takes the place of `path`; after an error nothing does."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write JSON in one step, so that no reader sees half a file."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
-    os.replace(temporary, path)
+    with replaced_file(path) as temporary:
+        text = json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False)
+        temporary.write_bytes(f"{text}\n".encode())
 
 
-def read_json(path: Path) -> Any:
-    """Read JSON. Raises `RunError` if the file is missing or damaged."""
+def read_json(path: Path, kind: type[M2MKDError], way_out: str) -> dict[str, Any]:
+    """
+    Read a JSON object.
+
+    Args:
+        path (`Path`)
+        kind (`type[M2MKDError]`): What is raised if the file is missing or damaged.
+        way_out (`str`): What the user can do then, in a sentence.
+    """
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise RunError(
-            f"{path} cannot be read ({error}). Delete {path.parent} and run the same command again: that phase is "
-            "repeated, the others are kept."
-        ) from error
-
-
-def read_config(folder: Path) -> dict:
-    """Read `config.json` of a saved model. Raises `HubError` if it is missing or damaged."""
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise HubError(
-            f"{path} is missing: {folder} is not a folder of a saved model. Save one with save_pretrained."
-        ) from error
-    except ValueError as error:
-        raise HubError(f"{path} is damaged ({error}). Save the model again.") from error
-    if not isinstance(config, dict):
-        raise HubError(f"{path} is damaged (not a JSON object). Save the model again.")
-    return config
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        what = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error})"
+        raise kind(f"{path} {what}. {way_out}") from error
+    except ValueError as error:  # not JSON, or not text
+        raise kind(f"{path} is damaged ({error}). {way_out}") from error
+    if not isinstance(content, dict):
+        raise kind(f"{path} is damaged (not a JSON object). {way_out}")
+    return content

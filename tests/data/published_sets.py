@@ -1,12 +1,14 @@
 """Tiny copies of published data sets, in the folders of the originals."""
 
 import pickle
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from m2mkd.data.imagenet_classes import imagenet_classes
+from m2mkd.data.layouts import WRITERS
 
 
 def picture(path: Path, value: int = 0, size: tuple[int, int] = (9, 7)) -> None:
@@ -15,32 +17,23 @@ def picture(path: Path, value: int = 0, size: tuple[int, int] = (9, 7)) -> None:
 
 
 def imagenet(root: Path, classes: list[str], per_class: int = 2) -> Path:
-    for split in ("train", "val"):
-        for number, wnid in enumerate(classes):
-            for index in range(per_class):
-                picture(root / split / wnid / f"{wnid}_{index}.JPEG", number)
+    WRITERS["imagenet-1k"](root, classes, per_class, picture)
     return root
 
 
 def renditions(root: Path, classes: list[str], per_class: int = 2) -> Path:
     """ImageNet-R or Tiny-ImageNet-R."""
-    for number, wnid in enumerate(classes):
-        for index in range(per_class):
-            picture(root / wnid / f"art_{index}.jpg", number, size=(20, 10))
+    WRITERS["imagenet-r"](root, classes, per_class, partial(picture, size=(20, 10)))
     (root / "README.txt").write_text("ImageNet-R")
     return root
 
 
 def tiny_imagenet(root: Path, classes: list[str], per_class: int = 2) -> Path:
-    lines = []
-    for number, wnid in enumerate(classes):
-        for index in range(per_class):
-            picture(root / "train" / wnid / "images" / f"{wnid}_{index}.JPEG", number)
-            name = f"val_{number * per_class + index}.JPEG"
-            picture(root / "val" / "images" / name, number)
-            lines.append(f"{name}\t{wnid}\t0\t0\t5\t5")
+    WRITERS["tiny-imagenet"](root, classes, per_class, picture)
+    annotations = root / "val" / "val_annotations.txt"
+    annotations.write_text("\n".join(reversed(annotations.read_text().splitlines())))
+    for wnid in classes:
         (root / "train" / wnid / f"{wnid}_boxes.txt").write_text("x")
-    (root / "val" / "val_annotations.txt").write_text("\n".join(reversed(lines)))
     (root / "wnids.txt").write_text("\n".join(classes))
     (root / "words.txt").write_text("\n".join(f"{wnid}\tthing {wnid}" for wnid in imagenet_classes()))
     return root

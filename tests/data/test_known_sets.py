@@ -6,14 +6,39 @@ import pytest
 from PIL import Image
 
 from m2mkd.data import DataConfig, DataError, load_images
-from m2mkd.data.config import NamedSource
+from m2mkd.data.config import NamedSource, PackagedSource
 from m2mkd.data.imagenet_classes import imagenet_classes
-from m2mkd.data.known_sets import KNOWN_SETS
+from m2mkd.data.known_sets import KNOWN_SETS, PACKAGED_SPLITS, splits_of
 from m2mkd.data.layouts import LAYOUTS
 
 
 def test_every_name_has_both_ways():
     assert set(KNOWN_SETS) == set(LAYOUTS) == set(get_args(NamedSource))
+    assert set(PACKAGED_SPLITS) == set(get_args(PackagedSource))
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "first"),
+    [("imagenet-1k", 1000, "n01440764"), ("tiny-imagenet-r", 62, "n01443537"), ("cifar100", 100, "0")],
+)
+def test_classes_are_known_without_images(name, count, first):
+    classes = KNOWN_SETS[name].classes
+    assert len(set(classes)) == count and classes[0] == first
+
+
+@pytest.mark.parametrize(
+    ("source", "splits"),
+    [
+        ("tiny-imagenet:a/copy", ("train", "val")),
+        ("cub-200", ("train", "test")),
+        ("mnist5k", ("train", "test")),
+        ("uci_digits", ("test",)),
+        ("imagefolder:train", ()),
+        ("somebody/images", ()),
+    ],
+)
+def test_splits_are_known_by_the_source(source, splits):
+    assert splits_of(source) == splits
 
 
 @pytest.fixture

@@ -6,6 +6,8 @@ from published_sets import cub, imagenet, picture, renditions, tiny_imagenet
 
 from m2mkd.data import DataConfig, DataError, class_counts, load_images
 from m2mkd.data.imagenet_classes import imagenet_classes
+from m2mkd.data.known_sets import splits_of
+from m2mkd.data.layouts import WRITERS
 
 
 SHARED = imagenet_classes("tiny", "r")
@@ -24,6 +26,13 @@ class TestClasses:
     def test_order_is_that_of_the_labels(self):
         classes = imagenet_classes()
         assert classes == sorted(classes) and classes[0] == "n01440764" and classes[-1] == "n15075141"
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_what_is_written_is_what_is_read(tmp_path, name):
+    WRITERS[name](tmp_path, THREE, 2, picture)
+    for split in splits_of(name):
+        assert class_counts(load(name, tmp_path, split)) == dict.fromkeys(THREE, 2)
 
 
 class TestImageNet:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from m2mkd.distillation.losses import (
+    boundary_loss,
     hard_distillation_loss,
     per_sample_cross_entropy,
     per_sample_kl,
@@ -173,3 +174,20 @@ class TestLoadLoss:
     def test_without_noise_it_is_refused(self, noise_std: float) -> None:
         with pytest.raises(ValueError, match="must be positive"):
             load_loss(torch.randn(2, 4), torch.randn(2, 4), noise_std, 2)
+
+
+class TestBoundaryLoss:
+    def test_it_is_zero_for_equals_and_one_for_the_mean(self) -> None:
+        target = torch.randn(4, 5, 6) * 3 + 2
+        assert boundary_loss(target, target) == 0
+        mean = target.mean(dim=(0, 1)).expand_as(target)
+        torch.testing.assert_close(boundary_loss(mean, target), torch.tensor(1.0))
+
+    def test_logits_are_a_boundary_too_and_the_target_gets_no_gradient(self) -> None:
+        states, target = (torch.randn(4, 6, requires_grad=True) for _ in range(2))
+        boundary_loss(states, target).backward()
+        assert states.grad is not None and target.grad is None
+
+    def test_scale_does_not_matter(self) -> None:
+        states, target = torch.randn(4, 5, 6), torch.randn(4, 5, 6)
+        torch.testing.assert_close(boundary_loss(7 * states, 7 * target), boundary_loss(states, target))

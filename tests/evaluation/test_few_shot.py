@@ -79,7 +79,11 @@ class TestInterval:
     def test_against_scipy(self, count):
         values = np.random.default_rng(0).normal(size=count)
         low, high = stats.t.interval(0.95, count - 1, loc=values.mean(), scale=stats.sem(values))
-        assert interval_95(values.tolist()) == pytest.approx((high - low) / 2, rel=1e-4)
+        assert interval_95(values.tolist()) == pytest.approx((high - low) / 2, rel=1e-12)
+
+    def test_two_values(self):
+        """Student's t of one degree of freedom is 12.706; the standard error of two values is half their distance."""
+        assert interval_95([0.4, 0.6]) == pytest.approx(12.706 * 0.1, rel=1e-4)
 
     def test_one_value(self):
         assert interval_95([0.5]) is None

@@ -10,11 +10,12 @@ from transformers import TrainingArguments
 
 from m2mkd.errors import RunError
 from m2mkd.experiment import claim as claiming
-from m2mkd.experiment.artifact import TRAIN_RESULTS
-from m2mkd.experiment.claim import claim_folder
+from m2mkd.experiment.artifact import TRAIN_RESULTS, read_noted_recipe
+from m2mkd.experiment.claim import claim_folder, known_arms
 from m2mkd.experiment.recipe import Recipe
 from m2mkd.experiment.recipe_file import parse_recipe
-from m2mkd.files import read_json, write_json
+from m2mkd.experiment.run_folder import RunFolder
+from m2mkd.files import write_json
 
 
 @pytest.fixture
@@ -41,8 +42,15 @@ def checkpoints(content: dict[str, Any]) -> list[Path]:
 
 
 class TestClaimFolder:
+    def test_damaged_results_are_to_be_deleted_and_made_again(self, content: dict[str, Any]) -> None:
+        arm = Path(content["output_dir"]) / "arms" / "mine"
+        arm.mkdir(parents=True)
+        (arm / TRAIN_RESULTS).write_text("[]")
+        with pytest.raises(RunError, match=rf"{TRAIN_RESULTS} is damaged .*Delete {arm} and run the recipe again:"):
+            known_arms(RunFolder(content["output_dir"], 0), parse_recipe(content, "a recipe"), 0)
+
     def test_the_recipe_is_noted(self, content: dict[str, Any]) -> None:
-        assert read_json(Path(content["output_dir"]) / "recipe.json")["name"] == "tiny"
+        assert read_noted_recipe(Path(content["output_dir"]))["name"] == "tiny"
 
     @pytest.mark.parametrize(
         "section, key, value, finished",
@@ -100,7 +108,7 @@ class TestClaimFolder:
         content["distill"]["training"]["learning_rate"] = 1e-4
         claim(content)
         assert checkpoints(content)
-        note = read_json(Path(content["output_dir"]) / "recipe.json")
+        note = read_noted_recipe(Path(content["output_dir"]))
         assert note["distill"]["training"]["learning_rate"] == 1e-4
 
     def test_a_network_not_trained_yet_may_change_and_old_checkpoints_go(self, content: dict[str, Any]) -> None:

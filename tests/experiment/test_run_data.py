@@ -10,8 +10,8 @@ from tiny_run import CLASS_NAMES, recipe_content, tiny_recipe
 from m2mkd.data.imagenet_classes import imagenet_classes
 from m2mkd.errors import DataError
 from m2mkd.experiment import runner
+from m2mkd.experiment.artifact import EVAL_RESULTS, read_results
 from m2mkd.experiment.run_data import RunData, describe_set
-from m2mkd.files import read_json
 
 
 WNIDS = imagenet_classes("tiny", "r")[:4]
@@ -76,9 +76,9 @@ class TestStream:
         recipe = e2e_recipe(tmp_path, {"train": {**STREAM, "augmentation": augmentation}, "iid": STREAM})
         streamed(tmp_path)
         runner.run(recipe)
-        results = read_json(tmp_path / "run" / "arms" / "e2e" / "eval_results.json")
+        results = read_results(tmp_path / "run" / "arms" / "e2e", EVAL_RESULTS)
         assert results["iid"]["n"] == 24
-        trained = read_json(tmp_path / "run" / "arms" / "e2e" / "train_results.json")
+        trained = read_results(tmp_path / "run" / "arms" / "e2e")
         assert trained["train_samples_seen"] == 48 and trained["train_flops"] > 0
 
     def test_a_stream_that_cannot_be_had_names_the_set(self, tmp_path, monkeypatch):
@@ -105,6 +105,6 @@ class TestPublishedSets:
         test_set = run_data.test_set("ood", "train", WNIDS)
         assert test_set.possible.tolist() == [1, 2] and test_set.config.center_crop == 0.8
         runner.run(recipe)
-        results = read_json(tmp_path / "run" / "arms" / "e2e" / "eval_results.json")
+        results = read_results(tmp_path / "run" / "arms" / "e2e", EVAL_RESULTS)
         assert results["ood"]["n"] == 4 and results["ood"]["top5_accuracy"] == 1.0  # of two classes
         assert results["iid"]["n"] == 24

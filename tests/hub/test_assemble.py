@@ -105,6 +105,14 @@ class TestAssemble:
         for part in ("`teacher_sha256`", str(first / "pair.json"), str(other / "pair.json")):
             assert part in done.output
 
+    @pytest.mark.parametrize("name", ["pair.json", "config.json", "model.safetensors"])
+    def test_a_damaged_pair_is_to_be_made_or_fetched_again(self, finished_run: Path, tmp_path: Path, name: str):
+        other = shutil.copytree(finished_run / "pairs" / "1", tmp_path / "other")
+        (other / name).write_text("{")
+        done = cli(tmp_path / "student", finished_run / "pairs" / "0", other)
+        assert done.exit_code == 1 and f"{other / name} is damaged" in done.output
+        assert f"Delete {other}, then run its recipe again or fetch this pair again." in done.output
+
     def test_a_pair_twice_or_none(self, finished_run: Path, tmp_path: Path):
         with pytest.raises(PairFileError, match="both have `index` 0"):
             assemble(tmp_path / "student", [str(finished_run), str(finished_run / "pairs" / "0")])

@@ -418,7 +418,6 @@ class TestLosses:
         assert outputs.aux_loss is None
 
     def test_losses_of_the_graph_are_weighed_and_named(self) -> None:
-        pytest.importorskip("scipy")
         model = nac(
             signature_repulsion_coef=0.5, signature_repulsion_hinge=1.0, block_model_coef=2.0,
             block_model_num_clusters=4,
@@ -436,7 +435,6 @@ class TestLosses:
         assert moved == {f"nac.{latents}_latents.signatures" for latents in ("input", "mediator", "output")}
 
     def test_the_block_model_loss_is_summed_over_the_rounds(self) -> None:
-        pytest.importorskip("scipy")
         model = nac(block_model_coef=1.0, block_model_num_clusters=4)
         signatures, graphon = model.nac.mediator_latents.signatures, block_model_graphon(24, 4, 0.9, 0.2)
         expected = [

@@ -1,4 +1,4 @@
-"""Work for the processes of test_schedule.py, which import it by name."""
+"""Work for the processes of test_local.py, which import it by name."""
 
 import os
 import signal

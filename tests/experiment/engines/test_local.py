@@ -45,6 +45,13 @@ class TestInOneProcess:
         with pytest.raises(ValueError, match=r"\['a', 'b'\] wait for each other"):
             run_tasks([Task("a", (), after=("b",)), Task("b", (), after=("a",))], lambda screen: None)
 
+    def test_they_are_named_before_anything_is_done(self) -> None:
+        order: list[str] = []
+        tasks = [Task("c", ("c",)), Task("a", ("a",), after=("b",)), Task("b", ("b",), after=("a",))]
+        with pytest.raises(ValueError, match=r"\['a', 'b'\] wait for each other"):
+            run_tasks(tasks, lambda screen, name: order.append(name))
+        assert order == []
+
     def test_an_error_stops_the_rest(self, tmp_path: Path) -> None:
         (tmp_path / "long").touch()
         with pytest.raises(RunError, match="bad: no room"):
@@ -53,6 +60,18 @@ class TestInOneProcess:
 
 
 class TestSideBySide:
+    def test_of_those_that_wait_for_nothing_the_first_is_next(self, tmp_path: Path) -> None:
+        """One worker is kept busy until the other has done the rest."""
+        tasks = [
+            Task("c", (tmp_path, "c"), after=("a",)),
+            Task("busy", (tmp_path, "busy", "b")),
+            Task("b", (tmp_path, "b", "c"), after=("a",)),
+            Task("a", (tmp_path, "a", "busy.begun")),
+        ]
+        run_tasks(tasks, work, processes=2)
+        times = {task.name: (tmp_path / task.name).stat().st_mtime_ns for task in tasks}
+        assert sorted(times, key=times.get) == ["a", "c", "b", "busy"]
+
     def test_tasks_overlap_share_the_threads_and_keep_their_order(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:

@@ -9,10 +9,9 @@ import yaml
 from PIL import Image
 from rich.console import Console
 
-from m2mkd.errors import RunError
+from m2mkd.errors import RunError, WriteError
 from m2mkd.experiment.report import write_report
 from m2mkd.experiment.report.collect import COSTS, collect, read_histories
-from m2mkd.experiment.report.figure import _pair_curves
 from m2mkd.experiment.report.markdown import to_markdown
 from m2mkd.experiment.report.terminal import print_report
 from m2mkd.model_cards.tables import comparison_sentence
@@ -296,18 +295,6 @@ class TestWriteReport:
         with Image.open(path.with_name("report.png")) as picture:
             assert picture.size == (990, 528)
 
-    @pytest.mark.parametrize("panel", ["no curves", "no pairs", "no load"])
-    def test_a_panel_without_data_is_left_out(self, run_folder, panel):
-        report, histories = collect_all(run_folder), read_histories(run_folder, 0, [1, 2])
-        if panel == "no load":
-            report["arms"]["m2mkd"]["expert_load"] = None
-        histories.pop({"no curves": "arms", "no pairs": "pairs"}.get(panel, ""), None)
-        assert write_report(run_folder, report, histories).is_file()
-
-    def test_training_accuracy_of_pairs_that_were_not_evaluated(self):
-        logs = {"10": [{"epoch": 1.0, "pair_10_accuracy": 0.5}], "9": [{"epoch": 2.0, "pair_9_accuracy": math.nan}]}
-        assert _pair_curves({"pairs": logs}) == ({10: ([1.0], [50.0])}, "accuracy on training batches")
-
     def test_nan_becomes_null(self, run_folder):
         report = collect_all(run_folder)
         report["arms"]["e2e"]["iid"]["loss"] = math.nan
@@ -326,7 +313,7 @@ class TestWriteReport:
             raise OSError(28, "No space left on device")
 
         monkeypatch.setattr(Path, "write_bytes", full_disk)
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(WriteError, match="No space left.*Free up disk space"):
             write_report(run_folder, {**report, "device": "another"}, {})
         monkeypatch.undo()
         assert {path.name: path.read_bytes() for path in run_folder.glob("report.*")} == before

@@ -1,0 +1,22 @@
+"""The share of each expert."""
+
+import pytest
+import torch
+from testing_utils import NoiseImages, nac, vit, vmoe
+
+from m2mkd.evaluation.expert_load import expert_load
+
+
+def test_shares_by_layer_are_those_of_the_routers_choices() -> None:
+    model, images = vmoe(), NoiseImages()
+    load = expert_load(model, images, batch_size=5)
+    assert load.keys() == {"1", "3"}
+    with torch.no_grad():
+        first, _ = model(images.pixel_values, output_router_logits=True).router_logits
+    chosen = first.topk(2, dim=-1).indices.flatten().bincount(minlength=4)
+    assert load["1"] == pytest.approx((chosen / chosen.sum()).tolist()) and sum(load["3"]) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("model", [vit, nac, lambda: vmoe(moe_layers=[])], ids=["vit", "nac", "no sparse layer"])
+def test_a_model_without_experts_has_none(model) -> None:
+    assert expert_load(model(), NoiseImages(), batch_size=4) is None
