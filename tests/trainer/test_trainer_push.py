@@ -150,6 +150,6 @@ def test_a_push_that_fails_stops_no_training(hub: LocalHub, tmp_path: Path, monk
     trainer.train()
     trainer._finish_current_push()
     assert trainer.state.global_step == 4
-    assert any("A push to the Hub failed, training goes on" in text for text in said)
+    assert any("A push to the Hub failed; training goes on" in text for text in said)
     # the next one brought everything
     assert set(hub.repos["alice/student"].files) == STUDENT
