@@ -55,7 +55,7 @@ class TestAnArmOfTheRecipesOwn:
 
     def test_it_has_a_card_and_can_be_pushed(self, finished: Path) -> None:
         files = files_to_push(finished, "kd_all", "user/kd-all")
-        assert b"towards the outputs of a teacher" in files["README.md"]
+        assert b"to match the outputs of a teacher" in files["README.md"]
         assert "model.safetensors" in files and not any(name.startswith("pairs/") for name in files)
         assert (finished / "arms" / "kd_all" / "README.md").is_file()
 
