@@ -87,13 +87,11 @@ def published_split(config: DataConfig) -> tuple[str, str, int | None]:
     Raises:
         DataError: the set has no such split.
     """
-    splits = known_set(config.source).splits
+    name = config.source.partition(":")[0]
+    splits = KNOWN_SETS[name].splits
     split = config.split or (next(iter(splits)) if len(splits) == 1 else None)
     if split not in splits:
-        raise DataError(
-            f"{config.source.partition(':')[0]} has no split {config.split!r}: set split to "
-            f"{' or '.join(map(repr, splits))}"
-        )
+        raise DataError(f"{name} has no split {config.split!r}: set split to {' or '.join(map(repr, splits))}")
     return split, *splits[split]
 
 

@@ -223,7 +223,7 @@ def _write_renditions(root: Path, classes: Sequence[str], per_class: int, pictur
 
 
 def _write_tiny_imagenet(root: Path, classes: Sequence[str], per_class: int, picture: "Picture") -> None:
-    lines = []
+    lines: list[str] = []
     for number, wnid in enumerate(classes):
         for index in range(per_class):
             picture(root / "train" / wnid / "images" / f"{wnid}_{index}.JPEG", number)
