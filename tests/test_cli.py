@@ -125,7 +125,7 @@ class TestTrain:
         assert lines[0].startswith("(none given): V-MoE-tiny for digits: ")
         assert [line.partition(":")[0] for line in lines[1:]] == sorted(map(str, Path("recipes").glob("*.yaml")))
         missing = CliRunner().invoke(app, ["run", "recipes/nac.yaml"])
-        assert "There is no recipe recipes/nac.yaml. There are: recipes/digits_from_teacher.yaml, " in missing.stderr
+        assert "There is no recipe recipes/nac.yaml. Available: recipes/digits_from_teacher.yaml, " in missing.stderr
 
     def test_ctrl_c_ends_in_one_sentence(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(runner, "run", Mock(side_effect=KeyboardInterrupt))

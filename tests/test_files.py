@@ -69,7 +69,7 @@ class TestReadJson:
             (None, "is missing"),
             (b"{", "is damaged (Expecting"),
             (b"", "is damaged"),
-            (b"[]", "is damaged (no JSON object)"),
+            (b"[]", "is damaged (not a JSON object)"),
             (b"\xff\xfe", "is damaged ('utf-8' codec"),
         ],
     )

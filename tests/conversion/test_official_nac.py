@@ -440,7 +440,7 @@ class TestCheckTensors:
             "  unexpected: f 7",
             "  unexpected: g scalar",
             "  shape: a is 3x2, must be 2x3",
-            "  no tensor: d is of type int",
+            "  not a tensor: d is of type int",
         ]
 
     def test_what_fits_passes(self) -> None:

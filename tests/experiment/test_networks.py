@@ -34,10 +34,10 @@ def test_a_preset_gives_what_the_recipe_does_not() -> None:
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ({"config": {"num_labels": 4}}, "sets ['num_labels']; these come from the data"),
+        ({"config": {"num_labels": 4}}, "sets ['num_labels'], but these come from the data"),
         ({"config": {"hiden_size": 4}}, "has no field ['hiden_size']"),
-        ({"preset": "tiny"}, "`preset` is for nac and vmoe, not for vit"),
-        ({"config": {"hidden_size": "wide"}}, "The `config` of the vit is refused"),
+        ({"preset": "tiny"}, "A vit has no `preset`, only nac and vmoe do"),
+        ({"config": {"hidden_size": "wide"}}, "The `config` of the vit is not valid"),
     ],
 )
 def test_what_a_configuration_cannot_be_is_refused(spec: dict[str, Any], message: str) -> None:

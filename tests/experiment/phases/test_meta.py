@@ -111,7 +111,7 @@ class TestRecipe:
     @pytest.mark.parametrize(
         "changes, message",
         [
-            ({"meta": {"data": "train"}}, "meta: give `model` .*or `init: from_teacher`"),
+            ({"meta": {"data": "train"}}, "meta: give either `model` .*or `init: from_teacher`"),
             (
                 {"teacher": {"pretrained": "x", "depths": [1, 1], "incubation": {"num_train_epochs": 1}}},
                 "`teacher.incubation` needs a meta model to incubate in",
