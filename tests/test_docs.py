@@ -151,7 +151,7 @@ def test_the_commands_with_a_switch_run(tmp_path: Path, monkeypatch: pytest.Monk
         done = CliRunner().invoke(app, arguments)
         assert done.exit_code == 0, f"{words}: {done.output}"
         if "--plan" in words:
-            assert "In all, at" in done.output and not list(tmp_path.iterdir())
+            assert "In total, at" in done.output and not list(tmp_path.iterdir())
         else:
             assert (tmp_path / "run-miniature" / "run" / "report.md").is_file()
 

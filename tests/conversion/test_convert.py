@@ -1,7 +1,5 @@
 """`m2mkd convert`: official checkpoints in, folders out that the Auto classes load; or one message and nothing."""
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +15,10 @@ from safetensors.torch import load_file, save_file
 from testing_utils import assert_equal
 from torch import nn
 from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTForImageClassification, pipeline
+from typer.testing import CliRunner, Result
 
 from m2mkd import NACConfig, NACForImageClassification, VMoEForImageClassification, split_into_stages
+from m2mkd.cli import app
 from m2mkd.conversion.checkpoint_file import read_checkpoint
 from m2mkd.conversion.convert import convert
 from m2mkd.conversion.nac_kinds import graph_loss_fields
@@ -555,19 +555,18 @@ class TestStrictness:
 
 
 class TestCommandLine:
-    def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "m2mkd.cli", "convert", *arguments]
-        return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    def run(self, *arguments: str) -> Result:
+        return CliRunner().invoke(app, ["convert", *arguments])
 
     def test_it_converts_and_says_where(self, out: Path) -> None:
         folder = nac_case("nac_student_mediator").folder
         files = [str(folder / "state_dict.safetensors"), str(out)]
         options = ["--kind", "nac-student", "--config", str(folder / "config.json")]
         done = self.run(*options, "--stage", "2", "--num-stages", "4", *files)
-        assert done.returncode == 0, done.stderr
+        assert done.exit_code == 0, done.stderr
         assert "Stage 2 of 4 of a NACForImageClassification" in done.stdout and str(out) in done.stdout
         again = self.run(*options, *files)
-        assert again.returncode == 1
+        assert again.exit_code == 1
         assert again.stderr.startswith("Error: ") and "not empty" in again.stderr and "Traceback" not in again.stderr
 
 
