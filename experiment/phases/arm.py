@@ -36,7 +36,8 @@ class ArmPhase(Phase):
     def __init__(self, session: Session, arm: Arm):
         super().__init__(session)
         self.arm, self.name = arm, f"arms/{arm.name}"
-        self.spent = None if arm.budget is None else session.recipe.all_arms[arm.budget]
+        # an arm that lies in the folder may have the budget of one that the recipe leaves out
+        self.spent = session.recipe.all_arms.get(arm.budget)
         modular = arm.is_modular or (self.spent is not None and self.spent.is_modular)
         sources = [("pairs", modular), ("teacher", arm.has_teacher), (f"arms/{arm.sibling}", arm.sibling is not None)]
         self.reads = tuple(name for name, is_read in sources if is_read)

@@ -116,6 +116,15 @@ class TestClaimFolder:
         claim(content)
         assert not checkpoints(content)
 
+    def test_an_arm_in_the_folder_may_have_the_budget_of_one_that_is_left_out(self, content: dict[str, Any]) -> None:
+        twin = Path(content["output_dir"]) / "arms" / "e2e_equal_compute"
+        twin.mkdir(parents=True)
+        write_json(twin / TRAIN_RESULTS, {})
+        claim({**content, "arms": ["e2e"]})
+        content["finetune"]["training"]["learning_rate"] = 0.5
+        with pytest.raises(RunError, match=r"finetune.training.learning_rate.*\(arms/e2e_equal_compute\)"):
+            claim({**content, "arms": ["e2e"]})
+
     def test_arms_and_seeds_can_be_added_and_phases_shared_out(self, content: dict[str, Any]) -> None:
         claim({**content, "arms": ["e2e"], "repeat_seeds": [3], "equal_compute": True, "processes": 2})
         assert checkpoints(content)
