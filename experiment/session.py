@@ -11,7 +11,6 @@ from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from transformers import PreTrainedModel, ProgressCallback, TrainerState
 
-from m2mkd.data.loading import default_workers
 from m2mkd.data.processing import build_image_processor
 from m2mkd.distillation.load import load_network, load_processor
 from m2mkd.distillation.split import new_network
@@ -19,6 +18,7 @@ from m2mkd.evaluation.expert_load import expert_load
 from m2mkd.evaluation.predict import evaluate_model
 from m2mkd.experiment.artifact import EVAL_RESULTS, TRAIN_RESULTS, keep_tracker_files, last_complete_checkpoint
 from m2mkd.experiment.flops import count_parameters, training_flops_per_image
+from m2mkd.experiment.machine import default_workers
 from m2mkd.experiment.networks import build_config, fit_to_data
 from m2mkd.experiment.progress import ShownProgress
 from m2mkd.experiment.recipe import NetworkSpec, Recipe

@@ -2,7 +2,7 @@ import os
 
 import pytest
 
-from m2mkd.data.loading import default_workers
+from m2mkd.experiment.machine import default_workers
 
 
 class TestDefaultWorkers:
