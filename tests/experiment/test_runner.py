@@ -111,6 +111,7 @@ class TestRun:
         printed = capsys.readouterr().out
         assert "[seed 5] arm kd_equal_compute: 12 images" in printed and "phases side by side" in printed
 
+    @pytest.mark.slow
     def test_a_run_that_fails_side_by_side_goes_on_one_by_one(self, finished: Path, tmp_path: Path) -> None:
         recipe = _copy_of(finished, tmp_path, without=["pairs", "arms"], processes=2)
         teacher = tmp_path / "run" / "teacher" / "model.safetensors"
@@ -166,7 +167,14 @@ class TestRun:
         with pytest.raises(RunError, match=r"training.learning_rate: 0.001 → 0.002 \(.*teacher"):
             runner.run(parse_recipe(content, "changed"))
 
-    @pytest.mark.parametrize("phase", ["meta", "teacher", "teacher-incubation", "pairs", "kd"])
+    @pytest.mark.parametrize(
+        "phase",
+        [
+            *(pytest.param(phase, marks=pytest.mark.slow) for phase in ("meta", "teacher", "kd")),
+            "teacher-incubation",
+            "pairs",
+        ],
+    )
     def test_a_run_that_dies_in_a_phase_ends_as_an_uninterrupted_one(
         self, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, phase: str
     ) -> None:

@@ -114,7 +114,7 @@ class TestSideBySide:
         assert not is_alive(int((tmp_path / "long").read_text()))
         assert not (tmp_path / "next").exists()
 
-    @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+    @pytest.mark.parametrize("how", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
     def test_workers_end_with_the_process_that_started_them(self, tmp_path: Path, how: signal.Signals) -> None:
         script = tmp_path / "script.py"
         script.write_text(

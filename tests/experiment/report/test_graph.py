@@ -65,7 +65,8 @@ def test_one_panel_a_model() -> None:
 
 
 def test_a_whole_run(tmp_path) -> None:
-    recipe = nac_recipe(tmp_path, distill={"data": "train", "training": {"nac_codes": "own"}})
+    once = {"num_train_epochs": 1, "per_device_train_batch_size": 12}
+    recipe = nac_recipe(tmp_path, distill={"data": "train", "training": {"nac_codes": "own"}}, training=once)
     report = run(recipe)
     folder = tmp_path / "run"
     assert (folder / "graph.png").is_file()
