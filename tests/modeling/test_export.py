@@ -88,7 +88,7 @@ class TestDynamoExporter:
 
 
 class TestTorchOnnx:
-    @pytest.mark.parametrize("dynamo", [True, False])
+    @pytest.mark.parametrize("dynamo", [False, pytest.param(True, marks=pytest.mark.slow)])
     def test_it_computes_what_the_model_does(self, dynamo: bool, tmp_path: Path) -> None:
         for library in ("onnx", "onnxscript"):
             pytest.importorskip(library)
