@@ -44,7 +44,7 @@ class Checkpoint:
         if self.stages and depths and len(depths) == len(self.stages):
             return assemble_stages(self.stages, depths)
         raise ConversionError(
-            "the checkpoint holds one stage of a split teacher (`block_state_dict`), no whole model."
+            "the checkpoint holds one stage of a split teacher (`block_state_dict`), not a whole model."
             if self.block is not None
             else f"the checkpoint has no `model`, and {len(self.stages)} `model_stages` for the depths {depths}."
         )
@@ -91,9 +91,9 @@ def read_checkpoint(path: Path) -> Checkpoint:
     except pickle.UnpicklingError as error:
         reason = str(error).split("\n")[0]
         raise ConversionError(
-            f"{path} is no checkpoint of plain tensors, and nothing in it is run (weights_only=True). Either it is "
-            "damaged, or it holds objects beside tensors: then load it where you trust it and save its state dict "
-            f"alone. torch says: {reason}"
+            f"{path} is not a checkpoint of plain tensors, and nothing in it is executed (weights_only=True). Either "
+            "it is damaged, or it holds objects in addition to tensors: load it where you trust it and save only its "
+            f"state dict. torch says: {reason}"
         ) from error
     except (
         SafetensorError,
@@ -107,7 +107,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         IndexError,
     ) as error:
         reason = str(error).split("\n")[0]
-        raise ConversionError(f"{path} is damaged or no checkpoint: {reason}") from error
+        raise ConversionError(f"{path} is damaged or not a checkpoint: {reason}") from error
     return _layout(content, path)
 
 
@@ -130,7 +130,7 @@ def _layout(content: Any, path: Path) -> Checkpoint:
     if "model" in content or "model_stages" in content:
         stages = content.get("model_stages") or []
         if not isinstance(stages, list) or not all(isinstance(stage, Mapping) for stage in stages):
-            raise ConversionError(f"`model_stages` of {path} is no list of state dicts.")
+            raise ConversionError(f"`model_stages` of {path} is not a list of state dicts.")
         model = _state_dict(content, "model", path) if content.get("model") is not None else None
         return Checkpoint(model=model, stages=[dict(stage) for stage in stages])
     return Checkpoint(model=dict(content))
@@ -138,7 +138,7 @@ def _layout(content: Any, path: Path) -> Checkpoint:
 
 def _state_dict(content: Mapping[str, Any], name: str, path: Path) -> dict[str, Any]:
     if not isinstance(content[name], Mapping):
-        raise ConversionError(f"`{name}` of {path} is no state dict, but a {type(content[name]).__name__}.")
+        raise ConversionError(f"`{name}` of {path} is not a state dict, but a {type(content[name]).__name__}.")
     return dict(content[name])
 
 

@@ -48,7 +48,7 @@ def convert(
         raise ConversionError(f"--kind is {kind!r}; it must be one of {', '.join(KINDS)}.")
     out = out.absolute()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConversionError(f"{out} is there already and not empty. Give a new folder, or delete it.")
+        raise ConversionError(f"{out} already exists and is not empty. Give a new folder, or delete it.")
     request = Request(read_config(config_path), read_checkpoint(checkpoint_path), checkpoint_path, stage, num_stages)
     try:
         write, what = KINDS[kind].convert(request)

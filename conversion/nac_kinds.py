@@ -115,7 +115,9 @@ def graph_loss_fields(criterion: Mapping[str, Any]) -> dict[str, Any]:
         }
         for latents, value in (("input", False), ("mediator", True), ("output", False)):
             if options.take(f"regularize_{latents}_latents", True) != value:
-                raise ConversionError("our block model loss is of the mediators alone, the official one is not.")
+                raise ConversionError(
+                    "our block model loss is computed on the mediators only, the official one is not."
+                )
         options.require("clip", None)
     else:
         raise ConversionError(f"`criterion.graph_sparsity.type` {kind!r} is not known.")

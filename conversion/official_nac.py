@@ -118,7 +118,7 @@ def convert_nac_student(
         The stage's tensors by the model's names, and those of its stitches (`pre.*`, `post.*`).
 
     Raises:
-        `ConversionError`: names that are no part of this stage.
+        `ConversionError`: names that are not part of this stage.
     """
     stitches, full_names = {}, {}
     for name, tensor in official.items():
@@ -146,7 +146,7 @@ def nac_to_official(ours: Mapping[str, torch.Tensor], config: NACConfig) -> dict
         `dict[str, torch.Tensor]`: The same tensors by official names.
 
     Raises:
-        `ConversionError`: names that are no part of a NAC.
+        `ConversionError`: names that are not part of a NAC.
     """
     official = {}
     for name, tensor in ours.items():
@@ -252,7 +252,7 @@ def _share(converted: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def _refuse(unknown: list[str], what: str) -> None:
     if unknown:
-        raise ConversionError(f"These tensors are no part of an official {what}: {sorted(unknown)}.")
+        raise ConversionError(f"These tensors are not part of an official {what}: {sorted(unknown)}.")
 
 
 # ---- Configurations ----

@@ -39,7 +39,7 @@ def on_meta(model_class: type[PreTrainedModel], config: Callable[[], PreTrainedC
     except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError) as error:
         # the strict dataclasses of huggingface_hub wrap the reason in errors of their own
         reason = f"{type(error).__name__}: {error}" if error.__cause__ is None else error.__cause__
-        raise ConversionError(f"the configuration describes no {model_class.__name__} ({reason}).") from error
+        raise ConversionError(f"the configuration does not describe a {model_class.__name__} ({reason}).") from error
 
 
 def model_output(model: PreTrainedModel, tensors: Tensors, pixels: OfficialPixels = M2MKD_PIXELS) -> Output:

@@ -29,13 +29,13 @@ def to_official(kind: str, config_path: Path, folder: Path, out: Path) -> str:
         kind (`str`): `"nac"`, `"vmoe"` or `"vit"`.
         config_path (`Path`): The official YAML file, or JSON with the constructor's arguments, as in [`convert`].
         folder (`Path`): What `save_pretrained` wrote.
-        out (`Path`): A `.pth` file in the official trainer's layout, or a `.safetensors` file of the tensors alone.
+        out (`Path`): A `.pth` file in the official trainer's layout, or a `.safetensors` file with the tensors only.
 
     Returns:
         `str`: What was written.
 
     Raises:
-        `ConversionError`: the arguments are not those of the model, or `out` is there already; nothing is written.
+        `ConversionError`: the arguments are not those of the model, or `out` already exists; nothing is written.
         `StageError`: the folder cannot be loaded.
         `RunError`: the file cannot be written.
     """
@@ -44,7 +44,7 @@ def to_official(kind: str, config_path: Path, folder: Path, out: Path) -> str:
     if out.suffix not in (".pth", ".safetensors"):
         raise ConversionError(f"{out} must end in .pth, which the official code loads, or in .safetensors.")
     if out.exists():
-        raise ConversionError(f"{out} is there already. Give a new name, or delete it.")
+        raise ConversionError(f"{out} already exists. Give a new name, or delete it.")
     converter = _KINDS[kind]
     content, model = read_config(config_path), _model_in(folder, converter)
     official = own_memory(converter.official_tensors(model))

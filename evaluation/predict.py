@@ -103,7 +103,7 @@ def run_over(
             dataloader_pin_memory=not use_cpu,
             report_to="none",
             disable_tqdm=True,
-            # a module that is no model of transformers does not say what it takes
+            # a module that is not a model of transformers does not say what it takes
             remove_unused_columns=False,
             label_names=["labels"],
         )

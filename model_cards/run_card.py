@@ -46,7 +46,7 @@ def run_card(
     result = report["seeds"][str(seed)]["arms"][arm]
     recipe = public_recipe(report["recipe"], run_name)
     name = PurePath(source).name
-    # in a run's folder an arm is called by its method alone
+    # in a run's folder an arm is called only by its method
     data = card_data(report, result, f"{recipe['name']}-{arm}" if name == arm else name, license)
     return ModelCard.from_template(
         data,
@@ -97,7 +97,7 @@ def card_data(report: dict[str, Any], result: dict[str, Any], name: str, license
 
 def public_recipe(recipe: dict[str, Any], name: str) -> dict[str, Any]:
     """
-    A recipe as a stranger may read it: no token, and of every path of this machine the last part alone.
+    A recipe as a stranger may read it: no token, and of every path of this machine only the last part.
 
     Args:
         recipe (`dict[str, Any]`): As `report.json` has it.

@@ -45,7 +45,7 @@ class AnyWidthExpertsInterface(ExpertsInterface):
     def get_interface(self, experts_implementation: str, default: Callable) -> Callable:
         """
         The function of a backend; `default` for `"eager"`, and for `"grouped_mm"` while the model is exported: an
-        exported grouped product is an operator of transformers, which ONNX and a process with torch alone do not know.
+        exported grouped product is an operator of transformers, which ONNX and a process with torch only do not know.
         """
         experts_forward = super().get_interface(experts_implementation, default)
         if experts_implementation != "grouped_mm":

@@ -116,7 +116,7 @@ class PublishedTeacherPhase(TrainedTeacherPhase):
             "class": type(model).__name__,
             "num_hidden_layers": config.num_hidden_layers,
             "hidden_size": config.hidden_size,
-            # the name alone: cards and reports are published, paths of a machine are not
+            # only the name: cards and reports are published, paths of a machine are not
             "folder": Path(source).resolve().name if Path(source).is_dir() else None,
         }
         results = {

@@ -133,7 +133,7 @@ class TestNAC:
         "loss, said",
         [
             ({"type": "signature_distribution_regularization"}, "is not known"),
-            ({"type": "stochastic_block_model_regularization"}, "mediators alone"),
+            ({"type": "stochastic_block_model_regularization"}, "mediators only"),
             ({"hinge": 0.4, "kwargs": {"reduction": "mean"}}, "reduction` is 'mean'"),
             ({"hinge": 0.4, "power": 2}, "criterion.graph_sparsity.power"),
             ({}, "hinge` is missing"),
@@ -413,8 +413,8 @@ class TestViT:
             ({"block_index": 0, "block_state_dict": {}, "divided_depths": [2, 2]}, {}, r"depths are \[2, 2\]"),
             ({"block_index": 0, "block_state_dict": {}}, {}, "missing: cls_token 1x1x32"),
             ({"model_stages": [{}, {}]}, {}, "2 `model_stages` for the depths"),
-            ({"model": [1]}, {}, "`model`.*is no state dict, but a list"),
-            ({"model_stages": [1]}, {}, "no list of state dicts"),
+            ({"model": [1]}, {}, "`model`.*is not a state dict, but a list"),
+            ({"model_stages": [1]}, {}, "not a list of state dicts"),
             ({"model": {}}, {"stage": 3}, "no stage 3"),
             ([1, 2], {}, "must hold a state dict, but holds a list"),
         ],
@@ -500,7 +500,7 @@ class TestStrictness:
         monkeypatch.chdir(tmp_path)
         case = nac_case("nac_small_eval")
         checkpoint = save(tmp_path / "nac.pth", {"model": case.state_dict, "args": Code()})
-        with pytest.raises(ConversionError, match="nothing in it is run"):
+        with pytest.raises(ConversionError, match="nothing in it is executed"):
             convert("nac", case.folder / "config.json", checkpoint, out)
         assert not (tmp_path / "pwned").exists() and left(out) == []
 
@@ -662,7 +662,7 @@ class TestVMoEJax:
 
     def test_a_file_that_runs_code_is_refused(self, tmp_path: Path) -> None:
         np.savez(tmp_path / "objects.npz", a=np.array([print], dtype=object))
-        with pytest.raises(ConversionError, match="no checkpoint: Object arrays cannot be loaded"):
+        with pytest.raises(ConversionError, match="not a checkpoint: Object arrays cannot be loaded"):
             read_checkpoint(tmp_path / "objects.npz")
         (tmp_path / "half.npz").write_bytes(b"PK nonsense")
         with pytest.raises(ConversionError, match="is damaged or no checkpoint"):

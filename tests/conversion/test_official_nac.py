@@ -373,7 +373,7 @@ class TestConvertNAC:
         ],
     )
     def test_an_unknown_tensor_is_named(self, name: str) -> None:
-        with pytest.raises(ConversionError, match=f"no part of an official NAC.*{name}"):
+        with pytest.raises(ConversionError, match=f"not part of an official NAC.*{name}"):
             convert_nac({"output_tokenizer.to_logits.weight": torch.rand(1), name: torch.rand(1)})
 
     def test_shared_propagators_are_stored_once(self) -> None:

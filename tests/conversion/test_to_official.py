@@ -190,7 +190,7 @@ class TestStrictness:
 
     def test_a_file_that_is_there_is_left_alone(self, folder: Path, out: Path, kind: str) -> None:
         out.write_text("mine")
-        with pytest.raises(ConversionError, match="is there already"):
+        with pytest.raises(ConversionError, match="already exists"):
             to_official(kind, Case("vmoe_full").folder / "config.json", folder, out)
         assert out.read_text() == "mine"
 
@@ -213,7 +213,7 @@ class TestCommandLine:
         assert done.exit_code == 0, done.output
         assert done.stdout.startswith("ViTForImageClassification of ") and out.is_file()
         again = self.cli("--kind", kind, "--config", config, folder, out)
-        assert again.exit_code == 1 and "is there already" in again.output
+        assert again.exit_code == 1 and "already exists" in again.output
 
     def test_a_stage_is_refused(self, folder: Path, out: Path, kind: str) -> None:
         config = Case("incubated_vit").folder / "config.json"
