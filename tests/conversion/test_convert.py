@@ -665,5 +665,5 @@ class TestVMoEJax:
         with pytest.raises(ConversionError, match="not a checkpoint: Object arrays cannot be loaded"):
             read_checkpoint(tmp_path / "objects.npz")
         (tmp_path / "half.npz").write_bytes(b"PK nonsense")
-        with pytest.raises(ConversionError, match="is damaged or no checkpoint"):
+        with pytest.raises(ConversionError, match="is damaged or not a checkpoint"):
             read_checkpoint(tmp_path / "half.npz")
