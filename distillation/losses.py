@@ -7,7 +7,6 @@ import torch.nn.functional as F
 
 
 KLReduction = Literal["batchmean", "mean"]
-DistillationType = Literal["soft", "hard"]
 
 
 def per_sample_cross_entropy(logits: torch.Tensor, labels: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
