@@ -69,7 +69,7 @@ _INIT = {
     "random": ("It is a baseline: trained end to end", "end-to-end training"),
     "modules": (
         "Its modules were distilled one by one from those of a teacher (m2mKD); then it was trained end to end",
-        "distillation of all pairs, including the passes through teacher and meta model, and end-to-end training",
+        "distillation of all pairs, including the passes through the frozen networks, and end-to-end training",
     ),
 }
 _TEACHER = (
@@ -87,11 +87,13 @@ class Arm:
         name (`str`): Its folder in `arms/`.
         spec (`ArmSpec`): Its four words.
         sibling (`str`, *optional*): An arm that differs only in the budget.
+        context (`str`): The network around the pairs: `"meta"` or `"teacher"`.
     """
 
     name: str
     spec: ArmSpec
     sibling: str | None = None
+    context: str = "meta"
 
     @property
     def is_modular(self) -> bool:
@@ -111,7 +113,8 @@ class Arm:
     @property
     def extra(self) -> tuple[str, ...]:
         """The networks that are trained beforehand and are not counted in the arm's own compute."""
-        return ("meta", "teacher") if self.is_modular else ("teacher",) if self.has_teacher else ()
+        meta = ("meta",) if self.is_modular and self.context == "meta" else ()
+        return (*meta, "teacher") if self.is_modular or self.has_teacher else ()
 
     @property
     def text(self) -> str:
@@ -172,7 +175,7 @@ def named_specs(given: Any) -> dict[str, Any]:
     return specs
 
 
-def resolve(specs: Mapping[str, ArmSpec], equal_compute: bool = False) -> dict[str, Arm]:
+def resolve(specs: Mapping[str, ArmSpec], equal_compute: bool = False, context: str = "meta") -> dict[str, Arm]:
     """
     The arms of a run, in the order of its tables.
 
@@ -180,6 +183,7 @@ def resolve(specs: Mapping[str, ArmSpec], equal_compute: bool = False) -> dict[s
         specs (`Mapping[str, ArmSpec]`): The arms of the recipe.
         equal_compute (`bool`): Whether to add each other arm again with the FLOPs of the first arm that starts from
             modules.
+        context (`str`): The network around the pairs.
 
     Raises:
         `ValueError`: a budget refers to an arm that does not exist or has a budget itself.
@@ -187,10 +191,10 @@ def resolve(specs: Mapping[str, ArmSpec], equal_compute: bool = False) -> dict[s
     compared = next((name for name, spec in specs.items() if _is_reference(spec)), None)
     arms: dict[str, Arm] = {}
     for name, spec in specs.items():
-        arms[name] = Arm(name, spec)
+        arms[name] = Arm(name, spec, context=context)
         if equal_compute and compared not in (None, name) and spec.budget is None:
             budget = spec.model_copy(update={"budget": Budget(flops_of=compared)})
-            arms[f"{name}{_EQUAL_COMPUTE}"] = Arm(f"{name}{_EQUAL_COMPUTE}", budget)
+            arms[f"{name}{_EQUAL_COMPUTE}"] = Arm(f"{name}{_EQUAL_COMPUTE}", budget, context=context)
     arms = {name: arm.with_sibling(arms.values()) for name, arm in arms.items()}
     for name, arm in arms.items():
         if arm.budget is not None and (arm.budget not in specs or specs[arm.budget].budget is not None):
@@ -205,19 +209,21 @@ def _is_reference(spec: ArmSpec) -> bool:
     return spec.init == "modules" and spec.budget is None
 
 
-def arm_of_folder(name: str, words: Mapping[str, Any] | None) -> Arm | None:
+def arm_of_folder(name: str, words: Mapping[str, Any] | None, context: str = "meta") -> Arm | None:
     """
     Identify an arm that has a folder in a run but is not (or no longer) in the recipe.
 
     Args:
         name (`str`): Name of its folder.
         words (`Mapping`, *optional*): The words that its results record; `None` for old results, which record none.
+        context (`str`): The network around the pairs.
 
     Returns:
         `Arm`; `None` if it cannot be identified.
     """
     if words is not None:
-        return Arm(name, ArmSpec.model_validate({word: words[word] for word in ArmSpec.model_fields if word in words}))
+        spec = ArmSpec.model_validate({word: words[word] for word in ArmSpec.model_fields if word in words})
+        return Arm(name, spec, context=context)
     base = name.removesuffix(_EQUAL_COMPUTE)
     if base not in PRESETS:
         return None

@@ -1,6 +1,9 @@
 """The machine of a run: number of phases at once, and number of threads."""
 
 import os
+import re
+from contextlib import suppress
+from pathlib import Path
 
 import torch
 from accelerate import PartialState
@@ -57,6 +60,29 @@ def default_workers(image_size: int, use_cpu: bool) -> int:
     if use_cpu or image_size <= SMALL_IMAGE:
         return 0
     return max(1, _num_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def reset_peak_memory() -> None:
+    """Count the peak of [`peak_memory`] from now on."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        with suppress(OSError):
+            # proc(5): 5 resets the peak of the resident set size
+            Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory() -> int | None:
+    """
+    Peak memory in bytes: of this process's tensors on a GPU, otherwise of the whole process. `None` where the system
+    does not tell.
+    """
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    with suppress(OSError):
+        found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+        return None if found is None else 1024 * int(found[1])
+    return None
 
 
 def device_in_words(recipe: Recipe) -> str:

@@ -13,6 +13,7 @@ from m2mkd.data.config import DataConfig
 from m2mkd.distillation.split import stage_class_of_type
 from m2mkd.experiment.arms import DEFAULT_ARMS, PRESETS, Arm, ArmSpec, named_specs, resolve
 from m2mkd.experiment.section import Section, Training
+from m2mkd.trainer.m2mkd_config import check_feed
 
 
 class NetworkSpec(Section):
@@ -97,12 +98,29 @@ class StudentSpec(Section):
 
 
 class DistillSpec(Section):
-    """The distillation of the pairs [m2mKD]; `pairs` are those that this process trains, counted from 0."""
+    """
+    The distillation of the pairs [m2mKD].
+
+    Args:
+        data (`str`): Name of the training set.
+        pairs (`list[int]` or `"all"`): The pairs that this process trains, counted from 0.
+        context, match, feed, stitch_init (`str`): See [`M2MKDConfig`]. The paper's are `"meta"`, `"logits"`,
+            `"teacher"` and `"random"`.
+        training (`dict`): Training arguments.
+    """
 
     _has_teacher = True
     data: str
     pairs: list[int] | Literal["all"] = "all"
+    context: Literal["meta", "teacher"] = "meta"
+    match: Literal["logits", "boundary"] = "logits"
+    feed: Literal["teacher", "student"] = "teacher"
+    stitch_init: Literal["random", "least_squares"] = "random"
     training: Training = Field(default_factory=dict)
+
+    def arguments(self) -> Training:
+        """The fields that are arguments of the trainer."""
+        return {name: getattr(self, name) for name in ("context", "match", "feed", "stitch_init")}
 
 
 class FinetuneSpec(Section):
@@ -159,7 +177,7 @@ class Recipe(Section):
     processes: int | None = Field(default=None, ge=1)
     data: dict[str, DataConfig]
     training: Training = Field(default_factory=dict)
-    meta: MetaSpec
+    meta: MetaSpec | None = None
     teacher: TeacherSpec
     student: StudentSpec
     distill: DistillSpec
@@ -182,7 +200,22 @@ class Recipe(Section):
     @property
     def all_arms(self) -> dict[str, Arm]:
         """The arms by name, including those that `equal_compute` adds."""
-        return resolve(self.arms, self.equal_compute)
+        return resolve(self.arms, self.equal_compute, self.distill.context)
+
+    @property
+    def is_aligned(self) -> bool:
+        """Whether the meta model is made from the teacher."""
+        return self.meta is not None and self.meta.init == "from_teacher"
+
+    @property
+    def is_incubated(self) -> bool:
+        """Whether the teacher is trained inside the meta model."""
+        return self.meta is not None and self.meta.init == "random" and self.teacher.pretrained is None
+
+    @property
+    def meta_depths(self) -> list[int]:
+        """Layers in each stage of the meta model."""
+        return (self.meta.depths if self.meta is not None else None) or [1] * len(self.student.depths)
 
     def data_of(self, arm: Arm) -> str:
         """Name of the training set of an arm."""
@@ -192,7 +225,7 @@ class Recipe(Section):
         """The names of data sets, by the recipe key that refers to them."""
         names = {
             **{f"arms.{name}.data": spec.data for name, spec in self.arms.items()},
-            "meta.data": self.meta.data,
+            "meta.data": self.meta.data if self.meta is not None else None,
             "teacher.data": self.teacher.data,
             "distill.data": self.distill.data,
             "finetune.data": self.finetune.data,
@@ -208,8 +241,9 @@ class Recipe(Section):
     def all_training(self) -> list[Training]:
         """The training arguments of every section."""
         arms = self.arms.values()
-        sections = [section.training for section in (self, self.meta, self.distill, self.finetune, self.kd, *arms)]
-        return [*sections, self.teacher.incubation, self.teacher.finetuning]
+        sections = (self, self.meta, self.distill, self.finetune, self.kd, *arms)
+        trainings = [section.training for section in sections if section is not None]
+        return [*trainings, self.teacher.incubation, self.teacher.finetuning]
 
     @model_validator(mode="after")
     def _check_holdouts(self) -> "Recipe":
@@ -227,23 +261,42 @@ class Recipe(Section):
                 )
         return self
 
+    def _check_distillation(self) -> None:
+        """Check that the pairs get what their context, targets and inputs need."""
+        spec, num_pairs = self.distill, len(self.student.depths)
+        if spec.context == "meta" and self.meta is None and any(arm.init == "modules" for arm in self.arms.values()):
+            raise ValueError(
+                "`distill.context` is meta, but there is no `meta`. Describe the meta model, or set `distill.context` "
+                "to teacher"
+            )
+        if spec.feed == "student" and self.finetune.keep_stitches:
+            raise ValueError(
+                "`distill.feed` is student, so there are no stitches between the modules that `finetune.keep_stitches` "
+                "could keep. Leave one of them out"
+            )
+        pairs = list(range(num_pairs)) if spec.pairs == "all" else spec.pairs
+        if pairs and 0 <= min(pairs) and max(pairs) < num_pairs:
+            check_feed(spec.feed, pairs)
+
     @model_validator(mode="after")
     def _check(self) -> "Recipe":
         for key, name in self._uses().items():
             if name not in self.data:
                 raise ValueError(f"`{key}` is {name!r}, but `data` has only {sorted(self.data)}")
         num_pairs = len(self.student.depths)
-        for key, depths in (("teacher.depths", self.teacher.depths), ("meta.depths", self.meta.depths)):
-            if depths is not None and len(depths) != num_pairs:
+        for key, depths in (("teacher.depths", self.teacher.depths), ("meta.depths", self.meta_depths)):
+            if len(depths) != num_pairs:
                 raise ValueError(
                     f"`student.depths` {self.student.depths} makes {num_pairs} stages, but `{key}` {depths} makes "
                     f"{len(depths)}; all networks need the same number of stages"
                 )
-        if self.meta.init == "from_teacher" and self.teacher.incubation:
+        if (self.meta is None or self.is_aligned) and self.teacher.incubation:
+            why = "`meta.init` is from_teacher" if self.is_aligned else "there is no `meta`"
             raise ValueError(
-                "`teacher.incubation` needs a meta model to incubate in, but `meta.init` is from_teacher. Leave out "
-                "`teacher.incubation` (`teacher.finetuning` trains the whole teacher), or train a `meta.model`"
+                f"`teacher.incubation` needs a meta model to incubate in, but {why}. Leave out `teacher.incubation` "
+                "(`teacher.finetuning` trains the whole teacher), or train a `meta.model`"
             )
+        self._check_distillation()
         if self.finetune.keep_stitches and not stage_class_of_type(self.student.model.model_type).keeps_stitches:
             raise ValueError(
                 f"`finetune.keep_stitches` works only with a vmoe; a {self.student.model.model_type} has no place for "

@@ -11,7 +11,8 @@ from m2mkd.data.processing import build_image_processor
 from m2mkd.distillation.checks import check_same_normalization, check_stitchable
 from m2mkd.distillation.load import load_network_config, load_processor
 from m2mkd.distillation.meta_from_teacher import meta_from_teacher
-from m2mkd.distillation.split import split_into_stages
+from m2mkd.distillation.split import split_into_stages, stage_class
+from m2mkd.errors import StageError
 from m2mkd.experiment.networks import build_config, fit_to_data
 from m2mkd.experiment.plan.step_cost import build_on_meta
 from m2mkd.experiment.recipe import NetworkSpec, Recipe
@@ -41,19 +42,20 @@ class RecipeNetworks:
 
     def __init__(self, recipe: Recipe, class_names: Callable[[str], Sequence[str]]):
         self.recipe, self._class_names = recipe, class_names
-        self.meta_depths = recipe.meta.depths or [1] * len(recipe.student.depths)
-        arms, is_aligned = recipe.all_arms.values(), recipe.meta.init == "from_teacher"
+        self.meta_depths = recipe.meta_depths
+        arms = recipe.all_arms.values()
         self._is_modular = any(arm.is_modular for arm in arms)
         # training sets on which a student learns from the whole teacher
         self._taught = sorted({recipe.data_of(arm) for arm in arms if arm.has_teacher})
         has_teacher = self._is_modular or bool(self._taught)
-        self.is_incubated = has_teacher and recipe.teacher.pretrained is None and not is_aligned
+        self.is_incubated = has_teacher and recipe.is_incubated
+        self._uses_meta = self._is_modular and recipe.distill.context == "meta"
         self.teacher = self._teacher() if has_teacher else None
         self.meta: PreTrainedModel | None = None
-        if self._is_modular or self.is_incubated:
+        if self._uses_meta or self.is_incubated:
             self.meta = (
                 meta_from_teacher(self.teacher, recipe.teacher.depths, self.meta_depths)
-                if is_aligned
+                if recipe.is_aligned
                 else self.build(recipe.meta.model, recipe.meta.data)
             )
         self._check_networks()
@@ -89,9 +91,19 @@ class RecipeNetworks:
         if self.is_incubated:
             check_stitchable(self.build(recipe.teacher.model, recipe.teacher.data).config, None, self.meta.config)
         if self._is_modular:
-            check_stitchable(distilled.config, self.teacher.config, self.meta.config)
+            self._check_pairs(distilled)
         for data in self._taught:
             check_stitchable(students[data].config, self.teacher.config, None)
+
+    def _check_pairs(self, student: PreTrainedModel) -> None:
+        spec = self.recipe.distill
+        check_stitchable(student.config, self.teacher.config, (self.meta if self._uses_meta else self.teacher).config)
+        if spec.match == "boundary" and not stage_class(type(self.teacher)).is_meta_source:
+            raise StageError(
+                f"`distill.match` is boundary, but the hidden states of the teacher, a {type(self.teacher).__name__}, "
+                "are not tokens of an image that a module could match. Set `distill.match` to logits, or use a ViT, "
+                "DeiT, DINOv2 or V-MoE as the teacher."
+            )
 
     def _check_processors(self) -> None:
         """Check that networks trained on one data set and used on another get the same pixels."""
@@ -103,6 +115,7 @@ class RecipeNetworks:
         teacher = load_processor(spec.pretrained) if spec.pretrained else build_image_processor(recipe.data[spec.data])
         if self._is_modular:
             check_pixels(distill, recipe.data[distill], name, teacher)
+        if self._uses_meta:
             meta = build_image_processor(recipe.data[recipe.meta.data])
             check_pixels(distill, recipe.data[distill], "meta model", meta)
         for data in self._taught:

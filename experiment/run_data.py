@@ -36,9 +36,10 @@ class RunData:
             that the arms are not trained on.
         """
         recipe = self.recipe
-        teacher = [recipe.teacher.data] if recipe.teacher.data is not None else []
-        for name in (recipe.meta.data, *teacher, recipe.distill.data, recipe.finetune.data):
-            self.class_names(name)
+        meta = recipe.meta.data if recipe.meta is not None else None
+        for name in (meta, recipe.teacher.data, recipe.distill.data, recipe.finetune.data):
+            if name is not None:
+                self.class_names(name)
         for name in (recipe.evaluation.iid, recipe.evaluation.ood):
             if name is not None:
                 self.test_set(name, recipe.finetune.data, self.class_names(recipe.finetune.data))

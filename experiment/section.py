@@ -18,6 +18,10 @@ _SET_BY_THE_RUNNER = {
     "teacher_depths",
     "meta_depths",
     "pairs",
+    "context",
+    "match",
+    "feed",
+    "stitch_init",
     "remove_unused_columns",
     "resume_from_checkpoint",
 }

@@ -14,11 +14,12 @@ from transformers import PreTrainedModel, ProgressCallback, TrainerState
 from m2mkd.data.processing import build_image_processor
 from m2mkd.distillation.load import load_network, load_processor
 from m2mkd.distillation.split import new_network
+from m2mkd.distillation.stitch_init import FITTED_IMAGES
 from m2mkd.evaluation.expert_load import expert_load
 from m2mkd.evaluation.predict import evaluate_model
 from m2mkd.experiment.artifact import EVAL_RESULTS, TRAIN_RESULTS, keep_tracker_files, last_complete_checkpoint
 from m2mkd.experiment.flops import count_parameters, training_flops_per_image
-from m2mkd.experiment.machine import default_workers
+from m2mkd.experiment.machine import default_workers, peak_memory, reset_peak_memory
 from m2mkd.experiment.networks import build_config, fit_to_data
 from m2mkd.experiment.progress import ShownProgress
 from m2mkd.experiment.recipe import NetworkSpec, Recipe
@@ -63,7 +64,7 @@ class Session:
         self.recipe, self.data, self.seed, self.screen = recipe, data, seed, screen
         self.folder = RunFolder(recipe.output_dir, recipe.seed)
         self.depths = recipe.student.depths
-        self.meta_depths = recipe.meta.depths or [1] * len(self.depths)
+        self.meta_depths = recipe.meta_depths
 
     def say(self, text: str) -> None:
         """Print a line that starts with the seed."""
@@ -134,6 +135,7 @@ class Session:
         self.say(f"{name}: {images} images, {trainer.args.num_train_epochs:g} epochs")
         checkpoint = last_complete_checkpoint(work)
         stopwatch = Stopwatch(checkpoint)
+        reset_peak_memory()
         for callback in (DataEpoch(trainer.train_dataset), stopwatch):
             trainer.add_callback(callback)
         trainer.remove_callback(ProgressCallback)
@@ -142,14 +144,16 @@ class Session:
             history = _train_or_restore(trainer, checkpoint)
         if on_trained is not None:
             on_trained(trainer)
-        epochs = float(trainer.args.num_train_epochs)
+        epochs = _epochs(args, images)
+        fitted = min(FITTED_IMAGES, images) if args.stitch_init == "least_squares" else 0
         return {
             "train_seconds": stopwatch.seconds,
             "train_samples_seen": int(images * epochs),
-            "train_flops": flops_per_image * images * epochs,
+            "train_flops": flops_per_image * (images * epochs + fitted),
+            "peak_memory": peak_memory(),
             "parameters": sum(count_parameters(stage) for stage in trainer.trained_pairs().values()),
-            "images": images,
-            "labels": images if trainer.args.alpha < 1 else 0,
+            "images": images if epochs else 0,
+            "labels": images if epochs and args.alpha < 1 else 0,
             "epochs": epochs,
             # the Trainer's last entry summarizes the session, not the training
             "log_history": [_without_clocks(entry) for entry in history if "train_loss" not in entry],
@@ -250,7 +254,12 @@ class Session:
 
 
 def _train_or_restore(trainer: M2MKDTrainer, checkpoint: Path | None) -> list[dict[str, Any]]:
-    """Train from a checkpoint, or take its weights if it is the last one. Returns the log history."""
+    """
+    Train from a checkpoint, or take its weights if it is the last one; for no epochs, do nothing. Returns the log
+    history.
+    """
+    if trainer.args.num_train_epochs == 0 and trainer.args.max_steps <= 0:
+        return []
     if checkpoint is not None:
         state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         if state.global_step >= state.max_steps:
@@ -259,6 +268,12 @@ def _train_or_restore(trainer: M2MKDTrainer, checkpoint: Path | None) -> list[di
             return state.log_history
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
     return trainer.state.log_history
+
+
+def _epochs(args: M2MKDConfig, images: int) -> float:
+    if args.max_steps <= 0:
+        return float(args.num_train_epochs)
+    return args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size / images
 
 
 def _without_clocks(entry: dict[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,10 @@ from typing import Any
 
 
 COLUMNS = ("Model", "IID %", "OOD %", "End-to-end epochs", "Images", "Labels", "Train time", "Parameters", "TFLOPs")
-COST_COLUMNS = ("Model", "Images", "Labels", "Samples seen", "Train time", "TFLOPs", "Extra", "TFLOPs with the extra")
+COST_COLUMNS = (
+    *("Model", "Images", "Labels", "Samples seen", "Train time", "TFLOPs", "Extra", "TFLOPs with the extra"),
+    *("Time, one device per pair", "Peak memory"),
+)
 # A comparison warns if the budgets differ by more than this fraction.
 BUDGET_TOLERANCE = 0.05
 _NETWORKS = {"teacher": "the teacher", "meta": "the meta model"}
@@ -116,10 +119,16 @@ def _cost_rows(report: Report) -> list[list[str]]:
         known = [network for network, own in extra.items() if not own.get("pretrained")]
         total = result["train_flops"] + sum(extra[network]["train_flops"] for network in known)
         names = [network if network in known else f"{network} (pretrained, not counted)" for network in extra]
-        rows.append([name, *_costs(result), ", ".join(names) or "–", _tflops(total) if "arm" in result else "–"])
+        own = [_seconds(result.get("parallel_seconds") or result["train_seconds"]), _gib(result.get("peak_memory"))]
+        rows.append([name, *_costs(result), ", ".join(names) or "–", _tflops(total) if "arm" in result else "–", *own])
         for phase, costs in result.get("phases", {}).items():
-            rows.append([f"– of it {phase}", *_costs(costs), "", ""])
+            rows.append([f"– of it {phase}", *_costs(costs), *[""] * 4])
     return rows
+
+
+def _gib(number: float | None) -> str:
+    """Peak memory of the largest process, which was not recorded by earlier versions."""
+    return "–" if number is None else f"{number / 2**30:.2f} GiB"
 
 
 def _costs(costs: Result) -> list[str]:

@@ -20,10 +20,12 @@ def phases_of(session: Session, arms: Iterable[Arm] | None = None) -> dict[str, 
         arms (`Iterable[Arm]`, *optional*): The arms. `None`: those of the recipe.
     """
     recipe = session.recipe
-    is_aligned, is_published = recipe.meta.init == "from_teacher", recipe.teacher.pretrained is not None
-    teacher = PublishedTeacherPhase if is_published else TrainedTeacherPhase if is_aligned else IncubatedTeacherPhase
-    beforehand: list[Phase] = [AlignedMetaPhase(session) if is_aligned else MetaPhase(session), teacher(session)]
-    known = {phase.name: phase for phase in [*beforehand, PairsPhase(session)]}
+    is_published = recipe.teacher.pretrained is not None
+    meta = AlignedMetaPhase if recipe.is_aligned else MetaPhase
+    teacher = IncubatedTeacherPhase if recipe.is_incubated else TrainedTeacherPhase
+    beforehand: list[Phase] = [meta(session)] if recipe.meta is not None else []
+    beforehand += [(PublishedTeacherPhase if is_published else teacher)(session), PairsPhase(session)]
+    known = {phase.name: phase for phase in beforehand}
     known |= {phase.name: phase for phase in (ArmPhase(session, arm) for arm in arms or recipe.all_arms.values())}
     needed: set[str] = set()
     for name in known:

@@ -15,7 +15,7 @@ from m2mkd.experiment.hybrids import check_hybrids
 from m2mkd.experiment.phases.phase import Phase
 from m2mkd.experiment.run_folder import work_folder
 from m2mkd.experiment.section import Training
-from m2mkd.experiment.session import Results
+from m2mkd.experiment.session import Results, Session
 from m2mkd.files import write_folder, write_json
 from m2mkd.trainer.m2mkd_trainer import M2MKDTrainer
 
@@ -25,11 +25,16 @@ if TYPE_CHECKING:
 
 
 class PairsPhase(Phase):
-    """The pairs that this run distils, in one process, with one pass through the meta model."""
+    """The pairs that this run distils, in one process, with one pass through the network around them."""
 
     name = "pairs"
-    reads = ("meta", "teacher")
-    sections = ("student", "distill", "teacher.depths", "meta.depths")
+
+    def __init__(self, session: Session):
+        super().__init__(session)
+        self._has_meta = self.recipe.distill.context == "meta"
+        self.reads = ("meta", "teacher") if self._has_meta else ("teacher",)
+        own = ("meta.depths",) if self._has_meta else ()
+        self.sections = ("student", "distill", "teacher.depths", *own)
 
     @property
     def asked(self) -> list[int]:
@@ -69,13 +74,16 @@ class PairsPhase(Phase):
         """Distil the missing pairs of this run."""
         session, spec = self.session, self.recipe.distill
         unfinished = self._unfinished()
-        indices = [index for index in self.asked if index in unfinished]
-        teacher, meta = session.load_teacher(), load_network(session.folder.meta)
+        # fed by the student, a pair needs those before it, which end with the weights that they have
+        is_chained = spec.feed == "student"
+        indices = [index for index in self.asked if is_chained or index in unfinished]
+        teacher, meta = session.load_teacher(), load_network(session.folder.meta) if self._has_meta else None
         session.check_processors(session.teacher_source(), spec.data)
-        session.check_processors(session.folder.meta, spec.data)
+        if self._has_meta:
+            session.check_processors(session.folder.meta, spec.data)
         work = session.folder.pairs(session.seed) / f"work-{'-'.join(map(str, indices))}"
         hybrids = None
-        if session.arguments(work, spec.training, {}).alpha > 0:
+        if self._has_meta and session.arguments(work, spec.training, {}).alpha > 0:
             # copies, so that this process keeps only what its pairs need of both networks
             hybrids = check_hybrids(session, session.load_teacher(), load_network(session.folder.meta), indices)
         # stages of other processes stay on the meta device
@@ -83,8 +91,9 @@ class PairsPhase(Phase):
         cut = {
             "student_depths": session.depths,
             "teacher_depths": self.recipe.teacher.depths,
-            "meta_depths": session.meta_depths,
+            "meta_depths": session.meta_depths if self._has_meta else None,
             "pairs": indices,
+            **spec.arguments(),
         }
         trained: list[M2MKDTrainer] = []
         results = session.train(
@@ -98,22 +107,24 @@ class PairsPhase(Phase):
             meta=meta,
             on_trained=trained.append,
         )
-        self._write(work, trained[0], {**results, "hybrids": hybrids}, meta.config.hidden_size)
+        self._write(work, trained[0], {**results, "hybrids": hybrids})
         session.remove_work(work)
         if not self._unfinished() and PartialState().is_main_process:
             # left by a run that was killed between two pairs
             for leftover in session.folder.pairs(session.seed).glob(".work-*.work"):
                 shutil.rmtree(leftover)
 
-    def _write(self, work: Path, trainer: M2MKDTrainer, results: Results, stitch_size: int) -> None:
-        pairs = trainer.trained_pairs()
+    def _write(self, work: Path, trainer: M2MKDTrainer, results: Results) -> None:
+        pairs, unfinished = trainer.trained_pairs(), self._unfinished()
         # pairs trained together divide time and compute; each keeps the history for its own curve
         share = {name: results[name] / len(pairs) for name in ("train_seconds", "train_flops")}
         processor = build_image_processor(self.session.data.config(self.recipe.distill.data))
         for index, pair in pairs.items():
+            if index not in unfinished:
+                continue
 
             def write(temporary: Path, pair: Any = pair) -> None:
-                save_pair(pair, temporary, stitch_size, **trainer.network_hashes)
+                save_pair(pair, temporary, trainer.stitch_size, **trainer.network_hashes)
                 processor.save_pretrained(temporary)
                 write_json(temporary / TRAIN_RESULTS, {**results, **share, "parameters": count_parameters(pair)})
                 keep_tracker_files(work_folder(work), temporary)
@@ -126,10 +137,20 @@ class PairsPhase(Phase):
         student = costs.network(self.recipe.student.model, spec.data)
         names = ("stitch", "nac_codes", "read_in_latents")
         options = {name: spec.training[name] for name in names if name in spec.training}
-        teacher = costs.teacher if spec.training.get("alpha", 1) > 0 else None
-        steps = costs.pairs(student, self.session.depths, spec.data, teacher, **options)
-        alone = [
-            costs.phase(f"pair {index}", spec.data, spec.training, costs.together(steps, spec.data, [index]))
-            for index in range(len(steps))
+        has_teacher = spec.training.get("alpha", 1) > 0 or spec.match == "boundary"
+        pairs = costs.pairs(
+            student,
+            self.session.depths,
+            spec.data,
+            costs.teacher if has_teacher else None,
+            None if self._has_meta else costs.teacher,
+            match=spec.match,
+            feed=spec.feed,
+            **options,
+        )
+        everyone = range(len(self.session.depths))
+        chosen = {f"pair {index}": range(index + 1) if spec.feed == "student" else [index] for index in everyone}
+        return [
+            costs.phase(name, spec.data, spec.training, pairs.together(indices))
+            for name, indices in {**chosen, "pairs": everyone}.items()
         ]
-        return [*alone, costs.phase("pairs", spec.data, spec.training, costs.together(steps, spec.data))]

@@ -91,7 +91,7 @@ class IncubatedTeacherPhase(TrainedTeacherPhase):
         network = costs.network(spec.model, spec.data)
         pairs = costs.pairs(network, spec.depths, spec.data, teacher=None, stitch="none")
         return [
-            costs.phase("teacher: incubation", spec.data, spec.incubation, costs.together(pairs, spec.data)),
+            costs.phase("teacher: incubation", spec.data, spec.incubation, pairs.together()),
             costs.phase("teacher: fine-tuning", spec.data, spec.finetuning, costs.whole(network, spec.data)),
         ]
 
@@ -143,5 +143,6 @@ def _total(phases: dict[str, Results]) -> Results:
     return {
         **{name: sum(phase[name] for phase in phases.values()) for name in summed},
         **{name: max(phase[name] for phase in phases.values()) for name in largest},
+        "peak_memory": max((own["peak_memory"] for own in phases.values() if own["peak_memory"]), default=None),
         "log_history": [entry for phase in phases.values() for entry in phase["log_history"]],
     }

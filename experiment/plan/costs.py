@@ -1,11 +1,12 @@
 """Counts the steps of a recipe's phases on the meta device: no data, no GPU, no training."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cache, partial
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from m2mkd.data.known_sets import known_set, published_split
@@ -185,39 +186,64 @@ class Costs:
         depths: Sequence[int],
         data: str,
         teacher: PreTrainedModel | None,
+        context: PreTrainedModel | None = None,
+        match: str = "logits",
+        feed: str = "teacher",
         stitch: str | None = None,
         **options: Any,
-    ) -> list[StepCost]:
-        """Cost per image of each pair, with its teacher stage and suffix but without the prefix."""
-        meta = split_into_stages(self.meta, self._meta_depths)
+    ) -> "PairCosts":
+        """
+        Cost per image of the pairs inside `context` (`None`: the meta model), which may be the teacher itself; the
+        other arguments are those of the trainer.
+        """
+        around = context or self.meta
         theirs = split_into_stages(teacher, self.recipe.teacher.depths) if teacher is not None else []
-        stages, shape, steps = split_into_stages(student, depths), self._images(data), []
-        options["special_tokens"] = num_special_tokens(self.meta.config)
-        pairs = stitched_pairs(
-            student, stages, self.meta.config.hidden_size, stitch if len(stages) > 1 else "none", **options
-        )
+        frozen = theirs if context is teacher and theirs else split_into_stages(around, self._meta_depths)
+        stages, shape, own_shape = split_into_stages(student, depths), self._images(data), self._images(data)
+        options["special_tokens"] = num_special_tokens(around.config)
+        stitch = stitch if len(stages) > 1 else "none"
+        pairs = stitched_pairs(student, stages, around.config.hidden_size, stitch, feed=feed, **options)
+        own = []
         for index, pair in enumerate(pairs):
-            step, ours = trained_cost(pair, shape)
-            for stage in meta[index + 1 :]:
-                suffix, ours = self._counter.passed(stage, ours)
-                step += suffix
-            if theirs:
-                own, states = self._counter.forward(theirs[index], shape)
-                step += own
-                for stage in meta[index + 1 :]:
-                    suffix, states = self._counter.forward(stage, states)
-                    step += replace(suffix, frozen=0)
-            # the meta model is counted once, in `together`
-            steps.append(replace(step, frozen=count_parameters(theirs[index]) if theirs else 0))
-            shape = self._counter.forward(meta[index], shape)[1]
-        return steps
+            suffix = frozen[index + 1 :] if match == "logits" else []
+            step, ours = trained_cost(pair, own_shape if feed == "student" else shape)
+            step += self._through(suffix, ours, self._counter.passed)
+            if theirs and frozen is not theirs:
+                target, states = self._counter.forward(theirs[index], shape)
+                step += target + self._through(suffix, states, self._counter.forward)
+            # the context is counted once, in `together`
+            is_other = bool(theirs) and frozen is not theirs
+            own.append(replace(step, frozen=count_parameters(theirs[index]) if is_other else 0))
+            own_shape = pair.run(torch.empty(own_shape if feed == "student" else shape, device="meta"))[0].shape
+            shape = self._counter.forward(frozen[index], shape)[1]
+        chain = [StepCost(), *self._chain(frozen, data)]
+        if frozen is theirs:
+            chain = chain[1:] if match == "boundary" else chain[-1:] * len(frozen)
+        whole = None if frozen is theirs and match == "boundary" else count_parameters(around)
+        return PairCosts(own, [step if whole is None else replace(step, frozen=whole) for step in chain])
 
-    def together(self, steps: Sequence[StepCost], data: str, indices: Sequence[int] | None = None) -> StepCost:
-        """Cost per image of pairs (`None`: all) in one process, with one pass through the meta model's prefix."""
-        chosen = range(len(steps)) if indices is None else indices
-        meta = split_into_stages(self.meta, self._meta_depths)
-        prefix = [StepCost(), *self._chain(meta, data)][max(chosen)]
-        total = replace(prefix, frozen=count_parameters(self.meta))
-        for index in chosen:
-            total += steps[index]
+    def _through(self, stages: Sequence[Stage], shape: Sequence[int], count: Callable[..., Any]) -> StepCost:
+        total = StepCost()
+        for stage in stages:
+            step, shape = count(stage, shape)
+            total += step
         return total
+
+
+@dataclass(frozen=True)
+class PairCosts:
+    """
+    Cost per image of pairs.
+
+    Args:
+        own (`list[StepCost]`): Each pair, with what only it needs.
+        shared (`list[StepCost]`): The passes that the pairs up to an index share.
+    """
+
+    own: list[StepCost]
+    shared: list[StepCost]
+
+    def together(self, indices: Sequence[int] | None = None) -> StepCost:
+        """Cost per image of some pairs (`None`: all) in one process."""
+        chosen = range(len(self.own)) if indices is None else indices
+        return sum((self.own[index] for index in chosen), start=self.shared[max(chosen)])

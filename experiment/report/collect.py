@@ -118,7 +118,7 @@ def _read_arms(folder: RunFolder, seed: int, recipe: dict[str, Any]) -> dict[str
     for name in folder.arm_names(seed):
         own = folder.arm(name, seed)
         words = read_results(own).get("arm") if is_finished(own) else None
-        if name not in arms and (arm := arm_of_folder(name, words)) is not None:
+        if name not in arms and (arm := arm_of_folder(name, words, _context(recipe))) is not None:
             arms[name] = arm
     if not arms:
         raise RunError(f"No arm has run: there is none in {folder.of_seed(seed) / 'arms'}. {RUN_AGAIN}")
@@ -141,7 +141,11 @@ def _asked_arms(recipe: dict[str, Any]) -> dict[str, Arm]:
         name: spec if isinstance(spec, ArmSpec) else ArmSpec.model_validate(spec)
         for name, spec in named_specs(recipe.get("arms") or []).items()
     }
-    return resolve(specs, bool(recipe.get("equal_compute")))
+    return resolve(specs, bool(recipe.get("equal_compute")), _context(recipe))
+
+
+def _context(recipe: dict[str, Any]) -> str:
+    return (recipe.get("distill") or {}).get("context", "meta")
 
 
 def _read_hybrids(folder: RunFolder) -> Result | None:
@@ -171,6 +175,8 @@ def _add_distillation(result: Result, pairs: list[Result]) -> None:
         result[name] += distill[name]
     for name in ("images", "labels"):
         result[name] = max(result[name], distill[name])
+    result["parallel_seconds"] += max(pair["parallel_seconds"] for pair in pairs)
+    result["peak_memory"] = _largest([result, *pairs])
     result["phases"] = {"distill": distill, "finetune": finetune}
 
 
@@ -189,11 +195,18 @@ def _read_costs(folder: Path) -> Result:
     if not isinstance(phases, dict):
         raise _damaged(path, "`phases` is not a mapping")
     costs: Result = {name: _number(content, name, path) for name in COSTS}
+    costs["parallel_seconds"] = costs["train_seconds"]
+    costs["peak_memory"] = content.get("peak_memory")
     # for a published network; for an arm that has the model of another one
     costs |= {name: content[name] for name in ("pretrained", "network", "same_as") if content.get(name)}
     if phases:
         costs["phases"] = {phase: {name: _number(own, name, path) for name in COSTS} for phase, own in phases.items()}
     return costs
+
+
+def _largest(results: list[Result]) -> int | None:
+    """Peak memory of the largest process, if that was recorded."""
+    return max((own["peak_memory"] for own in results if own["peak_memory"] is not None), default=None)
 
 
 def _read_log(folder: Path) -> list[dict[str, Any]]:

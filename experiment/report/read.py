@@ -22,9 +22,10 @@ def read_report(run_folder: Path) -> dict[str, Any]:
     report = read_json(path, HubError, way_out)
     for own in (report, *report["seeds"].values()):
         for name, result in own["arms"].items():
-            # reports of earlier versions name presets only
-            arm = arm_of_folder(name, result.get("arm"))
-            result["arm"] = None if arm is None else arm.described()
+            if "text" not in (result.get("arm") or {}):
+                # reports of earlier versions name presets only
+                arm = arm_of_folder(name, result.get("arm"))
+                result["arm"] = None if arm is None else arm.described()
     return report
 
 
