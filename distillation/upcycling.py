@@ -157,7 +157,7 @@ def upcycle_into(
     _check_same_sizes(student, dense_model, keep_head, zoom_positions)
     grids = patch_grid(dense_model.config), patch_grid(student.config)
     if grids[0] != grids[1]:
-        given[_POSITIONS] = _zoomed(given[_POSITIONS], *grids)
+        given[_POSITIONS] = resample_positions(given[_POSITIONS], *grids)
     own = student.state_dict()
     if keep_head:
         given |= {name: own[name] for name in ("classifier.weight", "classifier.bias")}
@@ -342,8 +342,11 @@ def _check_same_tensors(own: dict[str, torch.Tensor], weights: dict[str, torch.T
         )
 
 
-def _zoomed(positions: torch.Tensor, grid: tuple[int, int], new_grid: tuple[int, int]) -> torch.Tensor:
-    """Resample position embeddings of shape `(1, 1 + height * width, hidden_size)`; the class token's stays."""
+def resample_positions(positions: torch.Tensor, grid: tuple[int, int], new_grid: tuple[int, int]) -> torch.Tensor:
+    """
+    Resample position embeddings of shape `(1, 1 + height * width, hidden_size)` to another grid of patches, as
+    [`upcycle_into`] says. The class token's stays.
+    """
     from scipy.ndimage import zoom
 
     patches = positions[0, 1:].unflatten(0, grid).float().cpu().numpy()
