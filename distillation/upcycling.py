@@ -113,8 +113,8 @@ def sparse_layers(layers: str | Sequence[int], num_layers: int) -> list[int]:
     if isinstance(layers, str) and layers not in words:
         raise StageError(f"`layers` is {layers!r}; it must be one of {', '.join(words)}, or a list of layer indices.")
     chosen = words[layers] if isinstance(layers, str) else list(layers)
-    if not chosen:
-        raise StageError(f"`layers` is {layers!r}: none of the {num_layers} layers would have experts. Name one.")
+    if not chosen or any(type(index) is not int for index in chosen):
+        raise StageError(f"`layers` is {layers!r}; give at least one of the {num_layers} layers, by its index from 0.")
     return chosen
 
 
@@ -245,18 +245,16 @@ class LogitDifference:
         largest (`float`): The largest absolute difference of two logits.
         largest_logit (`float`): The dense model's largest absolute logit.
         agreement (`float`): Share of the images with the same predicted class, 0 to 1.
-        num_images (`int`)
     """
 
     largest: float
     largest_logit: float
     agreement: float
-    num_images: int
 
     def __str__(self) -> str:
         return (
-            f"On {self.num_images} images, the logits differ from the dense model's by at most {self.largest:.2g} "
-            f"(its largest is {self.largest_logit:.2g}), and {self.agreement:.1%} of the predicted classes are equal."
+            f"the logits differ from the dense model's by at most {self.largest:.2g} (its largest is "
+            f"{self.largest_logit:.2g}), and {self.agreement:.1%} of the predicted classes are equal."
         )
 
 
@@ -277,7 +275,6 @@ def logit_difference(
         largest=float((ours - theirs).abs().max()),
         largest_logit=float(theirs.abs().max()),
         agreement=float((ours.argmax(dim=-1) == theirs.argmax(dim=-1)).float().mean()),
-        num_images=len(pixel_values),
     )
 
 
