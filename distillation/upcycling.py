@@ -222,6 +222,7 @@ def init_routers_from_centroids(student: VMoEForImageClassification, pixel_value
         hook.remove()
     for router in routers:
         directions = torch.nn.functional.normalize(tokens[router], dim=-1).cpu().numpy()
+        # scipy draws from its own generator: this one follows torch's
         seed = int(torch.randint(2**31, ()))
         try:
             found, _ = kmeans2(directions, len(router.weight), minit="++", missing="raise", seed=seed)

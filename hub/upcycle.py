@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, set_seed
@@ -28,15 +29,12 @@ NUM_NOISE_IMAGES = 16
 def upcycle_folder(
     source: str,
     out: str | Path,
-    num_experts: int = 8,
     layers: str = "every-other",
-    experts_per_token: int = 2,
-    approximate: bool = False,
-    noise_std: float = 0.0,
     data: str | None = None,
     split: str | None = None,
     centroids: bool = False,
     seed: int = 0,
+    **options: Any,
 ) -> list[str]:
     """
     Upcycle a saved classifier, see [`upcycle`]. If its image processor gives another size than it was trained on, its
@@ -45,13 +43,13 @@ def upcycle_folder(
     Args:
         source (`str`): Folder or Hub id of the dense model.
         out (`str` or `Path`): Folder to create. It appears whole or not at all.
-        num_experts, layers, approximate, noise_std: See [`upcycle`]; a list of layers is given as `"[1, 3]"`.
-        experts_per_token (`int`): Experts that each token is sent to.
+        layers (`str`): As for [`upcycle`]; a list is given as `"[1, 3]"`.
         data (`str`, *optional*): Source, as in a recipe, of up to 256 images on which the difference is measured.
             `None`: it is measured on noise.
         split (`str`, *optional*): Split of the data. `None`: its test split.
         centroids (`bool`): Whether the routers are made from these images.
         seed (`int`): Seed of the routers and of the noise.
+        options: Other arguments of [`upcycle`].
 
     Returns:
         `list[str]`: Sentences that say what was built, and how far its logits are from the dense model's.
@@ -70,27 +68,17 @@ def upcycle_folder(
         raise DataError(problems[0])
     set_seed(seed)
     images = _noise(dense) if data is None else _images(data, split, processor, source)
-    student = upcycle(
-        dense,
-        num_experts,
-        _layers(layers),
-        approximate=approximate,
-        noise_std=noise_std,
-        router_images=images if centroids else None,
-        num_experts_per_tok=experts_per_token,
-    )
+    student = upcycle(dense, layers=_layers(layers), router_images=images if centroids else None, **options)
     difference = f"On {len(images)} images of {data or 'noise'}, {logit_difference(student, dense, images)}"
 
     def write(temporary: Path) -> None:
-        student.save_pretrained(temporary)
-        if processor is not None:
-            processor.save_pretrained(temporary)
+        for part in (student, *([processor] if processor else [])):
+            part.save_pretrained(temporary)
         card = upcycled_card(student.config, student.num_parameters(), source, out.name, difference)
         card.save(temporary / CARD_FILE)
 
     write_folder(out, write)
-    made = f"A V-MoE with {num_experts} experts in layers {student.config.moe_layers} is in {out}."
-    return [made, difference, *problems]
+    return [f"A V-MoE with experts in layers {student.config.moe_layers} is in {out}.", difference, *problems]
 
 
 def _load(source: str) -> tuple[PreTrainedModel, BaseImageProcessor | None, list[str]]:

@@ -206,8 +206,9 @@ def upcycle_command(
     def work() -> None:
         from m2mkd.hub.upcycle import upcycle_folder
 
-        options = (experts, layers, experts_per_token, approximate, noise_std, data, split, centroids, seed)
-        print("\n".join(upcycle_folder(source, out, *options)))
+        options = {"num_experts": experts, "num_experts_per_tok": experts_per_token, "noise_std": noise_std}
+        said = upcycle_folder(source, out, layers, data, split, centroids, seed, approximate=approximate, **options)
+        print("\n".join(said))
 
     _explained(work)
 
