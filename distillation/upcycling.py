@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedModel
 
@@ -23,6 +24,7 @@ _EXPERTS = {
     ".experts.down_proj": ".fc2.weight",
     ".experts.down_proj_bias": ".fc2.bias",
 }
+_BATCH_SIZE = 32
 _POSITIONS = "vmoe.embeddings.position_embeddings"
 # Fields that must be the dense model's. The logits also depend on `layer_norm_eps`, but hardly.
 _FIXED = (
@@ -47,7 +49,7 @@ def upcycle(
     the default), it starts with the dense model's logits; [`logit_difference`] measures how far it is from them.
 
     Args:
-        dense_model (`PreTrainedModel`): A ViT, DeiT, DINOv2 (without SwiGLU) or V-MoE classifier.
+        dense_model (`PreTrainedModel`): A ViT, DeiT or DINOv2 (without SwiGLU) classifier, or a V-MoE without experts.
         num_experts (`int`): Experts in each sparse layer.
         layers (`str` or `Sequence[int]`): Sparse layers: `"all"`, `"every-other"` (1, 3, 5, …; Every-2 of V-MoE, arXiv
             2106.05974), `"last-2"` (the last two of these, V-MoE's Last-2), or indices.
@@ -56,8 +58,9 @@ def upcycle(
         noise_std (`float`): See [`add_noise_to_experts`].
         router_images (`torch.Tensor`, *optional*): Images for [`init_routers_from_centroids`]. `None`: the routers are
             drawn at random, with the standard deviation `initializer_range`.
-        overrides: Other fields of [`VMoEConfig`], e.g. `num_experts_per_tok=1`. For another `image_size`, position
-            embeddings are resampled as in [`upcycle_into`].
+        overrides: Other fields of [`VMoEConfig`], e.g. `num_experts_per_tok` (with 1, a normalized weight is always 1:
+            routers learn from their balance losses only). For another `image_size`, position embeddings are
+            resampled as in [`upcycle_into`].
 
     Returns:
         `VMoEForImageClassification`: In float32, in the dense model's mode and on its device; they share no tensor.
@@ -212,16 +215,17 @@ def init_routers_from_centroids(student: VMoEForImageClassification, pixel_value
     from scipy.cluster.vq import ClusterError, kmeans2
 
     routers = [module for module in student.modules() if isinstance(module, VMoERouter)]
-    tokens: dict[VMoERouter, torch.Tensor] = {}
+    seen: dict[VMoERouter, list[torch.Tensor]] = {router: [] for router in routers}
     hooks = [
-        router.register_forward_pre_hook(lambda router, args: tokens.update({router: args[0].flatten(0, -2).float()}))
+        router.register_forward_pre_hook(lambda router, args: seen[router].append(args[0].flatten(0, -2).float()))
         for router in routers
     ]
     _logits(student, pixel_values)
     for hook in hooks:
         hook.remove()
     for router in routers:
-        directions = torch.nn.functional.normalize(tokens[router], dim=-1).cpu().numpy()
+        tokens = torch.cat(seen.pop(router))
+        directions = F.normalize(tokens, dim=-1).cpu().numpy()
         # scipy draws from its own generator: this one follows torch's
         seed = int(torch.randint(2**31, ()))
         try:
@@ -231,8 +235,8 @@ def init_routers_from_centroids(student: VMoEForImageClassification, pixel_value
                 f"The {len(directions)} tokens of the given images do not form {len(router.weight)} clusters, one for "
                 f"each expert ({error}). Give more images."
             ) from error
-        centroids = torch.nn.functional.normalize(torch.from_numpy(found), dim=-1).to(tokens[router])
-        spread = (tokens[router] @ centroids.T).std(dim=-1, correction=0).mean()
+        centroids = F.normalize(torch.from_numpy(found), dim=-1).to(tokens)
+        spread = (tokens @ centroids.T).std(dim=-1, correction=0).mean()
         router.weight.copy_(centroids / spread if len(centroids) > 1 else centroids)
         router.bias.zero_()
 
@@ -282,7 +286,8 @@ def logit_difference(
 def _logits(model: PreTrainedModel, pixel_values: torch.Tensor) -> torch.Tensor:
     was_training = model.training
     try:
-        return model.eval()(pixel_values=pixel_values.to(model.device, model.dtype)).logits.float()
+        batches = pixel_values.to(model.device, model.dtype).split(_BATCH_SIZE)
+        return torch.cat([model.eval()(pixel_values=batch).logits.float() for batch in batches])
     finally:
         model.train(was_training)
 

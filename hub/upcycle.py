@@ -69,7 +69,8 @@ def upcycle_folder(
     set_seed(seed)
     images = _noise(dense) if data is None else _images(data, split, processor, source)
     student = upcycle(dense, layers=_layers(layers), router_images=images if centroids else None, **options)
-    difference = f"On {len(images)} images of {data or 'noise'}, {logit_difference(student, dense, images)}"
+    kind = "images of noise" if data is None else "given images"
+    difference = f"On {len(images)} {kind}, {logit_difference(student, dense, images)}"
 
     def write(temporary: Path) -> None:
         for part in (student, *([processor] if processor else [])):

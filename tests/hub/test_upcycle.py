@@ -67,7 +67,7 @@ class TestFolder:
         seen = []
         for name, options in {"random": [], "clustered": ["--centroids"], "noisy": ["--noise-std", "0.1"]}.items():
             done = cli(dense, tmp_path / name, "--data", "uci_digits", "--layers", "last-2", *options)
-            assert done.exit_code == 0 and "On 256 images of uci_digits" in done.output, done.output
+            assert done.exit_code == 0 and "On 256 given images" in done.output, done.output
             assert (difference_in(done.output) < 1e-5) == (name != "noisy")
             seen.append(AutoModelForImageClassification.from_pretrained(tmp_path / name).vmoe.layers[1].mlp)
         random, clustered, noisy = seen
