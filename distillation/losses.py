@@ -69,6 +69,14 @@ def hard_distillation_loss(student_logits: torch.Tensor, teacher_logits: torch.T
     return F.cross_entropy(student_logits.float(), teacher_logits.argmax(dim=-1))
 
 
+def per_sample_boundary_error(hidden_states: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """[`boundary_loss`] of each image of the batch, of shape `(batch_size,)`; its mean is that loss."""
+    target = target.detach().float()
+    variance = target.flatten(end_dim=-2).var(dim=0, correction=0).mean()
+    errors = (hidden_states.float() - target).pow(2).flatten(start_dim=1).mean(dim=1)
+    return errors / variance.clamp(min=torch.finfo(torch.float32).tiny)
+
+
 def boundary_loss(hidden_states: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     r"""
     Squared distance of hidden states from those of another network, in float32, relative to the variance of the
@@ -82,3 +90,20 @@ def boundary_loss(hidden_states: torch.Tensor, target: torch.Tensor) -> torch.Te
     target = target.detach().float().flatten(end_dim=-2)
     error = (hidden_states.float().flatten(end_dim=-2) - target).pow(2).mean()
     return error / target.var(dim=0, correction=0).mean().clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def pool_tokens(hidden_states: torch.Tensor, num_tokens: int) -> torch.Tensor:
+    """
+    Reduce hidden states to `num_tokens` tokens, as the target of a module that returns fewer (the read-in of a NAC):
+    the first is the class token, the others are means of consecutive patches.
+
+    Args:
+        hidden_states (`torch.Tensor` of shape `(batch_size, tokens, hidden_size)`): The class token, then the patches.
+        num_tokens (`int`)
+    """
+    if hidden_states.shape[1] == num_tokens:
+        return hidden_states
+    if num_tokens == 1:
+        return hidden_states[:, :1]
+    patches = F.adaptive_avg_pool1d(hidden_states[:, 1:].transpose(1, 2), num_tokens - 1).transpose(1, 2)
+    return torch.cat([hidden_states[:, :1], patches], dim=1)

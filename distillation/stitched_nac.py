@@ -31,6 +31,7 @@ class StitchedNACStage(StitchedStage):
             the student's input latents; the first stands for the meta model's class token.
         special_tokens (`int`, *optional*): Special tokens of the meta model, see [`StitchedStage`]; only the read-in
             uses it.
+        is_chained (`bool`): See [`StitchedStage`].
     """
 
     def __init__(
@@ -41,8 +42,10 @@ class StitchedNACStage(StitchedStage):
         codes: NACCodes = "random",
         read_in_latents: ReadInLatents = "one",
         special_tokens: int | None = None,
+        is_chained: bool = False,
     ):
-        super().__init__(stage.distilled(), stitch_size, stitch, special_tokens if stage.is_first else None)
+        tokens = special_tokens if stage.is_first else None
+        super().__init__(stage.distilled(), stitch_size, stitch, tokens, is_chained)
         circuit = stage._model[0].nac
         latents = circuit.input_latents if stage.is_first else circuit.output_latents
         num_latents = 1

@@ -27,6 +27,7 @@ class StitchedStage(nn.Module):
             the student has. A DeiT has two, its class token and its distillation token. If the other network has only
             one, the DeiT gets a copy of the class token as the second (on digits, this is better than zeros or the
             mean of the patches if its second head reads that token), and the other network does not get the second.
+        is_chained (`bool`): Whether the stage takes hidden states of the student itself, so that it needs no `pre`.
     """
 
     def __init__(
@@ -35,11 +36,13 @@ class StitchedStage(nn.Module):
         stitch_size: int,
         stitch: StitchType = "layernorm_linear",
         special_tokens: int | None = None,
+        is_chained: bool = False,
     ):
         super().__init__()
         self.stage = stage
         width, normalize = stage.config.hidden_size, stitch == "layernorm_linear"
-        has_pre, has_post = stitch != "none" and not stage.is_first, stitch != "none" and not stage.is_last
+        self._takes_own_states = stage.is_first or is_chained
+        has_pre, has_post = stitch != "none" and not self._takes_own_states, stitch != "none" and not stage.is_last
         self.pre = StitchLayer(stitch_size, width, normalize) if has_pre else nn.Identity()
         self.post = StitchLayer(width, stitch_size, normalize) if has_post else nn.Identity()
         own = num_special_tokens(stage.config)
@@ -64,18 +67,34 @@ class StitchedStage(nn.Module):
             Hidden states of shape `(batch_size, num_tokens, stitch_size)` (logits for the last stage), and the
             auxiliary losses of the stage by name, in training.
         """
+        own, losses = self.run(hidden_states)
+        return self.stitched(own), losses
+
+    def run(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """`S_i ∘ pre_i`: hidden states of the student's width, and the auxiliary losses."""
+        if not self._takes_own_states:
+            hidden_states = self.with_own_tokens(hidden_states)
         if not self.training:
-            return self._stitched(hidden_states), {}
+            return self._run(self.pre(hidden_states)), {}
         with self.stage.auxiliary_losses() as losses:
-            hidden_states = self._stitched(hidden_states)
+            hidden_states = self._run(self.pre(hidden_states))
         return hidden_states, losses()
 
-    def _stitched(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    @property
+    def has_post(self) -> bool:
+        """Whether a stitch follows the stage."""
+        return isinstance(self.post, StitchLayer)
+
+    def with_own_tokens(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Hidden states of the other network with as many special tokens as the student has."""
         own, theirs = self._special_tokens
-        if not self.stage.is_first:
-            hidden_states = _with_special_tokens(hidden_states, theirs, own)
-        hidden_states = self.post(self._run(self.pre(hidden_states)))
-        return hidden_states if self.stage.is_last else _with_special_tokens(hidden_states, own, theirs)
+        return _with_special_tokens(hidden_states, theirs, own)
+
+    def stitched(self, own_states: torch.Tensor) -> torch.Tensor:
+        """`post_i`: the other network's width and tokens; logits stay as they are."""
+        own, theirs = self._special_tokens
+        states = self.post(own_states)
+        return states if self.stage.is_last else _with_special_tokens(states, own, theirs)
 
     def _run(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.stage(hidden_states)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -12,6 +12,9 @@ from m2mkd.distillation.nac_stages import NACStage
 from m2mkd.distillation.stage import Stage
 from m2mkd.distillation.stitched_nac import NACCodes, ReadInLatents, StitchedNACStage
 from m2mkd.distillation.stitched_stage import StitchedStage, StitchType
+
+
+Feed = Literal["teacher", "student"]
 
 
 class StitchedStudent(nn.Module):
@@ -28,6 +31,8 @@ class StitchedStudent(nn.Module):
         seed (`int`): Seed of the stitches' weights, and of the replacement for a NAC's latents.
         nac_codes (`str`), read_in_latents (`str`): See [`StitchedNACStage`]; other students do not read them.
         special_tokens (`int`, *optional*): Special tokens of the meta model, see [`StitchedStage`].
+        feed (`str`): Input of a stage: `"teacher"`, what it is given, or `"student"`, the output of the stage before
+            it, without gradient, so that the stages are one chain and need no `pre`.
     """
 
     def __init__(
@@ -40,9 +45,11 @@ class StitchedStudent(nn.Module):
         nac_codes: NACCodes = "random",
         read_in_latents: ReadInLatents = "one",
         special_tokens: int | None = None,
+        feed: Feed = "teacher",
     ):
         super().__init__()
         self.config = student.config
+        self.is_chained = feed == "student"
         self.pairs = nn.ModuleDict()
         for stage in stages:
             with torch.random.fork_rng(devices=[]):
@@ -50,9 +57,12 @@ class StitchedStudent(nn.Module):
                 torch.manual_seed(seed * 1000 + 500 + stage.index)
                 if isinstance(stage, NACStage) and stage.num_stages > 1:
                     own = (nac_codes, read_in_latents)
-                    pair = StitchedNACStage(stage, stitch_size, stitch or "linear", *own, special_tokens)
+                    pair = StitchedNACStage(
+                        stage, stitch_size, stitch or "linear", *own, special_tokens, self.is_chained
+                    )
                 else:
-                    pair = StitchedStage(stage, stitch_size, stitch or "layernorm_linear", special_tokens)
+                    kind = stitch or "layernorm_linear"
+                    pair = StitchedStage(stage, stitch_size, kind, special_tokens, self.is_chained)
                 self.pairs[str(stage.index)] = pair
         # a tuple keeps the student out of this module's parameters: other stages are not trained here
         self._student = (student,)
@@ -62,16 +72,28 @@ class StitchedStudent(nn.Module):
     ) -> dict[int, tuple[torch.Tensor, dict[str, torch.Tensor]]]:
         """
         Args:
-            hidden_states (`dict[int, torch.Tensor]`): Input of each pair, by index.
+            hidden_states (`dict[int, torch.Tensor]`): Input of each pair, by index; of a chain, only that of the first
+                pair is read.
             seed (`int`, *optional*): Draw each pair's random numbers (dropout, drop path, router noise) from this
                 seed and its index, so that a pair sees the same ones whether it is trained alone or with others.
         """
-        outputs = {}
+        return {
+            index: (self.pairs[str(index)].stitched(states), losses)
+            for index, (states, losses) in self.run(hidden_states, seed).items()
+        }
+
+    def run(
+        self, hidden_states: Mapping[int, torch.Tensor], seed: int | None = None
+    ) -> dict[int, tuple[torch.Tensor, dict[str, torch.Tensor]]]:
+        """What [`forward`] returns, before the stitches behind the stages."""
+        outputs, inputs = {}, None
         for name, pair in self.pairs.items():
             index = int(name)
-            inputs = hidden_states[index]
+            if inputs is None or not self.is_chained:
+                inputs = hidden_states[index]
             with _own_random_stream(seed, index, inputs.device) if seed is not None else nullcontext():
-                outputs[index] = pair(inputs)
+                outputs[index] = pair.run(inputs)
+            inputs = outputs[index][0].detach()
         return outputs
 
     @property

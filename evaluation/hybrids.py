@@ -78,7 +78,7 @@ class _Hybrids(nn.Module):
         self.teacher = nn.ModuleList(teacher).eval()
 
     def forward(self, pixel_values: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        logits = self.frozen.teacher_logits(self.frozen.prefix(pixel_values, self.indices))
+        _, logits = self.frozen.inputs_and_targets({"pixel_values": pixel_values}, self.indices)
         own = pixel_values
         for stage in self.teacher:
             own = stage(own)

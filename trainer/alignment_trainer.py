@@ -3,14 +3,13 @@
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
-from m2mkd.distillation.losses import boundary_loss
+from m2mkd.distillation.frozen_networks import TeacherContext
 from m2mkd.distillation.split import count_layers, split_into_stages
 from m2mkd.distillation.transformer_stage import TransformerStage
 from m2mkd.errors import StageError
-from m2mkd.trainer.inputs import check_arguments, check_batch
+from m2mkd.trainer.inputs import check_arguments
 from m2mkd.trainer.m2mkd_trainer import M2MKDTrainer
 
 
@@ -34,8 +33,6 @@ class AlignmentTrainer(M2MKDTrainer):
         `DataError`, `TypeError`: As in [`M2MKDTrainer`].
     """
 
-    _statistic_names = ("loss",)
-
     def __init__(self, model: PreTrainedModel, args: Any, teacher: PreTrainedModel, **arguments: Any):
         check_arguments(args, model, teacher)
         if args.alpha != 0 or args.stitch != "none":
@@ -49,38 +46,17 @@ class AlignmentTrainer(M2MKDTrainer):
             stage.requires_grad_(False)
             for layer in stage.layers:
                 layer.requires_grad_(True)
-        # the teacher takes the role that the meta model has in distillation: its boundaries come from a frozen prefix
         super().__init__(model, args, meta=teacher, **arguments)
+        # the teacher is the context and the target
+        self.frozen = TeacherContext(list(self.frozen.meta), args.pair_indices)
+        self._needed = ["pixel_values"]
 
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | int | None = None,
-    ) -> torch.Tensor | tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor | None]]:
-        """
-        Compute the sum of the stages' relative errors, see `boundary_loss`.
+    def _has_logits(self, index: int) -> bool:
+        # the logits of the last stage are compared like the hidden states of the others
+        return False
 
-        Returns:
-            The loss of shape `()`; with `return_outputs` also the errors of the stages, of shape
-            `(batch_size, num_pairs)`, the same for each image, and the logits of the whole meta model if
-            `compute_metrics` was given.
-        """
-        check_batch(inputs, ["pixel_values"])
-        boundaries = self.frozen.prefix(inputs["pixel_values"], self.args.pair_indices)
-        last = self.args.num_pairs - 1
+    def _logits(self, inputs: dict[str, Any], logits: list[torch.Tensor]) -> torch.Tensor | None:
+        if self._given_metrics is None:
+            return None
         with torch.no_grad():
-            targets = [*list(boundaries.values())[1:], self.frozen.meta[last](boundaries[last])]
-        outputs = model(boundaries, seed=self._next_seed() if model.training else None)
-        losses = torch.stack([boundary_loss(states, targets[index]) for index, (states, _) in outputs.items()])
-        if model.training:
-            self._stop_unless_finite(losses, "loss")
-            for index, loss in zip(outputs, losses.detach(), strict=True):
-                self._add_statistic(index, "loss", loss)
-            self._num_batches += 1
-        if not return_outputs:
-            return losses.sum()
-        with torch.no_grad():
-            logits = None if self._given_metrics is None else self.student(inputs["pixel_values"]).logits
-        return losses.sum(), (losses.detach().expand(len(inputs["pixel_values"]), -1), logits)
+            return self.student(inputs["pixel_values"]).logits

@@ -6,7 +6,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from m2mkd.distillation.checks import check_stitchable
-from m2mkd.distillation.split import count_layers
+from m2mkd.distillation.split import count_layers, stage_class
 from m2mkd.errors import DataError, StageError
 from m2mkd.trainer.m2mkd_config import M2MKDConfig
 
@@ -46,15 +46,46 @@ def check_networks(
     """Check that the networks of a distillation are given and fit together. Raises `StageError`."""
     if args.alpha > 0 and teacher is None:
         raise StageError(f"`alpha` is {args.alpha}, but there is no teacher. Give one, or set `alpha=0`.")
-    if args.num_pairs > 1 and meta is None:
+    if args.num_pairs > 1:
+        _check_context(args, teacher, meta)
+    context = teacher if args.context == "teacher" else meta
+    if args.num_pairs > 1 and context is None:
         raise StageError(
             f"`student_depths` {args.student_depths} makes {args.num_pairs} pairs, but there is no meta model to put "
             "around them. Give `meta`, or leave `student_depths` out to train the student as a whole."
         )
-    check_stitchable(student.config, teacher.config if teacher is not None else None, meta.config if meta else None)
+    around = context if args.num_pairs > 1 else meta
+    check_stitchable(
+        student.config, teacher.config if teacher is not None else None, around.config if around is not None else None
+    )
     has_stitches = args.num_pairs > 1 and args.stitch != "none"
-    if meta is not None and not has_stitches and student.config.hidden_size != meta.config.hidden_size:
+    if around is not None and not has_stitches and student.config.hidden_size != around.config.hidden_size:
         raise StageError(
-            f"`stitch` is 'none', but the student is {student.config.hidden_size} wide and the meta model "
-            f"{meta.config.hidden_size}. Choose 'layernorm_linear' or 'linear'."
+            f"`stitch` is 'none', but the student is {student.config.hidden_size} wide and the {args.context} "
+            f"{'model ' if args.context == 'meta' else ''}{around.config.hidden_size}. Choose 'layernorm_linear' or "
+            "'linear'."
+        )
+
+
+def _check_context(args: M2MKDConfig, teacher: PreTrainedModel | None, meta: PreTrainedModel | None) -> None:
+    """Check that the pairs get their inputs and targets from a network that has them."""
+    if args.context == "teacher" and meta is not None:
+        raise StageError(
+            "`context` is 'teacher', so the pairs are trained inside the teacher, but a meta model is given as well. "
+            "Leave `meta` out, or set `context='meta'`."
+        )
+    if args.uses_teacher and teacher is None:
+        raise StageError(
+            f"`context` is {args.context!r} and `match` is {args.match!r}, which need a teacher, but there is none. "
+            "Give one, or set `context='meta'` and `match='logits'`."
+        )
+    if args.stitch_init == "least_squares" and not args.uses_teacher:
+        raise StageError(
+            "`stitch_init` is 'least_squares', which fits the stitches to the teacher's hidden states, but `alpha` is "
+            "0, so there is no teacher. Set `stitch_init='random'`, or a larger `alpha`."
+        )
+    if args.match == "boundary" and not stage_class(type(teacher)).is_meta_source:
+        raise StageError(
+            f"`match` is 'boundary', but the hidden states of the teacher, a {type(teacher).__name__}, are not tokens "
+            "of an image that a module could match. Set `match='logits'`, or use a ViT, DeiT, DINOv2 or V-MoE."
         )

@@ -37,6 +37,26 @@ class M2MKDConfig(TrainingArguments):
             Tokens that the read-in of a NAC passes to the meta model: `"one"` (as in the paper) or `"all"`, one per
             input latent.
 
+    > Parameters of the context
+
+    Args:
+        context (`str`, *optional*, defaults to `"meta"`):
+            Network whose frozen layers surround the pairs: `"meta"` (as in the paper), or `"teacher"`: a pair gets the
+            teacher's own hidden states before its stage, so no meta model is needed.
+        match (`str`, *optional*, defaults to `"logits"`):
+            What a pair has to match: `"logits"`, those of the context with the teacher's stage in it (as in the
+            paper), or `"boundary"`, the hidden states behind the teacher's stage; for the last pair the logits. With
+            `context="teacher"` and `match="boundary"`, one pass through the teacher serves all pairs, and a step costs
+            as much as one of ordinary distillation. The read-in of a NAC returns fewer tokens than the teacher; its
+            targets are the class token and means of consecutive patches.
+        feed (`str`, *optional*, defaults to `"teacher"`):
+            Input of a pair: `"teacher"`, the hidden states of the context, or `"student"`, the output of the student's
+            stage before it, without gradient. With `"student"`, the stages form the whole student, without stitches
+            between them, but a pair needs all pairs before it in the same process.
+        stitch_init (`str`, *optional*, defaults to `"random"`):
+            How the stitches behind the stages start: `"random"`, or `"least_squares"`, the linear maps from the
+            outputs of the untrained stages to those of the teacher's stages, fitted on 256 training images.
+
     > Parameters of the loss
 
     Args:
@@ -99,6 +119,20 @@ class M2MKDConfig(TrainingArguments):
         default="one", metadata={"help": "Tokens that a NAC's read-in passes to the meta model: 'one' or 'all'."}
     )
 
+    # Parameters of the context
+    context: str = field(default="meta", metadata={"help": "Frozen network around the pairs: 'meta' or 'teacher'."})
+    match: str = field(
+        default="logits",
+        metadata={"help": "What a pair has to match: 'logits' or 'boundary' (of the teacher's stage)."},
+    )
+    feed: str = field(
+        default="teacher",
+        metadata={"help": "Input of a pair: 'teacher' (the context) or 'student' (the stage before it)."},
+    )
+    stitch_init: str = field(
+        default="random", metadata={"help": "How the stitches behind the stages start: 'random' or 'least_squares'."}
+    )
+
     # Parameters of the loss
     distillation_type: str = field(
         default="soft", metadata={"help": "'soft' (divergence) or 'hard' (the teacher's most likely class)."}
@@ -134,6 +168,10 @@ class M2MKDConfig(TrainingArguments):
         if self.stitch is not None:
             _check_choice("stitch", self.stitch, ("layernorm_linear", "linear", "none"))
         _check_choice("nac_codes", self.nac_codes, ("random", "own"))
+        _check_choice("context", self.context, ("meta", "teacher"))
+        _check_choice("match", self.match, ("logits", "boundary"))
+        _check_choice("feed", self.feed, ("teacher", "student"))
+        _check_choice("stitch_init", self.stitch_init, ("random", "least_squares"))
         _check_choice("read_in_latents", self.read_in_latents, ("one", "all"))
         if not 0 <= self.alpha <= 1:
             raise ValueError(f"`alpha`, the weight of the teacher, must be in [0, 1], but is {self.alpha}.")
@@ -156,6 +194,7 @@ class M2MKDConfig(TrainingArguments):
                 raise ValueError(
                     f"`pairs` must be 'all' or different indices from 0 to {self.num_pairs - 1}, but is {self.pairs}."
                 )
+        check_feed(self.feed, self.pair_indices)
 
     @property
     def num_pairs(self) -> int:
@@ -163,9 +202,26 @@ class M2MKDConfig(TrainingArguments):
         return len(self.student_depths) if self.student_depths is not None else 1
 
     @property
+    def uses_teacher(self) -> bool:
+        """Whether the teacher gives inputs or targets."""
+        is_needed_by_pairs = self.context == "teacher" or self.match == "boundary"
+        return self.alpha > 0 or (self.num_pairs > 1 and is_needed_by_pairs)
+
+    @property
     def pair_indices(self) -> list[int]:
         """Indices of the pairs that this process trains, in order."""
         return list(range(self.num_pairs)) if self.pairs == "all" else sorted(self.pairs)
+
+
+def check_feed(feed: str, pairs: list[int]) -> None:
+    """Raise `ValueError` if pairs that are fed by the student are trained without those before them."""
+    missing = sorted(set(range(max(pairs))) - set(pairs))
+    if feed == "student" and missing:
+        raise ValueError(
+            f"`feed` is 'student', so pair {max(pairs)} needs the output of the pairs {list(range(max(pairs)))} in "
+            f"the same process, but `pairs` is {pairs}. Set `pairs` to {list(range(max(pairs) + 1))}, or `feed` to "
+            "'teacher'."
+        )
 
 
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:

@@ -1,29 +1,36 @@
 """Trainer for the pairs of m2mKD: one prefix pass, the teacher's stages, stitched student stages, frozen suffixes."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset, IterableDataset, Sampler
 from transformers import EvalPrediction, PreTrainedModel, TrainerCallback
 from transformers.image_processing_utils import BaseImageProcessor
+from transformers.trainer_utils import TrainOutput
 
 from m2mkd.data.dataset import ImageDataset
 from m2mkd.data.sampling import RepeatedSampler
 from m2mkd.distillation.checks import num_special_tokens
-from m2mkd.distillation.frozen_networks import FrozenNetworks
+from m2mkd.distillation.frozen_networks import FrozenNetworks, TeacherContext
 from m2mkd.distillation.losses import (
+    boundary_loss,
     hard_distillation_loss,
+    per_sample_boundary_error,
     per_sample_cross_entropy,
     per_sample_kl,
+    pool_tokens,
     soft_distillation_loss,
 )
 from m2mkd.distillation.pair_folder import tensors_sha256
 from m2mkd.distillation.split import count_layers, split_into_stages
 from m2mkd.distillation.stage import Stage
+from m2mkd.distillation.stitch_init import FITTED_IMAGES, fit_stitches
 from m2mkd.distillation.stitched_student import StitchedStudent
 from m2mkd.errors import NonFiniteError
 from m2mkd.trainer.inputs import check_arguments, check_batch, check_networks
@@ -41,6 +48,9 @@ class M2MKDTrainer(StatisticsTrainer):
         z_S = M_N ∘ … ∘ M_{i+1} ∘ post_i ∘ S_i ∘ pre_i (h)          gradient into S_i, pre_i, post_i
         loss_i = (1 - alpha) CE(z_S, y) + alpha * (tau^2 KL(z_T/tau ‖ z_S/tau)  or  CE(z_S, argmax z_T))
 
+    With `context="teacher"`, the teacher takes the role of M, and with `match="boundary"` the loss compares
+    post_i ∘ S_i ∘ pre_i (h) with T_i (h) itself (`boundary_loss`; for the last pair the logits, as above).
+
     Training happens in place: after `train()` the given student holds the distilled stages. With `student_depths=None`
     the student is one stage, and the same trainer does ordinary distillation; with `alpha=0` no teacher is needed.
 
@@ -49,21 +59,23 @@ class M2MKDTrainer(StatisticsTrainer):
             The student. Like the other networks, it is an ordinary classifier that `split_into_stages` can cut. Only
             the stages of `args.pairs` are touched and moved to the device; the others may be on the meta device.
         args ([`M2MKDConfig`])
-        teacher (`PreTrainedModel`, *optional*): Required if `args.alpha > 0`. It is frozen and, under mixed precision,
-            cast to the compute dtype, in place; only the stages in use are kept.
-        meta (`PreTrainedModel`, *optional*): Required if the student is cut into more than one stage. It is frozen
-            like the teacher.
+        teacher (`PreTrainedModel`, *optional*): Required if `args.alpha > 0`, `args.context` is `"teacher"` or
+            `args.match` is `"boundary"`. It is frozen and, under mixed precision, cast to the compute dtype, in place;
+            only the stages in use are kept.
+        meta (`PreTrainedModel`, *optional*): Required if the student is cut into more than one stage, unless
+            `args.context` is `"teacher"`. It is frozen like the teacher.
         data_collator, train_dataset, eval_dataset, processing_class, callbacks, optimizers: As in
             [`~transformers.Trainer`]. Data sets give `pixel_values` of shape `(num_channels, height, width)` and
             `labels`, a class index or a distribution over the classes.
         compute_metrics (`Callable[[EvalPrediction], dict]`, *optional*): As in [`~transformers.Trainer`], in addition
             to the trainer's own statistics. `predictions` are the logits: of shape `(n, num_labels)` for a whole
-            student, `(n, num_pairs, num_labels)` for pairs, which are in the order of `args.pairs`.
+            student, `(n, num_pairs, num_labels)` for pairs, which are in the order of `args.pairs`. With
+            `match="boundary"`, they are those of the last pair, of shape `(n, num_labels)`.
 
     Raises:
         `StageError`: the networks cannot be stitched (architectures, widths, token counts, label spaces, missing
             networks).
-        `DataError`: a batch has no `pixel_values` or `labels`.
+        `DataError`: a batch has no `pixel_values`, or no `labels` although `args.alpha` is less than 1.
         `TypeError`: `args` is not an `M2MKDConfig`.
         `NonFiniteError`: a loss or gradient is not finite; the last good state is saved first.
     """
@@ -89,13 +101,13 @@ class M2MKDTrainer(StatisticsTrainer):
         check_networks(args, model, teacher, meta)
         indices = args.pair_indices
         student_stages = split_into_stages(model, args.student_depths or [count_layers(model)])
-        stitch_size = (meta or teacher or model).config.hidden_size
+        around = meta or teacher or model
+        stitch_size = around.config.hidden_size
         stitch = args.stitch if args.num_pairs > 1 else "none"
-        meta_stages = split_into_stages(meta, args.meta_depths or [1] * args.num_pairs) if meta is not None else []
-        teacher_stages = _teacher_stages(args, teacher)
+        frozen = _frozen_networks(args, teacher, meta)
 
         # computed before anything is cast; the contracts of the pairs identify the networks by them
-        used = {"teacher": teacher if args.alpha > 0 else None, "meta": meta} if args.num_pairs > 1 else {}
+        used = {"teacher": teacher if args.uses_teacher else None, "meta": meta} if args.num_pairs > 1 else {}
         self.network_hashes = {
             f"{name}_sha256": tensors_sha256(network.state_dict())
             for name, network in used.items()
@@ -104,6 +116,7 @@ class M2MKDTrainer(StatisticsTrainer):
         self.student = model
         self.stitch_size = stitch_size
         self._step_of_seed, self._batch_in_step = -1, -1
+        self._needed = ["pixel_values", "labels"] if args.alpha < 1 else ["pixel_values"]
         stitched = StitchedStudent(
             model,
             [student_stages[i] for i in indices],
@@ -112,7 +125,8 @@ class M2MKDTrainer(StatisticsTrainer):
             seed=args.seed,
             nac_codes=args.nac_codes,
             read_in_latents=args.read_in_latents,
-            special_tokens=num_special_tokens(meta.config) if meta is not None else None,
+            special_tokens=num_special_tokens(around.config) if args.num_pairs > 1 or meta is not None else None,
+            feed=args.feed,
         )
         self._is_stochastic = stitched.is_stochastic
         super().__init__(
@@ -129,7 +143,25 @@ class M2MKDTrainer(StatisticsTrainer):
         self.label_names = ["labels"]
         self.model_accepts_loss_kwargs = False
         # outside the module tree of `self.model`: nothing frozen reaches the optimizer, DDP or a checkpoint
-        self.frozen = FrozenNetworks(meta_stages, teacher_stages).to(args.device, _compute_dtype(args))
+        self.frozen = frozen.to(args.device, _compute_dtype(args))
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
+        """Train, as [`~transformers.Trainer.train`]; with `stitch_init="least_squares"` fit the stitches first."""
+        if self.args.stitch_init == "least_squares" and self.args.num_pairs > 1 and not resume_from_checkpoint:
+            stitched = self.accelerator.unwrap_model(self.model)
+            fit_stitches(stitched, self.frozen, self._some_images())
+        return super().train(resume_from_checkpoint, **kwargs)
+
+    def _some_images(self) -> Iterator[torch.Tensor]:
+        """Batches of up to `FITTED_IMAGES` training images, spread evenly over the set, the same in every process."""
+        dataset, size = self.train_dataset, self.args.per_device_eval_batch_size
+        if isinstance(dataset, IterableDataset):
+            samples = list(islice(iter(dataset), FITTED_IMAGES))
+        else:
+            chosen = np.linspace(0, len(dataset) - 1, min(FITTED_IMAGES, len(dataset))).round().astype(int)
+            samples = [dataset[int(index)] for index in chosen]
+        for start in range(0, len(samples), size):
+            yield self.data_collator(samples[start : start + size])["pixel_values"].to(self.args.device)
 
     # ---- Forward and loss ----
 
@@ -147,19 +179,23 @@ class M2MKDTrainer(StatisticsTrainer):
             The loss of shape `()`; with `return_outputs` also the statistics of each image and pair, of shape
             `(batch_size, num_pairs * len(STATISTICS))`, and the logits, as `compute_metrics` gets them.
         """
-        check_batch(inputs, ["pixel_values", "labels"])
-        labels = inputs["labels"]
-        pair_inputs = self.frozen.prefix(inputs["pixel_values"], self.args.pair_indices)
-        teacher_logits = self.frozen.teacher_logits(pair_inputs)
+        check_batch(inputs, self._needed)
+        labels = inputs.get("labels")
+        pair_inputs, targets = self.frozen.inputs_and_targets(inputs, self.args.pair_indices)
         outputs = model(pair_inputs, seed=self._next_seed() if model.training else None)
 
         losses, statistics, all_logits = [], [], []
         for index, (hidden_states, balance) in outputs.items():
-            logits = self.frozen.suffix(hidden_states, index)
-            all_logits.append(logits.detach())
-            teacher = teacher_logits.get(index)
-            losses.append(self._pair_loss(logits, teacher, labels) + balance.get("aux_loss", 0.0))
-            statistics.append(_statistics_of(logits.detach(), teacher, labels, self.args.temperature))
+            output, target = self.frozen.matched(hidden_states, index), targets.get(index)
+            if self._has_logits(index):
+                all_logits.append(output.detach())
+                losses.append(self._pair_loss(output, target, labels))
+                statistics.append(_statistics_of(output.detach(), target, labels, self.args.temperature))
+            else:
+                target = pool_tokens(target, output.shape[1])
+                losses.append(boundary_loss(output, target))
+                statistics.append(_boundary_statistics(output.detach(), target))
+            losses[-1] = losses[-1] + balance.get("aux_loss", 0.0)
             if model.training:
                 for name, value in balance.items():
                     self._add_statistic(index, name, value.detach())
@@ -173,14 +209,24 @@ class M2MKDTrainer(StatisticsTrainer):
         loss = torch.stack(losses).sum()
         if not return_outputs:
             return loss
-        logits = torch.stack(all_logits, dim=1) if self.args.num_pairs > 1 else all_logits[0]
-        return loss, (torch.cat(statistics, dim=1), logits)
+        return loss, (torch.cat(statistics, dim=1), self._logits(inputs, all_logits))
+
+    def _has_logits(self, index: int) -> bool:
+        """Whether a pair is compared by logits, and not by hidden states."""
+        return self.args.match == "logits" or index == self.args.num_pairs - 1
+
+    def _logits(self, inputs: dict[str, Any], logits: list[torch.Tensor]) -> torch.Tensor | None:
+        """The logits for `compute_metrics`, from those of the pairs that have some."""
+        is_cut = self.args.num_pairs > 1 and self.args.match == "logits"
+        return torch.stack(logits, dim=1) if is_cut else logits[-1] if logits else None
 
     def _pair_loss(
-        self, logits: torch.Tensor, teacher_logits: torch.Tensor | None, labels: torch.Tensor
+        self, logits: torch.Tensor, teacher_logits: torch.Tensor | None, labels: torch.Tensor | None
     ) -> torch.Tensor:
         alpha = self.args.alpha
-        loss = per_sample_cross_entropy(logits, labels, self.args.label_smoothing_factor).mean()
+        loss = 0.0
+        if labels is not None:
+            loss = per_sample_cross_entropy(logits, labels, self.args.label_smoothing_factor).mean()
         if teacher_logits is None:
             return loss
         if self.args.distillation_type == "hard":
@@ -272,12 +318,18 @@ class M2MKDTrainer(StatisticsTrainer):
         return f"The last good state is {Path(self.args.output_dir) / f'checkpoint-{self.state.global_step}'}."
 
 
-def _teacher_stages(args: M2MKDConfig, teacher: PreTrainedModel | None) -> dict[int, Stage]:
-    """The teacher stages that the pairs need, by index."""
-    if teacher is None or args.alpha == 0:
-        return {}
-    stages = split_into_stages(teacher, args.teacher_depths or [count_layers(teacher)])
-    return {index: stages[index] for index in args.pair_indices}
+def _frozen_networks(
+    args: M2MKDConfig, teacher: PreTrainedModel | None, meta: PreTrainedModel | None
+) -> FrozenNetworks:
+    """The networks around the pairs of this process."""
+    stages: list[Stage] = []
+    if teacher is not None and args.uses_teacher:
+        stages = split_into_stages(teacher, args.teacher_depths or [count_layers(teacher)])
+    if args.num_pairs > 1 and args.context == "teacher":
+        return TeacherContext(stages, args.pair_indices, args.match)
+    meta_stages = split_into_stages(meta, args.meta_depths or [1] * args.num_pairs) if meta is not None else []
+    match = args.match if args.num_pairs > 1 else "logits"
+    return FrozenNetworks(meta_stages, {index: stages[index] for index in args.pair_indices if stages}, match)
 
 
 def _compute_dtype(args: M2MKDConfig) -> torch.dtype:
@@ -285,13 +337,22 @@ def _compute_dtype(args: M2MKDConfig) -> torch.dtype:
 
 
 def _statistics_of(
-    logits: torch.Tensor, teacher_logits: torch.Tensor | None, labels: torch.Tensor, temperature: float
+    logits: torch.Tensor, teacher_logits: torch.Tensor | None, labels: torch.Tensor | None, temperature: float
 ) -> torch.Tensor:
-    """Statistics of shape `(batch_size, len(STATISTICS))`; without a teacher, those that need one are NaN."""
+    """Statistics of shape `(batch_size, len(STATISTICS))`; those that need labels or a teacher are NaN without."""
     prediction = logits.argmax(dim=-1)
-    target = labels if labels.ndim == 1 else labels.argmax(dim=-1)
-    cross_entropy = per_sample_cross_entropy(logits, labels)
-    unknown = torch.full_like(cross_entropy, math.nan)
-    kl = unknown if teacher_logits is None else per_sample_kl(logits, teacher_logits, temperature)
-    agreement = unknown if teacher_logits is None else (prediction == teacher_logits.argmax(dim=-1)).float()
-    return torch.stack([cross_entropy, (prediction == target).float(), kl, agreement], dim=1)
+    cross_entropy = accuracy = kl = agreement = torch.full(prediction.shape, math.nan, device=logits.device)
+    unknown = cross_entropy
+    if labels is not None:
+        target = labels if labels.ndim == 1 else labels.argmax(dim=-1)
+        cross_entropy, accuracy = per_sample_cross_entropy(logits, labels), (prediction == target).float()
+    if teacher_logits is not None:
+        kl = per_sample_kl(logits, teacher_logits, temperature)
+        agreement = (prediction == teacher_logits.argmax(dim=-1)).float()
+    return torch.stack([cross_entropy, accuracy, kl, agreement, unknown], dim=1)
+
+
+def _boundary_statistics(hidden_states: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Statistics of a pair without logits, of shape `(batch_size, len(STATISTICS))`."""
+    errors = per_sample_boundary_error(hidden_states, target)
+    return torch.stack([*[torch.full_like(errors, math.nan)] * (len(STATISTICS) - 1), errors], dim=1)

@@ -13,7 +13,7 @@ from m2mkd.trainer.student_trainer import StudentTrainer
 
 
 # Statistics of one image for one pair; their means are logged and evaluated.
-STATISTICS = ("cross_entropy", "accuracy", "kl", "agreement")
+STATISTICS = ("cross_entropy", "accuracy", "kl", "agreement", "boundary_error")
 
 
 class StatisticsTrainer(StudentTrainer):
@@ -26,8 +26,6 @@ class StatisticsTrainer(StudentTrainer):
             gets the logits.
         arguments: The other arguments of [`~transformers.Trainer`].
     """
-
-    _statistic_names: tuple[str, ...] = STATISTICS
 
     def __init__(
         self, *, compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None, **arguments: Any
@@ -46,11 +44,11 @@ class StatisticsTrainer(StudentTrainer):
         return {**self._mean_statistics(statistics), **given}
 
     def _mean_statistics(self, statistics: np.ndarray) -> dict[str, float]:
-        means = statistics.mean(axis=0).reshape(-1, len(self._statistic_names))
+        means = statistics.mean(axis=0).reshape(-1, len(STATISTICS))
         return {
             self._metric_name(index, name): float(value)
             for index, values in zip(self.args.pair_indices, means, strict=True)
-            for name, value in zip(self._statistic_names, values, strict=True)
+            for name, value in zip(STATISTICS, values, strict=True)
             if not math.isnan(value)
         }
 

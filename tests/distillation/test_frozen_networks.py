@@ -3,7 +3,10 @@ import torch
 from testing_utils import images, run_chain, vit
 
 from m2mkd import split_into_stages
-from m2mkd.distillation.frozen_networks import FrozenNetworks
+from m2mkd.distillation.frozen_networks import FrozenNetworks, TeacherContext
+
+
+BATCH = {"pixel_values": images()}
 
 
 def networks(indices: tuple[int, ...] = (0, 1, 2), **overrides) -> FrozenNetworks:
@@ -50,8 +53,7 @@ class TestFrozenNetworks:
 
     def test_the_teacher_takes_the_place_of_one_meta_stage(self) -> None:
         frozen = networks()
-        inputs = frozen.prefix(images(), [0, 1, 2])
-        logits = frozen.teacher_logits(inputs)
+        _, logits = frozen.inputs_and_targets(BATCH, [0, 1, 2])
         for index in range(3):
             chain = [*frozen.meta[:index], frozen.teacher[str(index)], *frozen.meta[index + 1 :]]
             assert torch.equal(logits[index], run_chain(chain, images()))
@@ -59,7 +61,7 @@ class TestFrozenNetworks:
 
     def test_pairs_without_a_teacher_have_no_teacher_logits(self) -> None:
         frozen = networks(indices=(1,))
-        assert list(frozen.teacher_logits(frozen.prefix(images(), [0, 1]))) == [1]
+        assert list(frozen.inputs_and_targets(BATCH, [0, 1])[1]) == [1]
 
     def test_nothing_in_it_wants_a_gradient(self) -> None:
         assert not any(parameter.requires_grad for parameter in networks().parameters())
@@ -68,13 +70,13 @@ class TestFrozenNetworks:
         frozen = networks(hidden_dropout_prob=0.5)
         frozen.train()
         assert not any(module.training for module in frozen.modules())
-        logits = [frozen.teacher_logits(frozen.prefix(images(), [1]))[1] for _ in range(2)]
+        logits = [frozen.inputs_and_targets(BATCH, [1])[1][1] for _ in range(2)]
         assert torch.equal(*logits)
 
     def test_without_networks_it_hands_the_images_on(self) -> None:
         frozen, logits = FrozenNetworks([], {}), torch.randn(3, 5)
         assert torch.equal(frozen.prefix(images(), [0])[0], images())
-        assert frozen.teacher_logits({0: images()}) == {}
+        assert frozen.inputs_and_targets(BATCH, [0])[1] == {}
         assert torch.equal(frozen.suffix(logits, 0), logits)
         assert frozen.dtype == torch.float32
 
@@ -86,3 +88,38 @@ class TestFrozenNetworks:
         assert logits.dtype == torch.bfloat16
         logits.float().sum().backward()
         assert hidden_states.grad.dtype == torch.float32
+
+
+class TestBoundary:
+    def test_the_target_is_the_output_of_the_teachers_stage_inside_the_meta_model(self) -> None:
+        frozen = networks()
+        frozen.match = "boundary"
+        inputs, targets = frozen.inputs_and_targets(BATCH, [0, 1, 2])
+        for index in range(3):
+            assert torch.equal(targets[index], frozen.teacher[str(index)](inputs[index]))
+            assert torch.equal(frozen.matched(targets[index], index), targets[index])
+
+
+class TestTeacherContext:
+    @staticmethod
+    def stages() -> list:
+        return split_into_stages(vit(seed=2, num_hidden_layers=5), [1, 2, 2])
+
+    @pytest.mark.parametrize("indices", [[0, 1, 2], [1], [0, 2]])
+    def test_inputs_and_targets_are_the_teachers_own_hidden_states(self, indices: list[int]) -> None:
+        inputs, targets = TeacherContext(self.stages(), indices).inputs_and_targets(BATCH, indices)
+        hidden = BATCH["pixel_values"]
+        for index, stage in enumerate(self.stages()):
+            if index in indices:
+                assert torch.equal(inputs[index], hidden)
+                assert torch.equal(targets[index], stage(hidden))
+            hidden = stage(hidden)
+        assert list(inputs) == list(targets) == indices
+
+    @pytest.mark.parametrize("indices", [[0, 1], [1]])
+    def test_the_logits_are_those_of_the_whole_teacher(self, indices: list[int]) -> None:
+        frozen = TeacherContext(self.stages(), indices, "logits")
+        inputs, targets = frozen.inputs_and_targets(BATCH, indices)
+        for index in indices:
+            assert torch.equal(targets[index], run_chain(self.stages(), BATCH["pixel_values"]))
+            assert torch.equal(frozen.matched(self.stages()[index](inputs[index]), index), targets[index])

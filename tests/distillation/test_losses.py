@@ -6,8 +6,10 @@ import torch
 from m2mkd.distillation.losses import (
     boundary_loss,
     hard_distillation_loss,
+    per_sample_boundary_error,
     per_sample_cross_entropy,
     per_sample_kl,
+    pool_tokens,
     soft_distillation_loss,
 )
 from m2mkd.modeling.router_losses import importance_loss, load_loss
@@ -191,3 +193,28 @@ class TestBoundaryLoss:
     def test_scale_does_not_matter(self) -> None:
         states, target = torch.randn(4, 5, 6), torch.randn(4, 5, 6)
         torch.testing.assert_close(boundary_loss(7 * states, 7 * target), boundary_loss(states, target))
+
+
+class TestBoundaryErrors:
+    def test_their_mean_is_the_loss(self) -> None:
+        states, target = torch.randn(4, 5, 6), torch.randn(4, 5, 6)
+        errors = per_sample_boundary_error(states, target)
+        assert errors.shape == (4,)
+        assert errors.mean().item() == pytest.approx(boundary_loss(states, target).item(), rel=1e-5)
+        expected = (states[2] - target[2]).square().mean() / target.flatten(end_dim=1).var(dim=0, correction=0).mean()
+        assert errors[2].item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+class TestPooledTokens:
+    def test_as_many_stay_as_they_are_and_one_is_the_class_token(self) -> None:
+        states = torch.randn(2, 17, 6)
+        assert pool_tokens(states, 17) is states
+        assert torch.equal(pool_tokens(states, 1), states[:, :1])
+
+    def test_the_others_are_means_of_consecutive_patches(self) -> None:
+        states = torch.randn(2, 17, 6)
+        pooled = pool_tokens(states, 5)
+        assert torch.equal(pooled[:, 0], states[:, 0])
+        for index in range(4):
+            expected = states[:, 1 + 4 * index : 5 + 4 * index].mean(dim=1)
+            torch.testing.assert_close(pooled[:, 1 + index], expected)

@@ -78,8 +78,8 @@ def test_official_losses(role: str) -> None:
     meta = vit(config["meta"], config["meta"]["norm_eps"], case.meta_state_dict)
     teacher = vit_stage(config["teacher"], config["teacher"]["norm_eps"], index, case.teacher_block_state_dict)
     frozen = FrozenNetworks(split_into_stages(meta, [1, 1, 1]), {index: teacher})
-    inputs = frozen.prefix(case.inputs["pixel_values"], [index])
-    teacher_logits = frozen.teacher_logits(inputs)[index]
+    inputs, targets = frozen.inputs_and_targets(case.inputs, [index])
+    teacher_logits = targets[index]
     assert_close(teacher_logits, case.outputs["teacher_outputs"], "teacher")
     for name, settings in config["distillation"].items():
         pair.zero_grad()

@@ -76,7 +76,9 @@ class TestAlignmentTrainer:
         images = NoiseImages()
         metrics = trainer.evaluate(images)
         assert metrics["eval_accuracy"] == 0.25
-        assert metrics["eval_loss"] == pytest.approx(sum(metrics[f"eval_pair_{index}_loss"] for index in range(3)))
+        assert metrics["eval_loss"] == pytest.approx(
+            sum(metrics[f"eval_pair_{index}_boundary_error"] for index in range(3))
+        )
         with torch.no_grad():
             logits = meta(torch.stack([images[index]["pixel_values"] for index in range(len(images))])).logits
         np.testing.assert_allclose(seen[0].predictions, logits.numpy(), atol=1e-5)

@@ -32,6 +32,14 @@ class TestM2MKDConfig:
             ({"student_depths": [1, 2], "pairs": [0, 0]}, "`pairs` must be 'all' or different"),
             ({"student_depths": [1, 2], "pairs": "first"}, "`pairs` must be 'all'"),
             ({"student_depths": [1, 2], "pairs": 0}, "`pairs` must be 'all'"),
+            ({"context": "student"}, r"`context` must be one of \['meta', 'teacher'\], but is 'student'"),
+            ({"match": "features"}, r"`match` must be one of \['logits', 'boundary'\], but is 'features'"),
+            ({"feed": "meta"}, r"`feed` must be one of \['teacher', 'student'\], but is 'meta'"),
+            ({"stitch_init": "zero"}, r"`stitch_init` must be one of \['random', 'least_squares'\], but is 'zero'"),
+            (
+                {"student_depths": [1, 1, 1], "feed": "student", "pairs": [2]},
+                r"pair 2 needs the output of the pairs \[0, 1\] .* Set `pairs` to \[0, 1, 2\]",
+            ),
         ],
         ids=lambda value: "-".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else "",
     )
@@ -50,6 +58,7 @@ class TestM2MKDConfig:
         # no stitch is named: each student gets the paper's for it
         assert (args.kl_reduction, args.stitch, args.pairs) == ("batchmean", None, "all")
         assert (args.nac_codes, args.read_in_latents) == ("random", "one")
+        assert (args.context, args.match, args.feed, args.stitch_init) == ("meta", "logits", "teacher", "random")
 
     def test_the_arguments_of_the_base_class_that_differ_are_set(self, make) -> None:
         args = make()

@@ -39,7 +39,10 @@ from transformers import (
     ConvNextConfig,
     ConvNextForImageClassification,
     DeiTConfig,
+    DeiTForImageClassification,
     DeiTForImageClassificationWithTeacher,
+    Dinov2Config,
+    Dinov2ForImageClassification,
     EvalPrediction,
     SiglipConfig,
     SiglipForImageClassification,
@@ -433,6 +436,168 @@ class TestDeiT:
         assert trainer.state.global_step == 1
 
 
+CONTEXTS = [
+    {"context": context, "match": match, "feed": feed}
+    for context in ("meta", "teacher")
+    for match in ("logits", "boundary")
+    for feed in ("teacher", "student")
+]
+
+
+def in_context(tmp_path, model=None, **settings) -> M2MKDTrainer:
+    networks = {"meta": None} if settings.get("context") == "teacher" else {}
+    return distillation_trainer(tmp_path, model, **networks, **settings)
+
+
+class TestContexts:
+    """The cheaper members of the family: the teacher as context, boundaries as targets, the student's own prefix."""
+
+    STUDENTS = {
+        "vmoe": lambda: vmoe(**STOCHASTIC),
+        "vit": lambda: vit(seed=4, num_hidden_layers=4),
+        "nac": nac,
+        "deit": lambda: randomized(DeiTForImageClassification(DeiTConfig(**{**DEIT, "num_hidden_layers": 4})), seed=4),
+        "dinov2": lambda: randomized(
+            Dinov2ForImageClassification(
+                Dinov2Config(**{**DEIT, "num_hidden_layers": 4, "mlp_ratio": 2, "hidden_size": 8})
+            ),
+            seed=4,
+        ),
+    }
+
+    @pytest.mark.parametrize(
+        ("name", "settings"),
+        [("vmoe", settings) for settings in CONTEXTS]
+        + [(name, settings) for name in STUDENTS if name != "vmoe" for settings in CONTEXTS[6:]],
+        ids=lambda given: given if isinstance(given, str) else "-".join(given.values()),
+    )
+    def test_pairs_apart_are_pairs_together(self, tmp_path, name: str, settings: dict) -> None:
+        settings |= {"optim": "adamw_torch", "max_steps": 3, "max_grad_norm": 0.5, "read_in_latents": "all"}
+        together = in_context(tmp_path, self.STUDENTS[name](), **settings)
+        together.train()
+        expected, ours = final_weights(together), {}
+        chosen = ([2], [0], [1]) if settings["feed"] == "teacher" else ([0], [0, 1])
+        for pairs in chosen:
+            apart = in_context(tmp_path, self.STUDENTS[name](), pairs=pairs, **settings)
+            apart.train()
+            ours |= final_weights(apart)
+        assert_equal(ours, {name: expected[name] for name in ours})
+        assert len(ours) == len(expected) or settings["feed"] == "student"
+
+    @pytest.mark.parametrize("feed", ["teacher", "student"])
+    def test_the_loss_compares_the_boundaries_of_the_teacher(self, tmp_path, feed: str) -> None:
+        settings = {"context": "teacher", "match": "boundary", "feed": feed, "alpha": 1.0, "max_steps": 1}
+        student, data = vmoe(), NoiseImages(8)
+        trainer = in_context(tmp_path, student, per_device_train_batch_size=8, train_dataset=data, **settings)
+        stages, theirs = split_into_stages(student, STUDENT_DEPTHS), split_into_stages(teacher(), TEACHER_DEPTHS)
+        hidden = own = torch.stack([data[index]["pixel_values"] for index in range(8)])
+        expected = []
+        with torch.no_grad():
+            for index, pair in trainer.trained_pairs().items():
+                target = theirs[index](hidden)
+                own = stages[index](own if feed == "student" else pair.pre(hidden))
+                output = pair.post(own)
+                if index < 2:
+                    spread = (target - target.mean(dim=(0, 1))).square().mean()
+                    expected.append(((output - target).square().mean() / spread).item())
+                else:
+                    kl = F.kl_div(output.log_softmax(-1), target.log_softmax(-1), log_target=True, reduction="none")
+                    expected.append(kl.sum(dim=-1).mean().item())
+                hidden = target
+        trainer.train()
+        log = trainer.state.log_history[0]
+        assert [log[f"pair_{index}_loss"] for index in range(3)] == pytest.approx(expected, rel=1e-4)
+        assert log["pair_1_boundary_error"] == pytest.approx(expected[1], rel=1e-4)
+        assert log["pair_2_kl"] == pytest.approx(expected[2], rel=1e-4)
+        assert "pair_1_kl" not in log and "pair_2_boundary_error" not in log
+
+    def test_one_pass_through_the_teacher_serves_all_pairs(self, tmp_path) -> None:
+        trainer = in_context(tmp_path, context="teacher", match="boundary", max_steps=1)
+        counted = count_forwards(trainer.frozen.meta)
+        trainer.train()
+        assert counted == [1, 1, 1]
+
+    def test_a_single_pair_keeps_the_teacher_up_to_its_stage_only(self, tmp_path) -> None:
+        trainer = in_context(tmp_path, context="teacher", match="boundary", pairs=[0])
+        assert len(trainer.frozen.meta) == 1
+        assert len(in_context(tmp_path, context="teacher", match="logits", pairs=[0]).frozen.meta) == 3
+
+    def test_fed_by_itself_the_stages_are_the_student(self, tmp_path) -> None:
+        student = vmoe()
+        trainer = in_context(tmp_path, student, context="teacher", match="boundary", feed="student")
+        assert not any(
+            name.startswith("pre") for pair in trainer.trained_pairs().values() for name in pair.stitch_state_dict()
+        )
+        trainer.train()
+        student.eval()
+        trainer.model.eval()
+        outputs = trainer.model({0: images()})
+        assert torch.equal(outputs[2][0], student(images()).logits)
+
+    def test_no_gradient_passes_between_the_stages(self, tmp_path) -> None:
+        trainer = in_context(tmp_path, vmoe(), context="teacher", match="boundary", feed="student")
+        last = trainer.model({0: images()})[2][0]
+        last.sum().backward()
+        touched = {name.split(".")[1] for name, p in trainer.model.named_parameters() if p.grad is not None}
+        assert touched == {"2"}
+
+    def test_labels_are_not_needed_without_weight_on_them(self, tmp_path) -> None:
+        trainer = in_context(tmp_path, context="teacher", match="boundary", alpha=1.0)
+        assert torch.isfinite(trainer.compute_loss(trainer.model, {"pixel_values": images()}))
+        whole = {"student_depths": None, "teacher_depths": None, "meta": None}
+        kd = distillation_trainer(tmp_path, alpha=1.0, **whole)
+        assert torch.isfinite(kd.compute_loss(kd.model, {"pixel_values": images()}))
+
+    def test_the_metrics_of_boundary_matching_get_the_logits_of_the_last_pair(self, tmp_path) -> None:
+        seen = []
+        trainer = in_context(
+            tmp_path,
+            context="teacher",
+            match="boundary",
+            eval_dataset=NoiseImages(6),
+            compute_metrics=lambda found: seen.append(found.predictions) or {},
+        )
+        metrics = trainer.evaluate()
+        assert seen[0].shape == (6, 5)
+        assert {"eval_pair_0_boundary_error", "eval_pair_2_accuracy"} <= metrics.keys()
+
+    def test_least_squares_stitches_start_closer_and_are_kept_on_resume(self, tmp_path) -> None:
+        settings = {
+            "context": "teacher",
+            "match": "boundary",
+            "max_steps": 2,
+            "save_strategy": "steps",
+            "save_steps": 1,
+        }
+        losses = {}
+        for start in ("random", "least_squares"):
+            trainer = in_context(tmp_path / start, stitch_init=start, **settings)
+            trainer.train()
+            losses[start] = [trainer.state.log_history[0][f"pair_{index}_loss"] for index in range(2)]
+        assert all(fitted < drawn for fitted, drawn in zip(losses["least_squares"], losses["random"], strict=True))
+        again = in_context(tmp_path / "least_squares", stitch_init="least_squares", **settings)
+        again.train(resume_from_checkpoint=str(tmp_path / "least_squares" / "checkpoint-1"))
+        assert_equal(final_weights(again), final_weights(trainer))
+
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            ({"context": "teacher"}, "a meta model is given as well"),
+            ({"context": "teacher", "meta": None, "teacher": None, "alpha": 0.0}, "need a teacher, but there is none"),
+            ({"match": "boundary", "teacher": None, "alpha": 0.0}, "need a teacher, but there is none"),
+            ({"stitch_init": "least_squares", "alpha": 0.0}, "`alpha` is 0, so there is no teacher"),
+        ],
+        ids=["meta_too", "no_teacher", "no_target", "nothing_to_fit"],
+    )
+    def test_what_does_not_go_together_is_refused(self, tmp_path, settings: dict, message: str) -> None:
+        with pytest.raises(StageError, match=message):
+            distillation_trainer(tmp_path, **settings)
+
+    def test_the_boundaries_of_a_nac_are_not_matched(self, tmp_path) -> None:
+        with pytest.raises(StageError, match="a NACForImageClassification, are not tokens of an image"):
+            in_context(tmp_path, context="teacher", match="boundary", teacher=nac(), teacher_depths=[1, 2, 1])
+
+
 class TestIncubation:
     def test_a_student_of_the_meta_models_width_needs_no_stitch(self, tmp_path) -> None:
         student = vit(seed=6, num_hidden_layers=4)
@@ -461,7 +626,7 @@ class TestEvaluate:
             "kl": 4 * (p * (p / q).log()).sum(dim=-1).mean().item(),
             "agreement": (student.argmax(-1) == teacher_logits.argmax(-1)).float().mean().item(),
         }
-        assert set(expected) == set(STATISTICS)
+        assert set(expected) == set(STATISTICS) - {"boundary_error"}
         for name, value in expected.items():
             assert metrics[f"eval_pair_{index}_{name}"] == pytest.approx(value, rel=1e-4), name
 

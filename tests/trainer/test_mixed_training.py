@@ -61,8 +61,7 @@ class TestLoss:
         batch = next(iter(trainer.get_train_dataloader()))
         assert batch["labels"].shape == (4, NUM_LABELS)
         loss = trainer.compute_loss(trainer.model.eval(), batch)
-        inputs = trainer.frozen.prefix(batch["pixel_values"], trainer.args.pair_indices)
-        teachers = trainer.frozen.teacher_logits(inputs)
+        inputs, teachers = trainer.frozen.inputs_and_targets(batch, trainer.args.pair_indices)
         expected = 0.0
         for index, (hidden_states, balance) in trainer.model(inputs, seed=None).items():
             student, teacher = trainer.frozen.suffix(hidden_states, index), teachers[index]
