@@ -1,5 +1,6 @@
 """Sparse upcycling (arXiv 2212.05055): a V-MoE whose experts start as copies of a dense model's MLPs."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -163,7 +164,7 @@ def upcycle_into(
         given[_POSITIONS] = resample_positions(given[_POSITIONS], *grids)
     own = student.state_dict()
     if keep_head:
-        given |= {name: own[name] for name in ("classifier.weight", "classifier.bias")}
+        given |= {name: tensor for name, tensor in own.items() if name.startswith("classifier.")}
     weights, unused = {}, set(given)
     for name in own:
         dense_name = next((name.replace(*names) for names in _EXPERTS.items() if name.endswith(names[0])), None)
@@ -188,10 +189,10 @@ def add_noise_to_experts(student: VMoEForImageClassification, noise_std: float) 
         noise_std (`float`): In units of the standard deviation of each tensor (all experts of a layer together).
 
     Raises:
-        `StageError`: `noise_std` is negative.
+        `StageError`: `noise_std` is negative or not finite.
     """
-    if not noise_std >= 0:
-        raise StageError(f"`noise_std` must not be negative, but is {noise_std}. Without noise, it is 0.")
+    if not 0 <= noise_std < math.inf:
+        raise StageError(f"`noise_std` must be 0 (no noise) or a positive number, but is {noise_std}.")
     for name, parameter in student.named_parameters():
         if name.endswith((".experts.up_proj", ".experts.down_proj")):
             parameter += noise_std * parameter.std() * torch.randn_like(parameter)

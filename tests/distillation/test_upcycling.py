@@ -159,7 +159,7 @@ class TestRefused:
                 {"hidden_size": 16},
                 "`hidden_size` is 16 in the V-MoE and 12 in the dense model.*set the V-MoE's to 12",
             ),
-            (vit, {"noise_std": -1.0}, "`noise_std` must not be negative, but is -1.0"),
+            (vit, {"noise_std": -1.0}, "`noise_std` must be 0 .no noise. or a positive number, but is -1.0"),
             (nac, {}, "A nac has no layers"),
             (deit, {}, "cannot express the distillation token of a deit.*approximate=True"),
             (deit_with_teacher, {}, "the distillation token and the head of the distillation token"),

@@ -105,7 +105,7 @@ class TestFolder:
         (["--layers", "[0"], "`layers` is '[0'"),
         (["--experts-per-token", "9"], "`num_experts_per_tok` is 9"),
         (["--centroids"], "--centroids needs images"),
-        (["--noise-std", "-1"], "`noise_std` must not be negative, but is -1.0"),
+        (["--noise-std", "-1"], "`noise_std` must be 0 (no noise) or a positive number, but is -1.0"),
         (["--data", "imagefolder:nowhere"], "nowhere"),
     ],
 )
