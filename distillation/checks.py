@@ -1,11 +1,10 @@
 """Checks that networks can exchange hidden states and be compared."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
-from transformers import (
-    PreTrainedConfig,
-)
+from transformers import PreTrainedConfig
 
 from m2mkd.distillation.split import stage_class_of
 from m2mkd.errors import StageError
@@ -25,12 +24,19 @@ def num_tokens(config: PreTrainedConfig) -> int:
     return num_special_tokens(config) + _num_patches(config)
 
 
+def patch_grid(config: PreTrainedConfig) -> tuple[int, int]:
+    """Number of patches of an image from top to bottom and from left to right."""
+    (height, width), (patch_height, patch_width) = pair(config.image_size), pair(config.patch_size)
+    return height // patch_height, width // patch_width
+
+
+def pair(size: int | Sequence[int]) -> tuple[int, int]:
+    """A height and a width, given as both or as one number."""
+    return (size[0], size[1]) if isinstance(size, list | tuple) else (size, size)
+
+
 def _num_patches(config: PreTrainedConfig) -> int:
-    sizes = [
-        size if isinstance(size, list | tuple) else (size, size) for size in (config.image_size, config.patch_size)
-    ]
-    (height, width), (patch_height, patch_width) = sizes
-    return (height // patch_height) * (width // patch_width)
+    return math.prod(patch_grid(config))
 
 
 def check_stitchable(

@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from m2mkd.errors import StageError
+
 
 class Stage(nn.Module):
     """
@@ -92,6 +94,12 @@ class Stage(nn.Module):
     def num_layers(self) -> int:
         """Number of layers in the stage."""
         return len(self.layer_indices)
+
+    def vmoe_weights(self) -> dict[str, torch.Tensor]:
+        """The stage's tensors under the names of a V-MoE. Raises `StageError` if it is no stage of a transformer."""
+        raise StageError(
+            f"A {self.config.model_type} has no layers that a V-MoE could start from. Use a ViT, DeiT or DINOv2."
+        )
 
     def distilled(self) -> "Stage":
         """The part of the stage that distillation trains."""

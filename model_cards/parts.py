@@ -27,6 +27,14 @@ CITATIONS = {
     eprint={2210.08031},
     archivePrefix={arXiv}
 }""",
+    "upcycling": """@misc{komatsuzaki2023upcycling,
+    title={Sparse Upcycling: Training Mixture-of-Experts from Dense Checkpoints},
+    author={Aran Komatsuzaki and Joan Puigcerver and James Lee-Thorp and Carlos Riquelme Ruiz and Basil Mustafa and
+            Joshua Ainslie and Yi Tay and Mostafa Dehghani and Neil Houlsby},
+    year={2022},
+    eprint={2212.05055},
+    archivePrefix={arXiv}
+}""",
     "vmoe": """@misc{riquelme2021vmoe,
     title={Scaling Vision with Sparse Mixture of Experts},
     author={Carlos Riquelme and Joan Puigcerver and Basil Mustafa and Maxim Neumann and Rodolphe Jenatton and
@@ -52,8 +60,8 @@ def usage_section(source: str, with_code: bool) -> str:
     return Template(template("usage.md")).render(source=source, with_code=with_code).strip("\n")
 
 
-def citation(model_type: str) -> str:
-    return "\n\n".join(CITATIONS[name] for name in ("m2mkd", model_type) if name in CITATIONS)
+def citation(model_type: str, method: str = "m2mkd") -> str:
+    return "\n\n".join(CITATIONS[name] for name in (method, model_type) if name in CITATIONS)
 
 
 def template(name: str) -> str:

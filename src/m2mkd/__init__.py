@@ -33,6 +33,7 @@ _LAZY = {
     "export_hub_code": "m2mkd.hub.code_export",
     "split_into_stages": "m2mkd.distillation.split",
     "meta_from_teacher": "m2mkd.distillation.meta_from_teacher",
+    "upcycle": "m2mkd.distillation.upcycling",
 }
 
 __all__ = [
@@ -51,6 +52,7 @@ __all__ = [
     "export_hub_code",
     "meta_from_teacher",
     "split_into_stages",
+    "upcycle",
 ]
 
 

@@ -1,4 +1,4 @@
-"""The command line: `train.py` and `m2mkd run`, `report`, `evaluate`, `few-shot`, `push`, `assemble`, `convert`."""
+"""The command line: `train.py`, and `m2mkd run`, `report`, `evaluate`, `push`, `assemble`, `upcycle`, `convert`, …"""
 
 import math
 import os
@@ -165,6 +165,50 @@ def assemble_command(
         from m2mkd.hub.assemble import assemble
 
         print("\n".join(assemble(out, sources, keep_stitches)))
+
+    _explained(work)
+
+
+@app.command("upcycle")
+def upcycle_command(
+    source: Annotated[str, typer.Argument(metavar="FOLDER_OR_ID", help="A dense classifier: ViT, DeiT or DINOv2.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to create.")],
+    experts: Annotated[int, typer.Option(min=1, help="Experts in each sparse layer.")] = 8,
+    layers: Annotated[
+        str, typer.Option(help="Sparse layers: every-other (1, 3, 5, …), last-2 (of these), all, or [1,3].")
+    ] = "every-other",
+    experts_per_token: Annotated[int, typer.Option(min=1, help="Experts that each token is sent to.")] = 2,
+    approximate: Annotated[
+        bool, typer.Option("--approximate", help="Leave out what a V-MoE cannot express, see below.")
+    ] = False,
+    noise_std: Annotated[
+        float, typer.Option(help="Noise on the copies, in units of the standard deviation of the weights.")
+    ] = 0.0,
+    data: Annotated[str | None, typer.Option(help="Images to measure on: a source as in a recipe.")] = None,
+    split: Annotated[str | None, typer.Option(help="Split of the data. Default: the test split.")] = None,
+    centroids: Annotated[
+        bool, typer.Option("--centroids", help="Make the routers from clusters of the tokens of these images.")
+    ] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the routers and of the noise.")] = 0,
+) -> None:
+    """
+    Make a V-MoE from a dense model: each expert starts as a copy of the MLP (sparse upcycling, arXiv 2212.05055).
+
+    m2mkd upcycle google/vit-base-patch16-224 vmoe --experts 8 --layers every-other
+
+    It starts with the dense model's logits. How far it is from them is measured, on noise or on up to 256 images of
+    --data. Train it next.
+
+    A V-MoE has one special token, and its head reads that token: the distillation token of a DeiT and the part of a
+    DINOv2's head that reads the patches cannot be expressed. --approximate leaves them out.
+    """
+
+    def work() -> None:
+        from m2mkd.hub.upcycle import upcycle_folder
+
+        options = {"num_experts": experts, "num_experts_per_tok": experts_per_token, "noise_std": noise_std}
+        said = upcycle_folder(source, out, layers, data, split, centroids, seed, approximate=approximate, **options)
+        print("\n".join(said))
 
     _explained(work)
 
