@@ -271,8 +271,8 @@ class Recipe(Section):
             )
         if spec.feed == "student" and self.finetune.keep_stitches:
             raise ValueError(
-                "`distill.feed` is student, so there are no stitches between the modules that `finetune.keep_stitches` "
-                "could keep. Leave one of them out"
+                "`distill.feed` is student, so there are no stitches between the modules that "
+                "`finetune.keep_stitches` could keep. Leave one of them out"
             )
         pairs = list(range(num_pairs)) if spec.pairs == "all" else spec.pairs
         if pairs and 0 <= min(pairs) and max(pairs) < num_pairs:

@@ -99,11 +99,9 @@ class M2MKDTrainer(StatisticsTrainer):
     ):
         check_arguments(args, model, teacher, meta)
         check_networks(args, model, teacher, meta)
-        indices = args.pair_indices
         student_stages = split_into_stages(model, args.student_depths or [count_layers(model)])
         around = meta or teacher or model
         stitch_size = around.config.hidden_size
-        stitch = args.stitch if args.num_pairs > 1 else "none"
         frozen = _frozen_networks(args, teacher, meta)
 
         # computed before anything is cast; the contracts of the pairs identify the networks by them
@@ -119,9 +117,9 @@ class M2MKDTrainer(StatisticsTrainer):
         self._needed = ["pixel_values", "labels"] if args.alpha < 1 else ["pixel_values"]
         stitched = StitchedStudent(
             model,
-            [student_stages[i] for i in indices],
+            [student_stages[i] for i in args.pair_indices],
             stitch_size,
-            stitch,
+            args.stitch if args.num_pairs > 1 else "none",
             seed=args.seed,
             nac_codes=args.nac_codes,
             read_in_latents=args.read_in_latents,
