@@ -91,6 +91,39 @@ def run_command(
     _explained(work, "Finished phases are kept; run the same command again to go on.")
 
 
+@app.command("study", context_settings=_OVERRIDES)
+def study_command(
+    context: typer.Context,
+    study: Annotated[Path, typer.Argument(metavar="STUDY.yaml", help="Curves of arms over values of a recipe.")],
+    plan: Annotated[bool, typer.Option("--plan", help="Print what it would cost; train nothing.")] = False,
+    only_report: Annotated[bool, typer.Option("--report", help="Report the finished seeds; train nothing.")] = False,
+    processes: Annotated[int | None, typer.Option(min=1, help="Phases at once. Default: as in a run.")] = None,
+) -> None:
+    """
+    Run a study: every arm with every value and seed, then accuracy against compute, with intervals.
+
+    Teacher, meta model, pairs and arms that several points share are trained once. Stop it and start it again at will.
+
+    Keys of the study can be overridden: --seeds '[0, 1]' --output_dir runs/mine.
+    """
+
+    def work() -> None:
+        from m2mkd.experiment.study.plan import print_study_plan
+        from m2mkd.experiment.study.report import report_study
+        from m2mkd.experiment.study.runs import run_study
+        from m2mkd.experiment.study.spec import load_study
+
+        spec, points = load_study(study, _overrides(context.args))
+        if plan:
+            print_study_plan(spec, points)
+            return
+        if not only_report:
+            run_study(points, processes)
+        _print_once(f"The study is in {report_study(spec, points)} (study.json and study.png are in the same folder).")
+
+    _explained(work, "Finished phases are kept; run the same command again to go on.")
+
+
 @app.command("report", context_settings=_OVERRIDES)
 def report_command(context: typer.Context, run_folder: Annotated[Path, typer.Argument(metavar="RUN_FOLDER")]) -> None:
     """Write the report of a finished run again, from its folders."""
