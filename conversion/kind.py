@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedModel
 
-from m2mkd.conversion.checkpoint_file import Checkpoint
+from m2mkd.conversion.checkpoint_file import Checkpoint, read_checkpoint
 from m2mkd.conversion.output import Output, Tensors
 from m2mkd.errors import ConversionError
 
@@ -20,8 +20,8 @@ class Request:
     What one conversion was given.
 
     Args:
-        content (`dict[str, Any]`): The configuration as [`read_config`] read it.
-        checkpoint (`Checkpoint`): The checkpoint as [`read_checkpoint`] read it.
+        content (`dict[str, Any]`): The configuration as [`read_config`] read it; empty without `--config`.
+        checkpoint (`Checkpoint`): The checkpoint as [`Kind.read`] read it.
         path (`Path`): File of the checkpoint.
         stage (`int`, *optional*): `--stage`.
         num_stages (`int`, *optional*): `--num-stages`.
@@ -38,6 +38,11 @@ class Kind(ABC):
     """A kind of official checkpoint, as `--kind` names it."""
 
     name: ClassVar[str]
+    needs_config: ClassVar[bool] = True
+
+    def read(self, path: Path) -> Checkpoint:
+        """Read a checkpoint. Raises `ConversionError`."""
+        return read_checkpoint(path)
 
     @abstractmethod
     def convert(self, request: Request) -> Output:

@@ -1,179 +1,132 @@
-"""Names, layouts and arguments of google-research/vmoe (JAX) and of our V-MoE: pure functions."""
+"""V-MoEs of google-research/vmoe (JAX) as ours: pure functions."""
 
-import math
 import re
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
 from m2mkd.configuration.configuration_vmoe import VMoEConfig
-from m2mkd.conversion.official_models import NameTable, OfficialArguments, Shapes
+from m2mkd.conversion.jax_tree import array_of, converted_tree, transformer_fields, transformer_rows
+from m2mkd.conversion.official_models import NameTable, OfficialArguments
+from m2mkd.conversion.output import Tensors
 from m2mkd.errors import ConversionError
 
 
-def _rows() -> list[tuple[str, str]]:
-    embeddings, layer = "vmoe.embeddings", "vmoe.layers.#"
-    rows = [
-        ("cls", f"{embeddings}.cls_token"),
-        ("Encoder.posembed_input.pos_embedding", f"{embeddings}.position_embeddings"),
+_LAYER, _MOE = "vmoe.layers.#.mlp", "Encoder/encoderblock_#/Moe"
+VMOE_JAX_TABLE = NameTable(
+    [
+        *transformer_rows("vmoe"),
+        (f"{_MOE}/Router/dense/kernel", f"{_LAYER}.router.weight"),
+        (f"{_MOE}/Mlp/Dense_0/kernel", f"{_LAYER}.experts.up_proj"),
+        (f"{_MOE}/Mlp/Dense_0/bias", f"{_LAYER}.experts.up_proj_bias"),
+        (f"{_MOE}/Mlp/Dense_1/kernel", f"{_LAYER}.experts.down_proj"),
+        (f"{_MOE}/Mlp/Dense_1/bias", f"{_LAYER}.experts.down_proj_bias"),
     ]
-    dense = [
-        ("embedding", f"{embeddings}.patch_embeddings.projection"),
-        ("head", "classifier"),
-        ("Encoder.encoderblock_#.SelfAttention.query", f"{layer}.attention.q_proj"),
-        ("Encoder.encoderblock_#.SelfAttention.key", f"{layer}.attention.k_proj"),
-        ("Encoder.encoderblock_#.SelfAttention.value", f"{layer}.attention.v_proj"),
-        ("Encoder.encoderblock_#.SelfAttention.out", f"{layer}.attention.o_proj"),
-        ("Encoder.encoderblock_#.Mlp.Dense_0", f"{layer}.mlp.fc1"),
-        ("Encoder.encoderblock_#.Mlp.Dense_1", f"{layer}.mlp.fc2"),
-        ("Encoder.encoderblock_#.Moe.Router.dense", f"{layer}.mlp.router"),
-    ]
-    norms = [
-        ("Encoder.encoder_norm", "vmoe.layernorm"),
-        ("Encoder.encoderblock_#.LayerNorm_0", f"{layer}.layernorm_before"),
-        ("Encoder.encoderblock_#.LayerNorm_1", f"{layer}.layernorm_after"),
-    ]
-    experts = [
-        ("Encoder.encoderblock_#.Moe.Mlp.Dense_0", f"{layer}.mlp.experts.up_proj"),
-        ("Encoder.encoderblock_#.Moe.Mlp.Dense_1", f"{layer}.mlp.experts.down_proj"),
-    ]
-    for kernel, names in (("kernel", dense), ("scale", norms)):
-        for theirs, ours in names:
-            rows += [(f"{theirs}.{kernel}", f"{ours}.weight"), (f"{theirs}.bias", f"{ours}.bias")]
-    for theirs, ours in experts:
-        rows += [(f"{theirs}.kernel", ours), (f"{theirs}.bias", f"{ours}_bias")]
-    return rows
+)
+# Arguments that change neither the weights nor what the model answers: of initialisation, dropout and devices.
+_WITHOUT_EFFECT = {
+    "": ("name", "head_bias_init", "head_kernel_zero_init", "deterministic"),
+    "encoder": ("dropout_rate", "attention_dropout_rate"),
+    "moe": ("dropout_rate", "split_rngs"),
+    "router": (),
+    "dispatcher": ("name", "partition_spec"),
+}
+# Section, argument and our field of what the arrays show: an argument that is given must agree.
+_SEEN_IN_ARRAYS = [
+    ("", "num_classes", "num_labels"),
+    ("", "hidden_size", "hidden_size"),
+    ("", "patch_size", "patch_size"),
+    ("encoder", "num_layers", "num_hidden_layers"),
+    ("encoder", "mlp_dim", "intermediate_size"),
+    ("encoder", "num_heads", "num_attention_heads"),
+    ("moe", "layers", "moe_layers"),
+    ("moe", "num_experts", "num_experts"),
+]
+_ROUTER = re.compile(r"Encoder/encoderblock_(\d+)/Moe/Router/dense/kernel")
 
 
-_TABLE = NameTable(_rows())
-_BLOCK = re.compile(r"Encoder\.encoderblock_(\d+)\.(.+)")
-
-
-def plain_names(arrays: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def model_section(content: Mapping[str, Any]) -> dict[str, Any]:
     """
-    Give the arrays of the parameter tree dotted names, without the prefix that all of them have (`params/`,
-    `target/`).
+    The `model` section of that code's configuration.
 
     Args:
-        arrays (`Mapping[str, torch.Tensor]`): Flattened with `/` or `.` between the names.
+        content (`Mapping[str, Any]`): A configuration with a `model`, this section itself, or only the arguments of
+            the routers. `image_size` may stand beside them.
 
     Raises:
-        `ConversionError`: the tree does not have the root of a V-MoE.
+        `ConversionError`: it is none of these.
     """
-    dotted = {name.replace("/", "."): array for name, array in arrays.items()}
-    roots = {name.removesuffix("embedding.kernel") for name in dotted if re.search(r"(^|\.)embedding\.kernel$", name)}
-    if len(roots) != 1:
-        raise ConversionError(
-            f"A parameter tree of google-research/vmoe has one `embedding/kernel`; this one has {len(roots)}. Flatten "
-            'only the parameters: flax.traverse_util.flatten_dict(params, sep="/").'
-        )
-    (root,) = roots
-    return {name.removeprefix(root): array for name, array in dotted.items()}
+    size = {name: content[name] for name in ("image_size",) if name in content}
+    if "model" in content:
+        return {**OfficialArguments(content).section("model").values, **size}
+    if "encoder" in content:
+        return dict(content)
+    router = OfficialArguments({name: value for name, value in content.items() if name not in size})
+    # without its own arguments, a router adds no noise and has no loss
+    quiet = {"noise_std": 0.0, "importance_loss_weight": 0.0, "load_loss_weight": 0.0}
+    chosen = {"num_selected_experts": router.need("num_selected_experts")}
+    return {**size, "encoder": {"moe": {"router": {**quiet, **router.values, **chosen}}}}
 
 
-def vmoe_jax_config(arrays: Mapping[str, torch.Tensor], arguments: Mapping[str, Any]) -> VMoEConfig:
+def vmoe_jax_config(arrays: Tensors, model: Mapping[str, Any]) -> VMoEConfig:
     """
-    Build the configuration of a V-MoE of google-research/vmoe: sizes come from the arrays, everything else from
-    arguments.
+    Build the configuration of a V-MoE of google-research/vmoe: sizes come from the arrays, how the routers choose from
+    the `model` section of its configuration.
 
     Args:
-        arrays (`Mapping[str, torch.Tensor]`): From [`plain_names`].
-        arguments (`Mapping[str, Any]`): `num_selected_experts` of the router, and, to continue training, its
-            `noise_std`, `importance_loss_weight` and `load_loss_weight`; `image_size` for images that are not square.
+        arrays (`dict[str, torch.Tensor]`): From [`read_parameters`].
+        model (`Mapping[str, Any]`): From [`model_section`], or of [`PUBLISHED`].
 
     Raises:
-        `ConversionError`: our V-MoE cannot express the model, or an argument is missing or not known.
+        `ConversionError`: our V-MoE cannot express the model, `model` is of another one, or an argument is not known.
     """
     if "cls" not in arrays:
         raise ConversionError('The tree has no `cls`: only classifier="token" can be converted, not "gap" or "map".')
-    for name, why in (("pre_logits.kernel", "a representation layer"), ("MapHead.probe", "attention pooling")):
+    for name, why in (("pre_logits/kernel", "a representation layer"), ("MapHead/probe", "attention pooling")):
         if name in arrays:
             raise ConversionError(f"The tree has `{name}`, which is part of {why}. Our V-MoE does not support that.")
-    blocks = [match for name in arrays if (match := _BLOCK.fullmatch(name))]
-    sparse = sorted(int(match[1]) for match in blocks if match[2] == "Moe.Router.dense.kernel")
-    kernel, rest = _array(arrays, "embedding.kernel", 4), OfficialArguments(arguments)
-    grid = _array(arrays, "Encoder.posembed_input.pos_embedding", 3).shape[1] - 1
-    side, patch_size = math.isqrt(grid), list(kernel.shape[:2])
-    image_size = rest.take("image_size", [side * patch_size[0], side * patch_size[1]] if side * side == grid else None)
-    if image_size is None:
-        raise ConversionError(f"{grid} patches do not form a square. Give `image_size: [height, width]`.")
-    kind = "Moe.Mlp" if 0 in sparse else "Mlp"
-    fields = {
-        "hidden_size": kernel.shape[3],
-        "num_hidden_layers": 1 + max((int(match[1]) for match in blocks), default=-1),
-        "num_attention_heads": _array(arrays, "Encoder.encoderblock_0.SelfAttention.query.kernel", 3).shape[1],
-        "intermediate_size": _array(arrays, f"Encoder.encoderblock_0.{kind}.Dense_0.bias").shape[-1],
-        # flax.linen.gelu uses the tanh approximation by default
-        "hidden_act": "gelu_pytorch_tanh",
-        "layer_norm_eps": 1e-6,
-        "image_size": image_size,
-        "patch_size": patch_size,
-        "num_channels": kernel.shape[2],
-        "moe_layers": sparse,
-        "num_labels": _array(arrays, "head.kernel", 2).shape[1],
-    }
+    arguments = OfficialArguments(model)
+    encoder = arguments.section("encoder")
+    moe = encoder.section("moe")
+    router = moe.section("router")
+    dispatcher = router.section("dispatcher")
+    sections = {"": arguments, "encoder": encoder, "moe": moe, "router": router, "dispatcher": dispatcher}
+    for name, section in sections.items():
+        for argument in _WITHOUT_EFFECT[name]:
+            section.take(argument, None)
+    fields = transformer_fields(arrays, arguments)
+    sparse = sorted(int(match[1]) for match in map(_ROUTER.fullmatch, arrays) if match)
+    fields["moe_layers"] = sparse
     if sparse:
-        router = _array(arrays, f"Encoder.encoderblock_{sparse[0]}.Moe.Router.dense.kernel", 2)
+        kernel = array_of(arrays, f"Encoder/encoderblock_{sparse[0]}/Moe/Router/dense/kernel", 2)
         fields.update(
-            num_experts=router.shape[1],
-            num_experts_per_tok=rest.need("num_selected_experts"),
+            num_experts=kernel.shape[1],
+            num_experts_per_tok=router.take("num_selected_experts", 1),
             norm_topk_prob=False,
-            router_noise_std=rest.take("noise_std", 0.0),
+            router_noise_std=router.take("noise_std", 1.0),
             # they sum the losses of all layers, we average them
-            router_importance_loss_coef=len(sparse) * rest.take("importance_loss_weight", 0.0),
-            router_load_loss_coef=len(sparse) * rest.take("load_loss_weight", 0.0),
+            router_importance_loss_coef=len(sparse) * router.take("importance_loss_weight", 1.0),
+            router_load_loss_coef=len(sparse) * router.take("load_loss_weight", 1.0),
         )
-    rest.end()
+    for section, argument, field in _SEEN_IN_ARRAYS:
+        sections[section].agree(argument, fields[field])
+    for section in sections.values():
+        section.end()
     return VMoEConfig(**fields)
 
 
-def convert_vmoe_jax(arrays: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def convert_vmoe_jax(arrays: Tensors) -> Tensors:
     """
     Convert the arrays of a V-MoE of google-research/vmoe to the names and layouts of `VMoEForImageClassification`.
     Their routers have no bias; ours get zeros.
 
     Args:
-        arrays (`Mapping[str, torch.Tensor]`): From [`plain_names`].
+        arrays (`dict[str, torch.Tensor]`): From [`read_parameters`]; emptied.
 
     Raises:
         `ConversionError`: some names do not belong to that code.
     """
-    unknown = sorted(name for name in arrays if _TABLE.ours(name) is None)
-    if unknown:
-        raise ConversionError(f"These arrays do not belong to a V-MoE of google-research/vmoe: {unknown}.")
-    converted = {}
-    for name, array in arrays.items():
-        ours = _TABLE.ours(name)
-        converted[ours] = _to_our_layout(name, array).contiguous()
-        if ours.endswith(".router.weight"):
-            converted[ours.replace("weight", "bias")] = array.new_zeros(array.shape[1])
+    converted = converted_tree(arrays, VMOE_JAX_TABLE)
+    routers = [name for name in converted if name.endswith(".router.weight")]
+    for name in routers:
+        converted[name.replace("weight", "bias")] = converted[name].new_zeros(converted[name].shape[0])
     return converted
-
-
-def check_vmoe_jax(converted: Mapping[str, torch.Tensor], expected: Shapes) -> None:
-    """Check the shapes against the model's. Raises `ConversionError`, which lists misfits by their JAX names."""
-    lines = []
-    for name in sorted(expected.keys() | converted.keys()):
-        shape = tuple(converted[name].shape) if name in converted else "missing"
-        if shape != expected.get(name, "unexpected"):
-            lines.append(f"{_TABLE.official(name) or name}: {shape}, must be {expected.get(name, 'absent')} (ours)")
-    if lines:
-        raise ConversionError("The tree does not contain exactly one V-MoE:\n  " + "\n  ".join(lines))
-
-
-def _to_our_layout(name: str, array: torch.Tensor) -> torch.Tensor:
-    if name == "embedding.kernel":
-        return array.permute(3, 2, 0, 1)
-    if ".SelfAttention." in name:
-        if name.endswith(".bias"):
-            return array.flatten()
-        return array.flatten(0, 1).T if ".out." in name else array.flatten(1).T
-    return array.mT if name.endswith(".kernel") else array
-
-
-def _array(arrays: Mapping[str, torch.Tensor], name: str, ndim: int | None = None) -> torch.Tensor:
-    if name not in arrays or ndim not in (None, arrays[name].ndim):
-        found = f"has shape {tuple(arrays[name].shape)}" if name in arrays else "is missing"
-        raise ConversionError(f"`{name.replace('.', '/')}` {found}; the tree is not that of a V-MoE classifier.")
-    return arrays[name]
