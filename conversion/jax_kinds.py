@@ -13,7 +13,7 @@ from m2mkd.conversion.official_models import NameTable, OfficialArguments, shape
 from m2mkd.conversion.official_pixels import VMOE_JAX_PIXELS
 from m2mkd.conversion.output import Output, Tensors, model_output, on_meta
 from m2mkd.conversion.vit_jax import VIT_JAX_TABLE, vit_jax_config, with_vmoe_names
-from m2mkd.conversion.vmoe_jax import VMOE_JAX_TABLE, convert_vmoe_jax, model_section, vmoe_jax_config
+from m2mkd.conversion.vmoe_jax import VMOE_JAX_TABLE, model_section, vmoe_jax_config
 from m2mkd.conversion.vmoe_jax_published import PUBLISHED
 from m2mkd.errors import ConversionError
 from m2mkd.modeling.modeling_vmoe import VMoEForImageClassification
@@ -34,7 +34,7 @@ class JaxKind(Kind):
         """The whole model."""
         arrays = self.named(request.checkpoint.model)
         model = on_meta(self.model_class, lambda: self.config(arrays, request))
-        converted = self.converted(arrays)
+        converted = converted_tree(arrays, self.table)
         check_tree(converted, shapes_of(model.state_dict()), self.table)
         return model_output(model, converted, VMOE_JAX_PIXELS)
 
@@ -45,10 +45,6 @@ class JaxKind(Kind):
     @abstractmethod
     def config(self, arrays: Tensors, request: Request) -> PreTrainedConfig:
         """The configuration of the model with these arrays."""
-
-    def converted(self, arrays: Tensors) -> Tensors:
-        """The arrays by our names."""
-        return converted_tree(arrays, self.table)
 
 
 class VMoEJaxKind(JaxKind):
@@ -69,10 +65,6 @@ class VMoEJaxKind(JaxKind):
                 f"configuration as JSON, or keep the name of a published checkpoint: {', '.join(PUBLISHED)}."
             )
         return vmoe_jax_config(arrays, PUBLISHED[name])
-
-    def converted(self, arrays: Tensors) -> Tensors:
-        """See [`JaxKind`]."""
-        return convert_vmoe_jax(arrays)
 
 
 class ViTJaxKind(JaxKind):

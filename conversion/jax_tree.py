@@ -1,6 +1,6 @@
 """
-Parameter trees of flax, as google-research/vmoe names them: how they are read, what sizes they show, and their names and
-layouts in our models.
+Parameter trees of flax, as google-research/vmoe names them: how they are read, what sizes they show, and their names
+and layouts in our models.
 """
 
 import math
@@ -19,6 +19,7 @@ from m2mkd.errors import ConversionError
 
 
 _BLOCK = re.compile(r"Encoder/encoderblock_(\d+)/.+")
+_ATTENTION = ("query", "key", "value", "out")
 POSITIONS = "Encoder/posembed_input/pos_embedding"
 
 
@@ -64,26 +65,32 @@ def _root(names: Iterable[str]) -> str:
 def transformer_rows(prefix: str) -> list[tuple[str, str]]:
     """Rows of a [`NameTable`] for what a ViT (`prefix` is `"vit"`) and a V-MoE (`"vmoe"`) share."""
     embeddings, layer, block = f"{prefix}.embeddings", f"{prefix}.layers.#", "Encoder/encoderblock_#"
-    dense = [
-        ("embedding", f"{embeddings}.patch_embeddings.projection"),
-        ("head", "classifier"),
-        *((f"{block}/SelfAttention/{name}", f"{layer}.attention.{name[0]}_proj") for name in _ATTENTION),
-        (f"{block}/Mlp/Dense_0", f"{layer}.mlp.fc1"),
-        (f"{block}/Mlp/Dense_1", f"{layer}.mlp.fc2"),
-    ]
     norms = [
         ("Encoder/encoder_norm", f"{prefix}.layernorm"),
         (f"{block}/LayerNorm_0", f"{layer}.layernorm_before"),
         (f"{block}/LayerNorm_1", f"{layer}.layernorm_after"),
     ]
-    rows = [("cls", f"{embeddings}.cls_token"), (POSITIONS, f"{embeddings}.position_embeddings")]
-    for kernel, names in (("kernel", dense), ("scale", norms)):
-        for theirs, ours in names:
-            rows += [(f"{theirs}/{kernel}", f"{ours}.weight"), (f"{theirs}/bias", f"{ours}.bias")]
-    return rows
+    return [
+        ("cls", f"{embeddings}.cls_token"),
+        (POSITIONS, f"{embeddings}.position_embeddings"),
+        *dense_rows("embedding", f"{embeddings}.patch_embeddings.projection"),
+        *dense_rows("head", "classifier"),
+        *attention_rows(f"{block}/SelfAttention", f"{layer}.attention"),
+        *dense_rows(f"{block}/Mlp/Dense_0", f"{layer}.mlp.fc1"),
+        *dense_rows(f"{block}/Mlp/Dense_1", f"{layer}.mlp.fc2"),
+        *((f"{theirs}/scale", f"{ours}.weight") for theirs, ours in norms),
+        *((f"{theirs}/bias", f"{ours}.bias") for theirs, ours in norms),
+    ]
 
 
-_ATTENTION = ("query", "key", "value", "out")
+def attention_rows(theirs: str, ours: str) -> list[tuple[str, str]]:
+    """Rows for the projections of an attention."""
+    return [row for name in _ATTENTION for row in dense_rows(f"{theirs}/{name}", f"{ours}.{name[0]}_proj")]
+
+
+def dense_rows(theirs: str, ours: str) -> list[tuple[str, str]]:
+    """Rows for a linear layer or a convolution."""
+    return [(f"{theirs}/kernel", f"{ours}.weight"), (f"{theirs}/bias", f"{ours}.bias")]
 
 
 def transformer_fields(arrays: Tensors, arguments: OfficialArguments) -> dict[str, Any]:
@@ -101,11 +108,6 @@ def transformer_fields(arrays: Tensors, arguments: OfficialArguments) -> dict[st
     patch_size = list(kernel.shape[:2])
     first = "Encoder/encoderblock_0"
     moe = "Moe/Mlp" if f"{first}/Moe/Mlp/Dense_0/bias" in arrays else "Mlp"
-    grid = array_of(arrays, POSITIONS, 3).shape[1] - ("cls" in arrays)
-    side = math.isqrt(grid)
-    image_size = arguments.take("image_size", [side * size for size in patch_size] if side * side == grid else None)
-    if image_size is None:
-        raise ConversionError(f"{grid} patches do not form a square. Give `image_size: [height, width]`.")
     return {
         "hidden_size": kernel.shape[3],
         "num_hidden_layers": 1 + max((int(match[1]) for match in map(_BLOCK.fullmatch, arrays) if match), default=-1),
@@ -114,11 +116,23 @@ def transformer_fields(arrays: Tensors, arguments: OfficialArguments) -> dict[st
         # flax.linen.gelu uses the tanh approximation by default
         "hidden_act": "gelu_pytorch_tanh",
         "layer_norm_eps": 1e-6,
-        "image_size": image_size,
+        "image_size": arguments.take("image_size", None) or _square(arrays, patch_size),
         "patch_size": patch_size,
         "num_channels": kernel.shape[2],
         "num_labels": array_of(arrays, "head/kernel", 2).shape[1],
     }
+
+
+def _square(arrays: Tensors, patch_size: list[int]) -> list[int]:
+    if POSITIONS not in arrays:
+        raise ConversionError(
+            f"Without `{POSITIONS}` nothing shows the image size. Give `image_size: [height, width]`."
+        )
+    grid = array_of(arrays, POSITIONS, 3).shape[1] - ("cls" in arrays)
+    side = math.isqrt(grid)
+    if side * side != grid:
+        raise ConversionError(f"{grid} patches do not form a square. Give `image_size: [height, width]`.")
+    return [side * size for size in patch_size]
 
 
 def array_of(arrays: Tensors, name: str, ndim: int | None = None) -> torch.Tensor:
@@ -158,10 +172,14 @@ def _to_our_layout(name: str, array: torch.Tensor) -> torch.Tensor:
     try:
         if name == "embedding/kernel":
             return array.permute(3, 2, 0, 1)
-        if module in _ATTENTION:
-            if parameter == "bias":
-                return array.flatten()
-            return array.flatten(0, 1).T if module == "out" else array.flatten(1).T
+        if module in _ATTENTION and parameter == "bias":
+            return array.flatten()
+        if module in ("query", "key", "value", "dense"):  # heads, or the members of an ensemble
+            return array.flatten(1).T
+        if module == "out":
+            return array.flatten(0, 1).T
+        if parameter == "mu":
+            return array.permute(1, 2, 0)
         return array.mT if parameter == "kernel" else array
     except (IndexError, RuntimeError) as error:
         raise ConversionError(

@@ -14,9 +14,9 @@ def _model(num_selected_experts: int, group_size: int, capacity_factor: float, *
     return {"encoder": {"moe": {"group_size": group_size, "router": router, **moe}}}
 
 
-# The `model` sections of that code's configurations, by the names in gs://vmoe_checkpoints. No configuration was
-# published for `..._medium` and `eee_s32_last2_ilsvrc2012`: theirs are those of `..._light1`, the same model trained for
-# fewer epochs, and of the model fine-tuned from it, with groups of as many images.
+# The `model` sections of that code's configurations, by the names in gs://vmoe_checkpoints, with the capacity of the
+# evaluation. For `..._medium` and `eee_s32_last2_ilsvrc2012` none was published: theirs are those of `..._light1`, the
+# same model trained for fewer epochs, and of the model fine-tuned from it, with groups of as many images.
 PUBLISHED = {
     "vmoe_s32_last2_ilsvrc2012_randaug_light1": _model(2, 8 * 50, 4.0),
     "vmoe_s32_last2_ilsvrc2012_randaug_light1_ft_ilsvrc2012": _model(2, 8 * 145, 1.5),
