@@ -80,8 +80,8 @@ _SEEN_IN_ARRAYS = [
     ("router", "num_slots", "num_slots"),
 ]
 _POOLINGS = {"gap": "gap", "0": "first"}
-# Arguments of initialisation, dropout, devices and metrics. None changes the weights or, up to a rounding of the experts'
-# inputs and outputs to bfloat16, what the model answers.
+# Arguments of initialisation, dropout, devices and metrics. None changes the weights or what the model answers, up to a
+# rounding of the experts' inputs and outputs to bfloat16.
 _WITHOUT_EFFECT = {
     "model": ("name", "head_bias_init", "head_kernel_zero_init", "deterministic"),
     "encoder": ("dropout_rate", "attention_dropout_rate", "dtype"),
@@ -171,7 +171,11 @@ def _position_embedding_type(arrays: Tensors, position: OfficialArguments) -> st
     if POSITIONS in arrays:
         position.agree("name", "learned")
         return "learned"
-    position.need("name")
+    name = position.need("name")
+    if name != "sincos2d":
+        raise ConversionError(
+            f"`{position.path}name` is {name!r}, but the tree has no `{POSITIONS}`: it must be 'sincos2d'."
+        )
     position.require("temperature", 10000)
     return "sincos2d"
 
@@ -209,4 +213,7 @@ def _router_fields(
         for argument, (field, default) in _LOSSES.items():
             # they sum the losses of all layers, we average them
             fields[field] = len(layers) * router.take(argument, default)
+        if fields["router_noise_std"] == 0:
+            # there is none there without noise
+            fields["router_load_loss_coef"] = 0.0
     return fields
