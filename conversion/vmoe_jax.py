@@ -80,8 +80,8 @@ _SEEN_IN_ARRAYS = [
     ("router", "num_slots", "num_slots"),
 ]
 _POOLINGS = {"gap": "gap", "0": "first"}
-# Arguments of initialisation, dropout, devices and metrics. None changes the weights or what the model answers, up to a
-# rounding of the experts' inputs and outputs to bfloat16.
+# Arguments of initialisation, dropout, devices and metrics; they change neither the weights nor the answers.
+# The experts' inputs and outputs, which that code can round to bfloat16, have the model's dtype.
 _WITHOUT_EFFECT = {
     "model": ("name", "head_bias_init", "head_kernel_zero_init", "deterministic"),
     "encoder": ("dropout_rate", "attention_dropout_rate", "dtype"),
