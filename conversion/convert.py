@@ -56,9 +56,8 @@ def convert(
     if config_path is None and KINDS[kind].needs_config:
         raise ConversionError(f"--kind {kind} needs --config, because tensors do not show all of a model.")
     content = {} if config_path is None else read_config(config_path)
-    request = Request(content, KINDS[kind].read(checkpoint_path), checkpoint_path, stage, num_stages)
     try:
-        write, what = KINDS[kind].convert(request)
+        write, what = KINDS[kind].convert(Request(content, checkpoint_path, stage, num_stages))
     except ConversionError as error:
         beside = "" if config_path is None else f" with {config_path}"
         raise ConversionError(f"{checkpoint_path}{beside}: {error}") from error

@@ -1,12 +1,10 @@
 """The V-MoEs of google-research/vmoe, and the ViTs of big_vision and vision_transformer (JAX)."""
 
 from abc import abstractmethod
-from pathlib import Path
 from typing import ClassVar
 
 from transformers import PreTrainedConfig, PreTrainedModel, ViTForImageClassification
 
-from m2mkd.conversion.checkpoint_file import Checkpoint
 from m2mkd.conversion.jax_tree import check_tree, converted_tree, read_parameters
 from m2mkd.conversion.kind import Kind, Request
 from m2mkd.conversion.official_models import NameTable, OfficialArguments, shapes_of
@@ -26,13 +24,9 @@ class JaxKind(Kind):
     model_class: ClassVar[type[PreTrainedModel]]
     table: ClassVar[NameTable]
 
-    def read(self, path: Path) -> Checkpoint:
-        """The parameters only, of a checkpoint in several files or of named arrays."""
-        return Checkpoint(model=read_parameters(path))
-
     def convert(self, request: Request) -> Output:
         """The whole model."""
-        arrays = self.named(request.checkpoint.model)
+        arrays = self.named(read_parameters(request.path))
         model = on_meta(self.model_class, lambda: self.config(arrays, request))
         converted = converted_tree(arrays, self.table)
         check_tree(converted, shapes_of(model.state_dict()), self.table)

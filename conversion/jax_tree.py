@@ -150,10 +150,10 @@ def converted_tree(arrays: Tensors, table: NameTable) -> Tensors:
     Raises:
         `ConversionError`: some names are not in the table, or an array has the wrong number of axes.
     """
-    unknown = sorted(name for name in arrays if table.ours(name) is None)
-    if unknown:
-        raise ConversionError(f"These arrays do not belong to the model: {unknown}.")
-    return {table.ours(name): _to_our_layout(name, arrays.pop(name)).contiguous() for name in list(arrays)}
+    names = {name: ours for name in arrays if (ours := table.ours(name)) is not None}
+    if len(names) < len(arrays):
+        raise ConversionError(f"These arrays do not belong to the model: {sorted(arrays.keys() - names.keys())}.")
+    return {ours: _to_our_layout(name, arrays.pop(name)).contiguous() for name, ours in names.items()}
 
 
 def check_tree(converted: Tensors, expected: Shapes, table: NameTable) -> None:

@@ -4,6 +4,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,17 +22,20 @@ class Request:
 
     Args:
         content (`dict[str, Any]`): The configuration as [`read_config`] read it; empty without `--config`.
-        checkpoint (`Checkpoint`): The checkpoint as [`Kind.read`] read it.
-        path (`Path`): File of the checkpoint.
+        path (`Path`): File of the checkpoint, or what the names of its files begin with.
         stage (`int`, *optional*): `--stage`.
         num_stages (`int`, *optional*): `--num-stages`.
     """
 
     content: dict[str, Any]
-    checkpoint: Checkpoint
     path: Path
     stage: int | None = None
     num_stages: int | None = None
+
+    @cached_property
+    def checkpoint(self) -> Checkpoint:
+        """The checkpoint as [`read_checkpoint`] reads it. Raises `ConversionError`."""
+        return read_checkpoint(self.path)
 
 
 class Kind(ABC):
@@ -39,10 +43,6 @@ class Kind(ABC):
 
     name: ClassVar[str]
     needs_config: ClassVar[bool] = True
-
-    def read(self, path: Path) -> Checkpoint:
-        """Read a checkpoint. Raises `ConversionError`."""
-        return read_checkpoint(path)
 
     @abstractmethod
     def convert(self, request: Request) -> Output:

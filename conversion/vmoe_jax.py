@@ -145,9 +145,9 @@ def vmoe_jax_config(arrays: Tensors, model: Mapping[str, Any]) -> VMoEConfig:
     )
     if fields["moe_layers"]:
         fields.update(_router_fields(arrays, fields["moe_layers"], moe, router, dispatcher))
-    for section, argument, field in _SEEN_IN_ARRAYS:
+    for name, argument, field in _SEEN_IN_ARRAYS:
         if field in fields:
-            sections[section].agree(argument, fields[field])
+            sections[name].agree(argument, fields[field])
     for section in (*sections.values(), position):
         section.end()
     return VMoEConfig(**fields)

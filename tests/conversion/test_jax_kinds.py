@@ -3,10 +3,13 @@
 import copy
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax_vmoe
 import numpy as np
 import pytest
 import torch
@@ -113,6 +116,31 @@ class TestCasesOfTheCode:
         with pytest.raises(ConversionError, match=re.escape(shard.name)):
             convert("vmoe-jax", FILES / "checkpoint_v1_sharded" / "config.json", tmp_path / "ckpt", out)
         assert left(out) == []
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux shows the peak")
+def test_the_whole_conversion_takes_one_copy_and_one_shard(
+    tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jax_vmoe, "WIDTH", 512)
+    monkeypatch.setattr(jax_vmoe, "MLP", 2048)
+    arrays = tree()
+    prefix = write_checkpoint(tmp_path / "vmoe_s32_last2_ilsvrc2012_randaug_light1", arrays, 2, pieces=4)
+    script = """
+import re, sys
+from pathlib import Path
+from m2mkd.conversion.convert import convert
+def peak():
+    return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+before = peak()
+convert("vmoe-jax", None, Path(sys.argv[1]), Path(sys.argv[2]))
+print(peak() - before)
+"""
+    command = [sys.executable, "-c", script, str(prefix), str(out)]
+    taken = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+    copy = sum(array.nbytes for array in arrays.values())
+    assert copy / 2 < taken < copy + copy / 2, taken / copy
 
 
 class TestBadValues:
