@@ -168,8 +168,8 @@ class VMoEExperts(nn.Module):
         """
         groups = rows.unflatten(1, (self.num_experts, -1))
         hidden = groups.transpose(0, 1).flatten(1, 2)
-        hidden = torch.baddbmm(self.up_proj_bias[:, None], hidden, self.up_proj.mT)
-        hidden = torch.baddbmm(self.down_proj_bias[:, None], self.act_fn(hidden), self.down_proj.mT)
+        hidden = torch.baddbmm(self.up_proj_bias[:, None], hidden, self.up_proj.transpose(1, 2))
+        hidden = torch.baddbmm(self.down_proj_bias[:, None], self.act_fn(hidden), self.down_proj.transpose(1, 2))
         return hidden.unflatten(1, (-1, groups.shape[2])).transpose(0, 1).flatten(1, 2)
 
 

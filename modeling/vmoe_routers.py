@@ -135,7 +135,7 @@ class VMoELinearRouter(VMoERouter):
         logits = F.linear(hidden_states, self.weight, self.bias)
         if self.num_members > 1:
             blocks = logits.unflatten(-1, (self.num_members, -1)).unflatten(-3, (-1, self.num_members))
-            logits = blocks.diagonal(dim1=-3, dim2=-2).mT.flatten(-3, -2)
+            logits = blocks.diagonal(dim1=-3, dim2=-2).transpose(-1, -2).flatten(-3, -2)
         return logits
 
     def capacity(self, num_tokens: int) -> int:
@@ -196,9 +196,9 @@ class VMoETokenChoiceRouter(VMoELinearRouter):
         return self._claims_before(index)
 
     def _claims_before(self, index: torch.Tensor) -> torch.Tensor:
-        claims = index.mT.flatten(-2)[..., None]
-        counts = (claims == torch.arange(self.num_experts, device=index.device)).cumsum(dim=-2)
-        return (counts.gather(-1, claims) - 1).reshape(index.mT.shape).mT
+        claims = index.transpose(-1, -2).flatten(-2)[..., None]
+        counts = (claims == torch.arange(self.num_experts, device=index.device)).long().cumsum(dim=-2)
+        return (counts.gather(-1, claims) - 1).reshape(index.transpose(-1, -2).shape).transpose(-1, -2)
 
     def dispatch(
         self,
@@ -237,7 +237,7 @@ class VMoEExpertChoiceRouter(VMoELinearRouter):
         Raises:
             `ValueError`: an expert has more room than the group has tokens.
         """
-        gates = F.softmax(noisy_logits, dim=-1, dtype=torch.float32).mT
+        gates = F.softmax(noisy_logits, dim=-1, dtype=torch.float32).transpose(-1, -2)
         group_size = gates.shape[-1]
         capacity = self.capacity(group_size)
         if capacity > group_size:
@@ -259,9 +259,8 @@ class VMoEExpertChoiceRouter(VMoELinearRouter):
         _, _, weights, index = choice
         index = index.flatten(1)
         outputs = experts.forward_rows(take_rows(hidden_states, index)) * weights.flatten(1)[..., None]
-        outputs = add_rows(hidden_states.shape, index, outputs)
-        missed = torch.ones(hidden_states.shape[:-1], dtype=torch.bool, device=index.device)
-        return outputs, missed.scatter(1, index, False)
+        taken = index.new_zeros(hidden_states.shape[:-1]).scatter(1, index, torch.ones_like(index))
+        return add_rows(hidden_states.shape, index, outputs), taken == 0
 
 
 class VMoESoftRouter(VMoERouter):
@@ -293,7 +292,7 @@ class VMoESoftRouter(VMoERouter):
     ) -> tuple[torch.Tensor, None]:
         """Run the experts."""
         _, _, combine, dispatch = choice
-        slots = dispatch.mT.to(hidden_states.dtype) @ hidden_states
+        slots = dispatch.transpose(-1, -2).to(hidden_states.dtype) @ hidden_states
         return combine @ experts.forward_rows(slots), None
 
 
@@ -335,17 +334,19 @@ def order_by(values: torch.Tensor) -> torch.Tensor:
 
 def take_rows(rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """Rows `(num_groups, num_taken, width)` of `(num_groups, num_rows, width)`, by `index` in each group."""
-    return F.embedding(_across_groups(index, rows.shape[1]), rows.flatten(0, 1))
+    taken = rows.flatten(0, 1).index_select(0, _across_groups(index, rows.shape[1]))
+    return taken.view(*index.shape, rows.shape[-1])
 
 
 def add_rows(shape: torch.Size, index: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     """The reverse of [`take_rows`]: zeros of `shape`, to whose rows `values` are added."""
-    flat = values.new_zeros(shape).flatten(0, 1)
-    return flat.index_add(0, _across_groups(index, shape[1]).flatten(), values.flatten(0, 1)).view(shape)
+    values = values.flatten(0, 1)
+    index = _across_groups(index, shape[1])[:, None].expand_as(values)
+    return values.new_zeros(shape).flatten(0, 1).scatter_add(0, index, values).view(shape)
 
 
 def _across_groups(index: torch.Tensor, group_size: int) -> torch.Tensor:
-    return index + torch.arange(index.shape[0], device=index.device)[:, None] * group_size
+    return (index + torch.arange(index.shape[0], device=index.device)[:, None] * group_size).flatten()
 
 
 def unit(vectors: torch.Tensor) -> torch.Tensor:
