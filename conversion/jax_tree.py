@@ -28,8 +28,8 @@ def read_parameters(path: Path) -> Tensors:
     Read the parameters of a model, without what a trainer saves beside them.
 
     Args:
-        path (`Path`): What the names of google-research/vmoe's checkpoint files begin with, or a file of named arrays
-            (`.npz`, `.safetensors`).
+        path (`Path`): What the names of google-research/vmoe's checkpoint files begin with, or the one that ends in
+            `.index`, or a file of named arrays (`.npz`, `.safetensors`).
 
     Returns:
         `dict[str, torch.Tensor]`: Named with `/` between the names of the tree, without the prefix that all of them
@@ -38,8 +38,9 @@ def read_parameters(path: Path) -> Tensors:
     Raises:
         `ConversionError`: a file is missing or damaged, or holds no tree of a vision transformer.
     """
-    if path.with_name(f"{path.name}.index").is_file():
-        checkpoint = PartitionedCheckpoint(path)
+    prefix = path.with_name(path.name.removesuffix(".index"))
+    if prefix.with_name(f"{prefix.name}.index").is_file():
+        checkpoint = PartitionedCheckpoint(prefix)
         root = _root(checkpoint.leaves)
         arrays = checkpoint.read([name for name in checkpoint.leaves if name.startswith(root)])
         return {name.removeprefix(root): array for name, array in arrays}

@@ -29,7 +29,7 @@ def test_a_name_in_front_of_all_and_dots_do_not_matter(tmp_path: Path) -> None:
     arrays = {f"params.{name.replace('/', '.')}": torch.from_numpy(array) for name, array in tree().items()}
     save_file(arrays, tmp_path / "dots.safetensors")
     write_checkpoint(tmp_path / "files", {f"target/{name}": array for name, array in tree().items()})
-    for path in (tmp_path / "dots.safetensors", tmp_path / "files"):
+    for path in (tmp_path / "dots.safetensors", tmp_path / "files", tmp_path / "files.index"):
         ours = read_parameters(path)
         assert ours.keys() == tree().keys()
         assert all(np.array_equal(ours[name], array) for name, array in tree().items())
