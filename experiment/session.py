@@ -131,8 +131,7 @@ class Session:
         networks = [network for network in (model, teacher, meta) if network is not None]
         trainer = self.trainer(args, data, model, teacher, meta, trainer_class)
         flops_per_image = training_flops_per_image(trainer, networks)
-        images = len(trainer.train_dataset)
-        self.say(f"{name}: {images} images, {trainer.args.num_train_epochs:g} epochs")
+        self.say(f"{name}: {len(trainer.train_dataset)} images, {trainer.args.num_train_epochs:g} epochs")
         checkpoint = last_complete_checkpoint(work)
         stopwatch = Stopwatch(checkpoint)
         reset_peak_memory()
@@ -144,17 +143,9 @@ class Session:
             history = _train_or_restore(trainer, checkpoint)
         if on_trained is not None:
             on_trained(trainer)
-        epochs = _epochs(args, images)
-        fitted = min(FITTED_IMAGES, images) if args.stitch_init == "least_squares" else 0
         return {
             "train_seconds": stopwatch.seconds,
-            "train_samples_seen": int(images * epochs),
-            "train_flops": flops_per_image * (images * epochs + fitted),
-            "peak_memory": peak_memory(),
-            "parameters": sum(count_parameters(stage) for stage in trainer.trained_pairs().values()),
-            "images": images if epochs else 0,
-            "labels": images if epochs and args.alpha < 1 else 0,
-            "epochs": epochs,
+            **_costs(trainer, flops_per_image),
             # the Trainer's last entry summarizes the session, not the training
             "log_history": [_without_clocks(entry) for entry in history if "train_loss" not in entry],
         }
@@ -270,10 +261,23 @@ def _train_or_restore(trainer: M2MKDTrainer, checkpoint: Path | None) -> list[di
     return trainer.state.log_history
 
 
-def _epochs(args: M2MKDConfig, images: int) -> float:
-    if args.max_steps <= 0:
-        return float(args.num_train_epochs)
-    return args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size / images
+def _costs(trainer: M2MKDTrainer, flops_per_image: float) -> Results:
+    """What a training has seen, taken and made."""
+    args, images = trainer.args, len(trainer.train_dataset)
+    epochs = float(args.num_train_epochs)
+    if args.max_steps > 0:
+        images_per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        epochs = args.max_steps * images_per_step / images
+    fitted = min(FITTED_IMAGES, images) if args.stitch_init == "least_squares" else 0
+    return {
+        "train_samples_seen": int(images * epochs),
+        "train_flops": flops_per_image * (images * epochs + fitted),
+        "peak_memory": peak_memory(),
+        "parameters": sum(count_parameters(stage) for stage in trainer.trained_pairs().values()),
+        "images": images if epochs else 0,
+        "labels": images if epochs and args.alpha < 1 else 0,
+        "epochs": epochs,
+    }
 
 
 def _without_clocks(entry: dict[str, Any]) -> dict[str, Any]:
