@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 
 from m2mkd.experiment.arms import Arm
 from m2mkd.experiment.phases.arm import ArmPhase
+from m2mkd.experiment.phases.dense import DensePhase
 from m2mkd.experiment.phases.meta import AlignedMetaPhase, MetaPhase
 from m2mkd.experiment.phases.pairs import PairsPhase
 from m2mkd.experiment.phases.phase import Phase
@@ -25,6 +26,7 @@ def phases_of(session: Session, arms: Iterable[Arm] | None = None) -> dict[str, 
     teacher = IncubatedTeacherPhase if recipe.is_incubated else TrainedTeacherPhase
     beforehand: list[Phase] = [meta(session)] if recipe.meta is not None else []
     beforehand += [(PublishedTeacherPhase if is_published else teacher)(session), PairsPhase(session)]
+    beforehand += [DensePhase(session)] if recipe.upcycle is not None else []
     known = {phase.name: phase for phase in beforehand}
     known |= {phase.name: phase for phase in (ArmPhase(session, arm) for arm in arms or recipe.all_arms.values())}
     needed: set[str] = set()
@@ -55,6 +57,7 @@ def _order(name: str, known: Mapping[str, Phase], ordered: dict[str, Phase]) -> 
 __all__ = [
     "AlignedMetaPhase",
     "ArmPhase",
+    "DensePhase",
     "IncubatedTeacherPhase",
     "MetaPhase",
     "PairsPhase",

@@ -118,7 +118,7 @@ def _read_arms(folder: RunFolder, seed: int, recipe: dict[str, Any]) -> dict[str
     for name in folder.arm_names(seed):
         own = folder.arm(name, seed)
         words = read_results(own).get("arm") if is_finished(own) else None
-        if name not in arms and (arm := arm_of_folder(name, words, _context(recipe))) is not None:
+        if name not in arms and (arm := arm_of_folder(name, words, recipe)) is not None:
             arms[name] = arm
     if not arms:
         raise RunError(f"No arm has run: there is none in {folder.of_seed(seed) / 'arms'}. {RUN_AGAIN}")
@@ -127,12 +127,14 @@ def _read_arms(folder: RunFolder, seed: int, recipe: dict[str, Any]) -> dict[str
         if result["iid"] is None:
             raise _damaged(folder.arm(name, seed) / EVAL_RESULTS, "an arm needs an `iid` result")
         result["arm"] = arms[name].described()
-        if arms[name].is_modular:
+        if arms[name].source.phase == "dense":
+            _add_source(result, "dense", [_read_costs(folder.dense(seed))])
+        elif arms[name].is_modular:
             num_pairs = len((recipe.get("student") or {}).get("depths") or [])
             pairs = [_read_costs(pair) for pair in _pair_folders(folder, seed, num_pairs)]
             if not pairs:
                 raise RunError(f"There are no distilled pairs in {folder.pairs(seed)}. {RUN_AGAIN}")
-            _add_distillation(result, pairs)
+            _add_source(result, "distill", pairs)
     return results
 
 
@@ -141,11 +143,7 @@ def _asked_arms(recipe: dict[str, Any]) -> dict[str, Arm]:
         name: spec if isinstance(spec, ArmSpec) else ArmSpec.model_validate(spec)
         for name, spec in named_specs(recipe.get("arms") or []).items()
     }
-    return resolve(specs, bool(recipe.get("equal_compute")), _context(recipe))
-
-
-def _context(recipe: dict[str, Any]) -> str:
-    return (recipe.get("distill") or {}).get("context", "meta")
+    return resolve(specs, bool(recipe.get("equal_compute")), recipe)
 
 
 def _read_hybrids(folder: RunFolder) -> Result | None:
@@ -166,18 +164,21 @@ def _read_hybrids(folder: RunFolder) -> Result | None:
     return {"stages": stages, **{name: measured[-1][name] for name in ("teacher", "chance", "n", "set")}}
 
 
-def _add_distillation(result: Result, pairs: list[Result]) -> None:
-    """Add the cost of the pairs to an arm that starts from them; its own cost is that of its end-to-end phase."""
+def _add_source(result: Result, phase: str, parts: list[Result]) -> None:
+    """
+    Add the cost of the parts of a phase (the pairs, or the dense network) to an arm that starts from them; its own
+    cost is that of its end-to-end phase.
+    """
     finetune = {name: result[name] for name in COSTS}
     total = ("train_seconds", "train_flops", "parameters")
-    distill = {name: (sum if name in total else max)(pair[name] for pair in pairs) for name in COSTS}
+    distill = {name: (sum if name in total else max)(part[name] for part in parts) for name in COSTS}
     for name in ("train_seconds", "train_flops", "train_samples_seen"):
         result[name] += distill[name]
     for name in ("images", "labels"):
         result[name] = max(result[name], distill[name])
-    result["parallel_seconds"] += max(pair["parallel_seconds"] for pair in pairs)
-    result["peak_memory"] = _largest([result, *pairs])
-    result["phases"] = {"distill": distill, "finetune": finetune}
+    result["parallel_seconds"] += max(part["parallel_seconds"] for part in parts)
+    result["peak_memory"] = _largest([result, *parts])
+    result["phases"] = {phase: distill, "finetune": finetune}
 
 
 def _read_result(folder: Path) -> Result:
