@@ -14,12 +14,15 @@ from m2mkd.errors import StageError
 
 @dataclass(frozen=True)
 class _Architecture:
-    """Module paths of a classifier's parts, and how its head reads the last hidden states."""
+    """
+    Module paths of a classifier's parts, and how its head reads the last hidden states; `None` for a head of which the
+    stage's class knows how.
+    """
 
     embeddings: str
     layers: str
     layernorm: str
-    pool: Callable[[torch.Tensor], tuple[torch.Tensor, ...]]
+    pool: Callable[[torch.Tensor], tuple[torch.Tensor, ...]] | None
     classifiers: tuple[str, ...] = ("classifier",)
 
 
@@ -54,7 +57,7 @@ _ARCHITECTURES = {
     "Dinov2ForImageClassification": _Architecture(
         "dinov2.embeddings", "dinov2.encoder.layer", "dinov2.layernorm", _class_token_and_patch_mean
     ),
-    "VMoEForImageClassification": _Architecture("vmoe.embeddings", "vmoe.layers", "vmoe.layernorm", _class_token),
+    "VMoEForImageClassification": _Architecture("vmoe.embeddings", "vmoe.layers", "vmoe.layernorm", None),
 }
 TRANSFORMERS = tuple(_ARCHITECTURES)
 
@@ -102,7 +105,10 @@ class TransformerStage(Stage):
             hidden_states = layer(hidden_states)
         if self._head:
             layernorm, *classifiers = self._head
-            pooled = self._pool(layernorm(hidden_states))
+            pooled = self._pooled(layernorm(hidden_states))
             logits = [classifier(tokens) for classifier, tokens in zip(classifiers, pooled, strict=True)]
             hidden_states = logits[0] if len(logits) == 1 else sum(logits) / len(logits)
         return hidden_states
+
+    def _pooled(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return self._pool(hidden_states)

@@ -410,8 +410,8 @@ class VMoEForImageClassification(VMoEPreTrainedModel):
         width = self.pooler.out_features
         self.classifier = nn.Linear(width, config.num_labels) if config.num_labels > 0 else nn.Identity()
         self.post_init()
-        # CODEPATH: models whose outputs hold balance losses or what is dropped; torch.compile cannot install the hooks
-        if config.has_capacity or has_balance_loss(config):
+        # CODEPATH: Google's V-MoE checkpoints drop tokens, which is recorded; torch.compile cannot install the hooks
+        if config.has_capacity:
             maybe_install_capturing_hooks(self.vmoe)
 
     @can_return_tuple
