@@ -282,6 +282,7 @@ class VMoEPooler(nn.Module):
 ROUTER_DIAL = (
     "capacity_factor",
     "expert_capacity",
+    "capacity_multiple_of",
     "num_experts_per_tok",
     "batch_prioritized_routing",
     "router_group_size",
@@ -313,12 +314,15 @@ class VMoEPreTrainedModel(PreTrainedModel):
     # the values are those of the config, where they are read  # trf-ignore: TRF033
     def set_router(self, **options: Any) -> None:
         """
-        Change how much each token is computed, in place, without training: `capacity_factor`, `expert_capacity`,
-        `num_experts_per_tok`, `batch_prioritized_routing` and `router_group_size` of [`VMoEConfig`]. What is left out
-        stays.
+        Change how much is computed for each token, in place, without training.
+
+        Args:
+            options: `capacity_factor`, `expert_capacity`, `capacity_multiple_of`, `num_experts_per_tok`,
+                `batch_prioritized_routing` and `router_group_size` of [`VMoEConfig`]. What is left out stays.
 
         Raises:
-            `ValueError`: an option is not one of these, or breaks a rule of the config, which then stays as it was.
+            `ValueError`: an option is not one of these.
+            `StrictDataclassError`: an option breaks a rule of the config, which then stays as it was.
 
         Example:
 
