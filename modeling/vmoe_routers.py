@@ -88,6 +88,13 @@ class VMoERouter(nn.Module):
         """Compute the weights and the choices."""
         raise NotImplementedError
 
+    def load(self, choice: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        """
+        How much each expert was chosen, of shape `(num_experts,)`, by what `forward` has returned: all experts as
+        much, where tokens do not choose.
+        """
+        return torch.ones(self.num_experts, dtype=torch.long, device=choice[0].device)
+
     def dispatch(
         self,
         experts: nn.Module,
@@ -182,6 +189,10 @@ class VMoETokenChoiceRouter(VMoELinearRouter):
             member = torch.arange(index.shape[-2], device=index.device) % self.num_members
             index = index + (member * noisy_logits.shape[-1])[:, None]
         return weights, index
+
+    def load(self, choice: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        """Number of choices of each expert, also of those that are dropped."""
+        return torch.bincount(choice[3].flatten(), minlength=self.num_experts)
 
     def positions(self, index: torch.Tensor, noisy_logits: torch.Tensor) -> torch.Tensor:
         """
