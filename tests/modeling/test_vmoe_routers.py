@@ -117,6 +117,17 @@ def test_it_is_one_graph(name: str) -> None:
     torch.testing.assert_close(compiled(images(4)).logits, model(images(4)).logits, atol=1e-6, rtol=1e-5)
 
 
+class TestBackends:
+    @pytest.mark.parametrize("backend", BACKENDS[1:])
+    @pytest.mark.parametrize("options", ROUTERS.values(), ids=ROUTERS)
+    def test_outputs_and_gradients_are_those_of_the_dense_product(self, options: dict, backend: str) -> None:
+        model = vmoe(**options)
+        assert model.config._experts_implementation == "eager"
+        expected = result(model)
+        model.set_experts_implementation(backend)
+        assert_close(result(model), expected, atol=2e-5)
+
+
 class TestGroups:
     @pytest.mark.parametrize("options", [*ROUTERS.values(), EVERY_ROUTER["ensemble_with_capacity"]], ids=str)
     def test_without_a_size_an_image_does_not_depend_on_the_others(self, options: dict) -> None:
@@ -151,9 +162,8 @@ class TestCapacity:
         unlimited = vmoe(norm_topk_prob=normalized)
         unlimited.set_experts_implementation(backend)
         roomy = vmoe(norm_topk_prob=normalized, capacity_factor=4.0)
-        roomy.set_experts_implementation(backend)
         assert_close(result(roomy), result(unlimited), atol=2e-5)
-        assert roomy(images()).dropped.tolist() == [0, 0]
+        assert roomy(images()).dropped == 0
 
     def test_what_is_dropped_has_no_output(self) -> None:
         model = vmoe(expert_capacity=1, num_experts_per_tok=1)
@@ -173,8 +183,8 @@ class TestCapacity:
                 lambda router, _inputs, choice: kept.append(router.positions(choice[3], choice[1]) < 2)
             )
         dropped = model(images(4)).dropped
-        assert dropped.shape == (2,) and (dropped > 0).all()
-        torch.testing.assert_close(dropped, torch.stack([1 - mask.float().mean() for mask in kept]))
+        assert dropped > 0
+        torch.testing.assert_close(dropped, 1 - torch.stack(kept).float().mean())
 
     def test_without_a_limit_it_is_not(self) -> None:
         assert vmoe()(images()).dropped is None and vmoe(**ROUTERS["soft"])(images()).dropped is None
@@ -208,7 +218,7 @@ class TestExpertChoice:
         outputs = mlp(hidden_states)
         assert masks[0].shape == (3, 5) and 0 < masks[0].sum() < 15
         assert torch.equal(outputs.abs().sum(-1) == 0, masks[0])
-        assert model(images()).dropped.shape == (2,)
+        assert 0 < model(images()).dropped < 1
 
     def test_more_room_than_tokens_is_refused(self) -> None:
         model = vmoe(router_type="expert_choice", capacity_factor=2.0)
@@ -242,7 +252,7 @@ class TestSetRouter:
         expected = vmoe(capacity_factor=0.8, capacity_multiple_of=None, num_experts_per_tok=1)
         assert torch.equal(model(images()).logits, expected(images()).logits)
         assert (model.config.capacity_factor, model.vmoe.config.num_experts_per_tok) == (0.8, 1)
-        assert model(images()).dropped.max() > 0
+        assert model(images()).dropped > 0
 
     def test_a_limit_can_be_taken_away_again(self) -> None:
         model = vmoe(**ROUTERS["priorities"])
