@@ -163,7 +163,7 @@ class VMoEExperts(nn.Module):
 
     def forward_rows(self, rows: torch.Tensor) -> torch.Tensor:
         """
-        Run every expert on as many rows of its own. Without a backend (`"eager"`), one product does it for all experts.
+        Run every expert on as many rows of its own. With `"eager"` it is one product for all experts.
 
         Args:
             rows (`torch.Tensor` of shape `(num_groups, num_experts * num_rows, hidden_size)`): Of each group, the rows

@@ -202,8 +202,8 @@ class VMoETokenChoiceRouter(VMoELinearRouter):
         # CODEPATH: Google's V-MoE checkpoints were trained without priorities; many are used with them
         if self.config.batch_prioritized_routing:
             order = order_by(F.softmax(noisy_logits, dim=-1, dtype=torch.float32).amax(dim=-1))
-            order = order[..., None].expand_as(index)
-            return torch.empty_like(index).scatter(-2, order, self._claims_before(index.gather(-2, order)))
+            order, back = (way[..., None].expand_as(index) for way in (order, order.argsort(dim=-1)))
+            return self._claims_before(index.gather(-2, order)).gather(-2, back)
         return self._claims_before(index)
 
     def _claims_before(self, index: torch.Tensor) -> torch.Tensor:
