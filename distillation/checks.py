@@ -10,13 +10,13 @@ from m2mkd.distillation.split import stage_class_of
 from m2mkd.errors import StageError
 
 
-# Number of special tokens of architectures that have more than the class token.
+# Number of special tokens of architectures that have more than the class token; ours say it in their configuration.
 _SPECIAL_TOKENS = {"deit": 2}
 
 
 def num_special_tokens(config: PreTrainedConfig) -> int:
     """Number of tokens before the patches: the class token, and for a DeiT the distillation token."""
-    return _SPECIAL_TOKENS.get(config.model_type, 1)
+    return getattr(config, "num_special_tokens", _SPECIAL_TOKENS.get(config.model_type, 1))
 
 
 def num_tokens(config: PreTrainedConfig) -> int:

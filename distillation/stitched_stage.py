@@ -27,6 +27,8 @@ class StitchedStage(nn.Module):
             the student has. A DeiT has two, its class token and its distillation token. If the other network has only
             one, the DeiT gets a copy of the class token as the second (on digits, this is better than zeros or the
             mean of the patches if its second head reads that token), and the other network does not get the second.
+            Where one network has none (a V-MoE whose head reads the mean of the patches), the other gets that mean as
+            its class token.
         is_chained (`bool`): Whether the stage takes hidden states of the student itself, so that it needs no `pre`.
     """
 
@@ -103,9 +105,10 @@ class StitchedStage(nn.Module):
 def _with_special_tokens(hidden_states: torch.Tensor, given: int, wanted: int) -> torch.Tensor:
     """
     Change the number of tokens before the patches from `given` to `wanted`: leave out the last ones, or add copies of
-    the class token, which is the first.
+    the class token, which is the first. Without one, add copies of the mean of the patches.
     """
     if given == wanted:
         return hidden_states
-    copies = hidden_states[:, :1].expand(-1, max(wanted - given, 0), -1)
+    first = hidden_states[:, :1] if given else hidden_states.mean(dim=1, keepdim=True)
+    copies = first.expand(-1, max(wanted - given, 0), -1)
     return torch.cat([hidden_states[:, : min(given, wanted)], copies, hidden_states[:, given:]], dim=1)

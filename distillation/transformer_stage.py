@@ -15,7 +15,8 @@ from m2mkd.errors import StageError
 @dataclass(frozen=True)
 class _Architecture:
     """
-    Module paths of a classifier's parts, and how its head reads the last hidden states.
+    Module paths of a classifier's parts, and how its head reads the last hidden states; `None` for a head of which the
+    stage's class knows how.
 
     For a V-MoE made from the classifier: a layer's names that differ from a V-MoE's, the projection before each
     LayerScale, what of the tokens and of the head a V-MoE cannot express, and the tensors that are left out.
@@ -24,7 +25,7 @@ class _Architecture:
     embeddings: str
     layers: str
     layernorm: str
-    pool: Callable[[torch.Tensor], tuple[torch.Tensor, ...]]
+    pool: Callable[[torch.Tensor], tuple[torch.Tensor, ...]] | None
     classifiers: tuple[str, ...] = ("classifier",)
     layer_names: tuple[tuple[str, str], ...] = ()
     layer_scales: tuple[tuple[str, str], ...] = ()
@@ -82,7 +83,7 @@ _ARCHITECTURES = {
         # only masked image modeling reads it
         left_out=("dinov2.embeddings.mask_token",),
     ),
-    "VMoEForImageClassification": _Architecture("vmoe.embeddings", "vmoe.layers", "vmoe.layernorm", _class_token),
+    "VMoEForImageClassification": _Architecture("vmoe.embeddings", "vmoe.layers", "vmoe.layernorm", None),
 }
 TRANSFORMERS = tuple(_ARCHITECTURES)
 
@@ -169,7 +170,10 @@ class TransformerStage(Stage):
             hidden_states = layer(hidden_states)
         if self._head:
             layernorm, *classifiers = self._head
-            pooled = self._architecture.pool(layernorm(hidden_states))
+            pooled = self._pooled(layernorm(hidden_states))
             logits = [classifier(tokens) for classifier, tokens in zip(classifiers, pooled, strict=True)]
             hidden_states = logits[0] if len(logits) == 1 else sum(logits) / len(logits)
         return hidden_states
+
+    def _pooled(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return self._architecture.pool(hidden_states)

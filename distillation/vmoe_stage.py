@@ -1,11 +1,14 @@
 """Stages of a V-MoE: transformer layers whose routers have their own losses."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+from transformers import PreTrainedModel
 
+from m2mkd.distillation.stage import Stage
 from m2mkd.distillation.transformer_stage import TransformerStage
+from m2mkd.errors import StageError
 from m2mkd.modeling.modeling_vmoe import VMoEDropPath, balance_losses, has_balance_loss
 from m2mkd.modeling.vmoe_routers import VMoERouter
 
@@ -16,6 +19,25 @@ class VMoEStage(TransformerStage):
     keeps_stitches = True
     has_experts = True
     interpolates_positions = False
+
+    def __init__(self, model: PreTrainedModel, index: int, num_stages: int, layer_indices: range):
+        super().__init__(model, index, num_stages, layer_indices)
+        if self.is_last:
+            self._attach(model, "pooler")
+
+    @classmethod
+    def split(cls, model: PreTrainedModel, depths: Sequence[int]) -> list[Stage]:
+        """Split a model into its stages. Raises `StageError` for an ensemble."""
+        if model.config.num_ensemble_members > 1:
+            raise StageError(
+                f"An ensemble (`num_ensemble_members` {model.config.num_ensemble_members}) cannot be cut into stages: "
+                "from its first sparse layer on, it has the tokens of each image once for every member, and a meta "
+                "model has them once. Distil a model with one member, or train the ensemble end to end."
+            )
+        return super().split(model, depths)
+
+    def _pooled(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor]:
+        return (self.pooler(hidden_states),)
 
     @property
     def is_stochastic(self) -> bool:

@@ -1,31 +1,35 @@
 """How evenly a model uses its experts."""
 
-from typing import Any
-
 import torch
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel
+
+from m2mkd.modeling.vmoe_routers import VMoERouter
 
 
 @torch.no_grad()
 def expert_load(model: PreTrainedModel, dataset: Dataset, batch_size: int) -> dict[str, list[float]] | None:
     """
-    Fraction of the tokens' choices that each expert gets.
+    Fraction of the tokens' choices that each expert gets. A choice counts also if the expert has no room for it.
 
     Returns:
         `num_experts` fractions that sum to 1, by layer index; `None` for a model without experts.
     """
-    sparse_layers = getattr(model.config, "moe_layers", None)
-    if not sparse_layers:
+    routers = [module for module in model.modules() if isinstance(module, VMoERouter)]
+    if not routers:
         return None
-    counts: list[torch.Tensor] = []
+    counts = {router: torch.zeros(router.num_experts, dtype=torch.long) for router in routers}
+
+    def count(router: VMoERouter, _inputs: tuple, choice: tuple) -> None:
+        counts[router] += router.load(choice).cpu()
+
+    hooks = [router.register_forward_hook(count) for router in routers]
     model.eval()
-    for batch in DataLoader(dataset, batch_size=batch_size):
-        outputs: Any = model(batch["pixel_values"].to(model.device), output_router_logits=True)
-        for position, logits in enumerate(outputs.router_logits):
-            chosen = logits.topk(model.config.num_experts_per_tok, dim=-1).indices.flatten()
-            new = torch.bincount(chosen, minlength=model.config.num_experts).cpu()
-            if position == len(counts):
-                counts.append(torch.zeros_like(new))
-            counts[position] += new
-    return {str(layer): (count / count.sum()).tolist() for layer, count in zip(sparse_layers, counts, strict=True)}
+    try:
+        for batch in DataLoader(dataset, batch_size=batch_size):
+            model(batch["pixel_values"].to(model.device))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    layers = zip(sorted(model.config.moe_layers), counts.values(), strict=True)
+    return {str(layer): (load / load.sum()).tolist() for layer, load in layers}

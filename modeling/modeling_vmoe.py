@@ -40,7 +40,7 @@ from m2mkd.modeling.vmoe_outputs import (
     VMoEBackboneOutput,
     VMoEImageClassifierOutput,
     VMoEModelOutput,
-    dropped_fractions,
+    dropped_fraction,
     mean_of_members,
 )
 from m2mkd.modeling.vmoe_routers import ROUTERS, VMoELinearRouter, VMoERouter, VMoESoftRouter
@@ -126,7 +126,10 @@ class VMoEMLP(nn.Module):
         return self.fc2(self.activation_fn(self.fc1(hidden_states)))
 
 
-@use_experts_implementation(experts_interface=AnyWidthExpertsInterface(), has_gate=False, has_bias=True)
+EXPERTS_INTERFACE = AnyWidthExpertsInterface()
+
+
+@use_experts_implementation(experts_interface=EXPERTS_INTERFACE, has_gate=False, has_bias=True)
 class VMoEExperts(nn.Module):
     """Two-layer perceptrons with stacked weights. `model.set_experts_implementation(...)` selects the backend."""
 
@@ -160,7 +163,7 @@ class VMoEExperts(nn.Module):
 
     def forward_rows(self, rows: torch.Tensor) -> torch.Tensor:
         """
-        Run every expert on rows of its own, as one product for all experts, whatever the backend.
+        Run every expert on as many rows of its own. With `"eager"` it is one product for all experts.
 
         Args:
             rows (`torch.Tensor` of shape `(num_groups, num_experts * num_rows, hidden_size)`): Of each group, the rows
@@ -168,8 +171,14 @@ class VMoEExperts(nn.Module):
         """
         groups = rows.unflatten(1, (self.num_experts, -1))
         hidden = groups.transpose(0, 1).flatten(1, 2)
-        hidden = torch.baddbmm(self.up_proj_bias[:, None], hidden, self.up_proj.transpose(1, 2))
-        hidden = torch.baddbmm(self.down_proj_bias[:, None], self.act_fn(hidden), self.down_proj.transpose(1, 2))
+        backend = EXPERTS_INTERFACE.get_interface(self.config._experts_implementation, None)
+        if backend is not None:
+            expert = torch.arange(self.num_experts, device=rows.device).repeat_interleave(hidden.shape[1])[:, None]
+            hidden = backend(self, hidden.flatten(0, 1), expert, torch.ones_like(expert, dtype=rows.dtype))
+            hidden = hidden.unflatten(0, (self.num_experts, -1))
+        else:
+            hidden = torch.baddbmm(self.up_proj_bias[:, None], hidden, self.up_proj.transpose(1, 2))
+            hidden = torch.baddbmm(self.down_proj_bias[:, None], self.act_fn(hidden), self.down_proj.transpose(1, 2))
         return hidden.unflatten(1, (-1, groups.shape[2])).transpose(0, 1).flatten(1, 2)
 
 
@@ -282,6 +291,7 @@ class VMoEPooler(nn.Module):
 ROUTER_DIAL = (
     "capacity_factor",
     "expert_capacity",
+    "capacity_multiple_of",
     "num_experts_per_tok",
     "batch_prioritized_routing",
     "router_group_size",
@@ -310,15 +320,26 @@ class VMoEPreTrainedModel(PreTrainedModel):
     }
     _input_embed_layer = "patch_embeddings"
 
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        """The default is the plain product where every expert has as many rows, which makes it dense."""
+        # CODEPATH: Google's V-MoE checkpoints have a capacity, m2mKD's have none
+        is_dense = self.config.has_capacity or self.config.router_type == "soft"
+        return super().get_correct_experts_implementation(
+            "eager" if requested_experts is None and is_dense else requested_experts
+        )
+
     # the values are those of the config, where they are read  # trf-ignore: TRF033
     def set_router(self, **options: Any) -> None:
         """
-        Change how much each token is computed, in place, without training: `capacity_factor`, `expert_capacity`,
-        `num_experts_per_tok`, `batch_prioritized_routing` and `router_group_size` of [`VMoEConfig`]. What is left out
-        stays.
+        Change how much is computed for each token, in place, without training.
+
+        Args:
+            options: `capacity_factor`, `expert_capacity`, `capacity_multiple_of`, `num_experts_per_tok`,
+                `batch_prioritized_routing` and `router_group_size` of [`VMoEConfig`]. What is left out stays.
 
         Raises:
-            `ValueError`: an option is not one of these, or breaks a rule of the config, which then stays as it was.
+            `ValueError`: an option is not one of these.
+            `StrictDataclassError`: an option breaks a rule of the config, which then stays as it was.
 
         Example:
 
@@ -410,8 +431,8 @@ class VMoEForImageClassification(VMoEPreTrainedModel):
         width = self.pooler.out_features
         self.classifier = nn.Linear(width, config.num_labels) if config.num_labels > 0 else nn.Identity()
         self.post_init()
-        # CODEPATH: models whose outputs hold balance losses or what is dropped; torch.compile cannot install the hooks
-        if config.has_capacity or has_balance_loss(config):
+        # CODEPATH: Google's V-MoE checkpoints drop tokens, which is recorded; torch.compile cannot install the hooks
+        if config.has_capacity:
             maybe_install_capturing_hooks(self.vmoe)
 
     @can_return_tuple
@@ -470,7 +491,7 @@ class VMoEForImageClassification(VMoEPreTrainedModel):
             loss=loss,
             logits=logits,
             **balance,
-            dropped=dropped_fractions(outputs.dropped_mask) if outputs.dropped_mask else None,
+            dropped=dropped_fraction(outputs.dropped_mask) if outputs.dropped_mask else None,
             member_logits=member_logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,

@@ -66,9 +66,9 @@ class VMoEImageClassifierOutput(ModelOutput):
         Unweighted load loss, averaged over the sparse layers.
     gshard_loss (`torch.FloatTensor` of shape `()`, returned with `aux_loss` if the config gives it a weight):
         Unweighted GShard loss, averaged over the sparse layers.
-    dropped (`torch.FloatTensor` of shape `(num_sparse_layers,)`, returned if the router can drop tokens):
+    dropped (`torch.FloatTensor` of shape `()`, returned if the router can drop tokens):
         Fraction of the tokens' choices for which the experts had no room; for expert choice, of the tokens that no
-        expert has taken.
+        expert has taken. Averaged over the sparse layers; [`VMoEModelOutput`] has the mask of each.
     router_logits (`tuple(torch.FloatTensor)`, returned with `output_router_logits=True`):
         As in [`VMoEModelOutput`].
     """
@@ -114,6 +114,6 @@ def mean_of_members(member_logits: torch.Tensor) -> torch.Tensor:
     return torch.logsumexp(F.log_softmax(member_logits, dim=-1), dim=1) - math.log(member_logits.shape[1])
 
 
-def dropped_fractions(dropped_mask: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """Fraction of each mask, of shape `(num_sparse_layers,)`."""
-    return torch.stack([mask.float().mean() for mask in dropped_mask])
+def dropped_fraction(dropped_mask: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """Fraction of what is dropped, averaged over the masks of the sparse layers."""
+    return torch.stack([mask.float().mean() for mask in dropped_mask]).mean()

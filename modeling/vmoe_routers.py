@@ -88,6 +88,13 @@ class VMoERouter(nn.Module):
         """Compute the weights and the choices."""
         raise NotImplementedError
 
+    def load(self, choice: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        """
+        How much each expert was chosen, of shape `(num_experts,)`, by what `forward` has returned: all experts as
+        much, where tokens do not choose.
+        """
+        return torch.ones(self.num_experts, dtype=torch.long, device=choice[0].device)
+
     def dispatch(
         self,
         experts: nn.Module,
@@ -183,6 +190,10 @@ class VMoETokenChoiceRouter(VMoELinearRouter):
             index = index + (member * noisy_logits.shape[-1])[:, None]
         return weights, index
 
+    def load(self, choice: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        """Number of choices of each expert, also of those that are dropped."""
+        return torch.bincount(choice[3].flatten(), minlength=self.num_experts)
+
     def positions(self, index: torch.Tensor, noisy_logits: torch.Tensor) -> torch.Tensor:
         """
         Number of earlier claims on the same expert, with the shape of `index`: first choices come before second ones,
@@ -191,8 +202,8 @@ class VMoETokenChoiceRouter(VMoELinearRouter):
         # CODEPATH: Google's V-MoE checkpoints were trained without priorities; many are used with them
         if self.config.batch_prioritized_routing:
             order = order_by(F.softmax(noisy_logits, dim=-1, dtype=torch.float32).amax(dim=-1))
-            order = order[..., None].expand_as(index)
-            return torch.empty_like(index).scatter(-2, order, self._claims_before(index.gather(-2, order)))
+            order, back = (way[..., None].expand_as(index) for way in (order, order.argsort(dim=-1)))
+            return self._claims_before(index.gather(-2, order)).gather(-2, back)
         return self._claims_before(index)
 
     def _claims_before(self, index: torch.Tensor) -> torch.Tensor:

@@ -24,6 +24,15 @@ NUM_LABELS = 5
 IMAGE_SIZE = 8  # four patches of 4x4 and the class token
 
 
+# Routers beside the default, with little room, by a name for the test.
+ROUTERS = {
+    "capacity": {"capacity_factor": 0.8, "capacity_multiple_of": None},
+    "priorities": {"capacity_factor": 0.8, "capacity_multiple_of": None, "batch_prioritized_routing": True},
+    "expert_choice": {"router_type": "expert_choice", "capacity_factor": 1.6, "capacity_multiple_of": None},
+    "soft": {"router_type": "soft", "num_slots": 2},
+}
+
+
 def vmoe_config(**overrides: Any) -> VMoEConfig:
     """Four layers (two of them sparse), 4 experts, top-2, 16 wide."""
     sizes = {

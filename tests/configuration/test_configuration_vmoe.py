@@ -49,6 +49,81 @@ class TestVMoEConfig:
                 id="post_stitch_twice",
             ),
             pytest.param({"pre_stitch_layers": [1]}, "pre_stitch_layers", "stitch_size", id="pre_stitch_width"),
+            pytest.param({"router_gshard_loss_coef": -1}, "router_gshard_loss_coef", "not be negative", id="gshard"),
+            pytest.param({"capacity_factor": 0}, "capacity_factor", "must be positive", id="capacity_factor"),
+            pytest.param({"expert_capacity": -1}, "expert_capacity", "must be positive", id="expert_capacity"),
+            pytest.param({"capacity_multiple_of": 0}, "capacity_multiple_of", "must be positive", id="multiple_of"),
+            pytest.param({"router_group_size": 0}, "router_group_size", "must be positive", id="group_size"),
+            pytest.param(
+                {"capacity_factor": 1.0, "expert_capacity": 2},
+                "expert_capacity",
+                "Set one of them",
+                id="two_capacities",
+            ),
+            pytest.param({"router_type": "soft", "num_slots": 0}, "num_slots", "at least 1", id="num_slots"),
+            pytest.param(
+                {"router_type": "soft", "capacity_factor": 1.0},
+                "capacity_factor",
+                "Set `num_slots`",
+                id="soft_capacity",
+            ),
+            pytest.param(
+                {"router_type": "expert_choice"}, "router_type", "needs `capacity_factor`", id="expert_choice"
+            ),
+            pytest.param(
+                {"batch_prioritized_routing": True},
+                "batch_prioritized_routing",
+                "Set `capacity_factor`",
+                id="priorities",
+            ),
+            pytest.param(
+                {"batch_prioritized_routing": True, "router_type": "expert_choice", "capacity_factor": 1.0},
+                "batch_prioritized_routing",
+                "token choice",
+                id="priorities_of_experts",
+            ),
+            pytest.param(
+                {"router_type": "soft", "router_importance_loss_coef": 0.1},
+                "router_importance_loss_coef",
+                "same load",
+                id="loss_of_soft",
+            ),
+            pytest.param(
+                {"router_type": "expert_choice", "capacity_factor": 1.0, "router_gshard_loss_coef": 0.1},
+                "router_gshard_loss_coef",
+                "same load",
+                id="loss_of_expert_choice",
+            ),
+            pytest.param({"num_ensemble_members": 3}, "num_ensemble_members", "divide `num_experts` 4", id="members"),
+            pytest.param({"num_ensemble_members": 0}, "num_ensemble_members", "at least 1", id="no_members"),
+            pytest.param(
+                {"num_ensemble_members": 2, "num_experts_per_tok": 3},
+                "num_experts_per_tok",
+                "only 2 of the 4",
+                id="experts_of_a_member",
+            ),
+            pytest.param(
+                {"num_ensemble_members": 2, "router_type": "soft"},
+                "num_ensemble_members",
+                "'token_choice'",
+                id="soft_e3",
+            ),
+            pytest.param(
+                {"num_ensemble_members": 2, "moe_layers": []}, "num_ensemble_members", "a sparse layer", id="dense_e3"
+            ),
+            pytest.param(
+                {"num_ensemble_members": 2, "router_group_size": 5},
+                "router_group_size",
+                "a multiple of",
+                id="e3_group",
+            ),
+            pytest.param({"representation_size": 0}, "representation_size", "at least 1", id="representation_size"),
+            pytest.param(
+                {"position_embedding_type": "sincos2d", "hidden_size": 18, "num_attention_heads": 2},
+                "position_embedding_type",
+                "multiple of 4",
+                id="sincos2d",
+            ),
             pytest.param({"post_stitch_layers": [1]}, "post_stitch_layers", "stitch_size", id="post_stitch_width"),
         ],
     )
@@ -59,7 +134,9 @@ class TestVMoEConfig:
         assert f"`{field}" in str(error.value) or f"{field}`" in str(error.value)
         assert rule in str(error.value)
 
-    @pytest.mark.parametrize("overrides", [{"hidden_size": "16"}, {"qkv_bias": "no"}, {"moe_layers": 2}])
+    @pytest.mark.parametrize(
+        "overrides", [{"hidden_size": "16"}, {"qkv_bias": "no"}, {"moe_layers": 2}, {"router_type": "top"}]
+    )
     def test_a_wrong_type_is_refused(self, overrides: dict) -> None:
         with pytest.raises(StrictDataclassFieldValidationError, match=next(iter(overrides))):
             vmoe_config(**overrides)
@@ -121,6 +198,8 @@ class TestVMoEConfig:
             drop_path_rate=0.1,
             router_noise_std=1.0,
             router_load_loss_coef=0.01,
+            capacity_factor=1.05,
+            batch_prioritized_routing=True,
             stitch_size=8,
             pre_stitch_layers=[1],
             image_size=[8, 12],

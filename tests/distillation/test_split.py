@@ -1,8 +1,11 @@
+from functools import partial
+
 import pytest
 import torch
 from testing_utils import (
     IMAGE_SIZE,
     NUM_LABELS,
+    ROUTERS,
     assert_equal,
     images,
     on_meta,
@@ -61,6 +64,9 @@ BUILDERS = {
     "deit_with_two_heads": deit_with_two_heads,
     "dinov2": dinov2,
     "vmoe": lambda: VMoEForImageClassification(vmoe_config()),
+    **{name: partial(VMoEForImageClassification, vmoe_config(**options)) for name, options in ROUTERS.items()},
+    "vmoe_gap": lambda: VMoEForImageClassification(vmoe_config(classifier_pooling="gap", representation_size=6)),
+    "vmoe_map": lambda: VMoEForImageClassification(vmoe_config(classifier_pooling="map", use_qk_norm=True)),
 }
 
 
@@ -121,6 +127,10 @@ class TestSplitIntoStages:
     def test_images_are_cast_to_the_dtype_of_the_first_stage(self) -> None:
         model = vit().to(torch.bfloat16)
         assert split_into_stages(model, [1, 2])[0](images()).dtype == torch.bfloat16
+
+    def test_an_ensemble_is_refused_with_the_way_out(self) -> None:
+        with pytest.raises(StageError, match="`num_ensemble_members` 2.*one member, or train the ensemble end to end"):
+            split_into_stages(vmoe(num_ensemble_members=2), [2, 2])
 
     @pytest.mark.parametrize("depths", [[2, 3], [1, 1], [5]], ids=str)
     def test_depths_that_do_not_add_up_are_refused_with_both_sums(self, depths: list[int]) -> None:

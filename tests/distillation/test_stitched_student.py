@@ -1,6 +1,6 @@
 import pytest
 import torch
-from testing_utils import assert_close, assert_equal, gradients, images, snapshot, vmoe
+from testing_utils import ROUTERS, assert_close, assert_equal, gradients, images, snapshot, vmoe
 from torch import nn
 from transformers import DeiTConfig, DeiTForImageClassification
 
@@ -72,6 +72,24 @@ class TestStitchedStage:
         hidden_states = torch.randn(3, 5, 16)
         given = torch.cat([hidden_states[:, :1], hidden_states], dim=1)
         assert torch.equal(pair(hidden_states)[0], pair.stage(given)[:, [0, 2, 3, 4, 5]])
+
+    def test_a_student_without_a_class_token_gives_the_mean_of_its_patches_for_one(self) -> None:
+        stages = split_into_stages(vmoe(classifier_pooling="gap"), DEPTHS)
+        pair = StitchedStage(stages[1], 16, special_tokens=1)
+        hidden_states = torch.randn(3, 5, 16)
+        alone = pair.post(pair.stage(pair.pre(hidden_states[:, 1:])))
+        assert torch.equal(pair(hidden_states)[0], torch.cat([alone.mean(dim=1, keepdim=True), alone], dim=1))
+        assert StitchedStage(stages[2], 16, special_tokens=1)(hidden_states)[0].shape == (3, 5)
+
+    @pytest.mark.parametrize("options", ROUTERS.values(), ids=ROUTERS)
+    def test_every_router_trains_between_stitches(self, options: dict) -> None:
+        pairs = student([0, 1, 2], **options, moe_layers=[0, 1, 3]).pairs.train()
+        for index, given in inputs().items():
+            pair = pairs[str(index)]
+            after = gradients(pair, pair(given)[0].square().sum())
+            # the weights of an expert are zero where no token was sent to it
+            for name in ("router", "experts.up_proj"):
+                assert all(after[key].abs().max() > 0 for key in after if name in key and "bias" not in key)
 
     def test_the_balance_losses_are_those_of_its_own_layers(self) -> None:
         model = vmoe(moe_layers=[0, 1, 2], router_importance_loss_coef=0.3)

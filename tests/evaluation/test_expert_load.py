@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from testing_utils import NoiseImages, nac, vit, vmoe
+from testing_utils import ROUTERS, NoiseImages, nac, vit, vmoe
 
 from m2mkd.evaluation.expert_load import expert_load
 
@@ -20,3 +20,13 @@ def test_shares_by_layer_are_those_of_the_routers_choices() -> None:
 @pytest.mark.parametrize("model", [vit, nac, lambda: vmoe(moe_layers=[])], ids=["vit", "nac", "no sparse layer"])
 def test_a_model_without_experts_has_none(model) -> None:
     assert expert_load(model(), NoiseImages(), batch_size=4) is None
+
+
+@pytest.mark.parametrize("options", [ROUTERS["expert_choice"], ROUTERS["soft"]], ids=["expert choice", "soft"])
+def test_where_tokens_do_not_choose_all_experts_do_the_same(options: dict) -> None:
+    assert expert_load(vmoe(**options), NoiseImages(8), batch_size=4) == {"1": [0.25] * 4, "3": [0.25] * 4}
+
+
+def test_members_of_an_ensemble_share_the_choices_evenly() -> None:
+    load = expert_load(vmoe(num_ensemble_members=2, num_experts_per_tok=1), NoiseImages(8), batch_size=4)
+    assert all(sum(fractions[:2]) == pytest.approx(0.5) for fractions in load.values())

@@ -33,9 +33,11 @@ class VMoEModelTester(VisionModelTester):
 class VMoEModelTest(VisionModelTests, unittest.TestCase):
     all_model_classes = (VMoEModel, VMoEBackbone, VMoEForImageClassification)
     overrides: dict[str, Any] = {}
+    seq_length = VMoEModelTester.seq_length
 
     def setUp(self) -> None:
         self.model_tester = VMoEModelTester(**self.overrides)
+        self.model_tester.seq_length = self.seq_length
         names = ["hidden_size", "num_attention_heads", "num_hidden_layers"]
         self.config_tester = ConfigTester(
             self, config_class=VMoEConfig, has_text_modality=False, hidden_size=36, common_properties=names
@@ -50,6 +52,26 @@ class BalancedVMoEModelTest(VMoEModelTest):
         "router_load_loss_coef": 0.01,
         "drop_path_rate": 0.1,
     }
+
+
+class CapacityVMoEModelTest(VMoEModelTest):
+    overrides = {"capacity_factor": 1.0, "batch_prioritized_routing": True, "router_gshard_loss_coef": 0.01}
+
+
+class ExpertChoiceVMoEModelTest(VMoEModelTest):
+    overrides = {"router_type": "expert_choice", "capacity_factor": 2.0, "classifier_pooling": "gap"}
+    seq_length = (30 // 2) ** 2
+
+
+class SoftVMoEModelTest(VMoEModelTest):
+    overrides = {"router_type": "soft", "num_slots": 2, "classifier_pooling": "map", "use_qk_norm": True}
+    seq_length = (30 // 2) ** 2
+
+
+class EnsembleVMoEModelTest(VMoEModelTest):
+    # a backbone of an ensemble is refused
+    all_model_classes = (VMoEModel, VMoEForImageClassification)
+    overrides = {"num_ensemble_members": 2, "num_experts_per_tok": 1, "representation_size": 24}
 
 
 class VMoEBackboneTest(BackboneTesterMixin, unittest.TestCase):
