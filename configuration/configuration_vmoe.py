@@ -13,7 +13,7 @@
 # limitations under the License.
 """V-MoE model configuration."""
 
-from typing import Any
+from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
@@ -43,6 +43,8 @@ VMOE_PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 
+_LOSSES = ("router_importance_loss_coef", "router_load_loss_coef", "router_gshard_loss_coef")
+
 
 @auto_docstring(
     custom_intro="""
@@ -61,18 +63,58 @@ class VMoEConfig(BackboneConfigMixin, PreTrainedConfig):
         Indices of the layers that have experts instead of an MLP. `None` means every layer; `[]` is a plain ViT.
     num_experts (`int`, *optional*, defaults to 8):
         Number of experts in each sparse layer.
+    router_type (`str`, *optional*, defaults to `"token_choice"`):
+        `"token_choice"`: each token chooses experts (V-MoE). `"expert_choice"`: each expert chooses tokens of the
+        group ([Expert Choice Routing](https://huggingface.co/papers/2202.09368)). `"soft"`: each expert gets weighted
+        means of all tokens of the group ([Soft MoE](https://huggingface.co/papers/2308.00951)).
     num_experts_per_tok (`int`, *optional*, defaults to 2):
-        Number of experts that each token is sent to.
+        Number of experts that each token is sent to (token choice).
     norm_topk_prob (`bool`, *optional*, defaults to `True`):
         Whether the weights of the selected experts are normalized among themselves (m2mKD), or taken from the softmax
         over all experts (the V-MoE paper, equation 1).
+    router_group_size (`int`, *optional*):
+        Number of consecutive tokens of the batch that are routed together; it must divide the tokens of a batch.
+        `None`: the tokens of one image where tokens compete for the experts, so that the logits of an image do not
+        depend on the others; all tokens of the batch for token choice without a capacity.
+    capacity_factor (`float`, *optional*):
+        Room of an expert for the tokens of a group, as a multiple of its share: `num_experts_per_tok * group_size /
+        num_experts` for token choice (V-MoE paper, section 2.3), `group_size / num_experts` for expert choice. Token
+        choice drops what is over it; `None` is no limit.
+    expert_capacity (`int`, *optional*):
+        The same room in tokens, instead of `capacity_factor`.
+    capacity_rounding (`str`, *optional*, defaults to `"ceil"`):
+        How the room is made a whole number, `"ceil"` or `"round"` (to even).
+    capacity_multiple_of (`int`, *optional*, defaults to 4):
+        The whole number is raised to a multiple of this. `None` leaves it.
+    batch_prioritized_routing (`bool`, *optional*, defaults to `False`):
+        Whether the tokens with the largest weights, instead of the first ones, get the room (V-MoE paper, section 4).
+    num_slots (`int`, *optional*, defaults to 1):
+        Number of slots of each expert (soft).
+    router_bias (`bool`, *optional*, defaults to `True`):
+        Whether the router has a bias, as in m2mKD; the routers of google-research/vmoe have none (token and expert
+        choice).
+    num_ensemble_members (`int`, *optional*, defaults to 1):
+        Number of members of an efficient ensemble of experts ([E3](https://huggingface.co/papers/2110.03360)): the
+        tokens are repeated at the first sparse layer, and each member has its own part of the experts.
     router_noise_std (`float`, *optional*, defaults to 0.0):
-        Standard deviation, in units of `1 / num_experts`, of the normal noise added to the router logits in training
-        (V-MoE paper, section 2.2, uses 1.0; m2mKD uses none).
+        Standard deviation, in units of `1 / num_experts` (of a member's experts in an ensemble; in units of 1 for
+        soft), of the normal noise added to the router logits in training (V-MoE paper, section 2.2, uses 1.0; m2mKD
+        uses none).
     router_importance_loss_coef (`float`, *optional*, defaults to 0.0):
         Weight of the importance loss (V-MoE paper, appendix A.2).
     router_load_loss_coef (`float`, *optional*, defaults to 0.0):
         Weight of the load loss (V-MoE paper, appendix A.3).
+    router_gshard_loss_coef (`float`, *optional*, defaults to 0.0):
+        Weight of the balance loss of [GShard](https://huggingface.co/papers/2006.16668).
+    classifier_pooling (`str`, *optional*, defaults to `"token"`):
+        What the classifier reads: `"token"` (the class token), `"gap"` (the mean of the patches), `"map"` (attention
+        pooling) or `"first"` (the first patch). Only `"token"` adds a class token.
+    representation_size (`int`, *optional*):
+        Width of a dense layer with tanh before the classifier (`pre_logits`). `None`: no such layer.
+    use_qk_norm (`bool`, *optional*, defaults to `False`):
+        Whether queries and keys are normalized in each head, by a layer norm without bias.
+    position_embedding_type (`str`, *optional*, defaults to `"learned"`):
+        `"learned"`, or `"sincos2d"`: fixed sines and cosines of the patch's row and column.
     stitch_size (`int`, *optional*):
         Width of the hidden states outside the stitch layers, for a model that keeps stitch layers (a student
         fine-tuned with the stitches of its distillation). `None`: the model has no stitch layers.
@@ -109,6 +151,9 @@ class VMoEConfig(BackboneConfigMixin, PreTrainedConfig):
         "aux_loss",
         "importance_loss",
         "load_loss",
+        "gshard_loss",
+        "dropped",
+        "member_logits",
     ]
 
     hidden_size: int = 768
@@ -127,11 +172,26 @@ class VMoEConfig(BackboneConfigMixin, PreTrainedConfig):
     qkv_bias: bool = True
     moe_layers: list[int] | None = None
     num_experts: int = 8
+    router_type: Literal["token_choice", "expert_choice", "soft"] = "token_choice"
     num_experts_per_tok: int = 2
     norm_topk_prob: bool = True
+    router_group_size: int | None = None
+    capacity_factor: float | int | None = None
+    expert_capacity: int | None = None
+    capacity_rounding: Literal["ceil", "round"] = "ceil"
+    capacity_multiple_of: int | None = 4
+    batch_prioritized_routing: bool = False
+    num_slots: int = 1
+    router_bias: bool = True
+    num_ensemble_members: int = 1
     router_noise_std: float | int = 0.0
     router_importance_loss_coef: float | int = 0.0
     router_load_loss_coef: float | int = 0.0
+    router_gshard_loss_coef: float | int = 0.0
+    classifier_pooling: Literal["token", "first", "gap", "map"] = "token"
+    representation_size: int | None = None
+    use_qk_norm: bool = False
+    position_embedding_type: Literal["learned", "sincos2d"] = "learned"
     stitch_size: int | None = None
     pre_stitch_layers: list[int] | None = None
     post_stitch_layers: list[int] | None = None
@@ -166,6 +226,16 @@ class VMoEConfig(BackboneConfigMixin, PreTrainedConfig):
             raise ValueError(f"There is no V-MoE preset '{name}'; choose one of {sorted(VMOE_PRESETS)}.")
         return cls(**{**VMOE_PRESETS[name], **overrides})
 
+    @property
+    def num_special_tokens(self) -> int:
+        """Number of tokens before the patches."""
+        return int(self.classifier_pooling == "token")
+
+    @property
+    def has_capacity(self) -> bool:
+        """Whether the experts have a limited room for tokens."""
+        return self.capacity_factor is not None or self.expert_capacity is not None
+
     def validate_sizes(self) -> None:
         """Check the sizes that must be positive or divide each other."""
         for field in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "num_channels"):
@@ -193,7 +263,7 @@ class VMoEConfig(BackboneConfigMixin, PreTrainedConfig):
                 "`num_experts >= num_experts_per_tok >= 1` is required, but `num_experts` is "
                 f"{self.num_experts} and `num_experts_per_tok` is {self.num_experts_per_tok}."
             )
-        for field in ("router_noise_std", "router_importance_loss_coef", "router_load_loss_coef"):
+        for field in ("router_noise_std", *_LOSSES):
             if getattr(self, field) < 0:
                 raise ValueError(f"`{field}` must not be negative, but is {getattr(self, field)}.")
         if self.router_load_loss_coef > 0 and self.router_noise_std == 0:
@@ -201,6 +271,80 @@ class VMoEConfig(BackboneConfigMixin, PreTrainedConfig):
                 f"`router_load_loss_coef` is {self.router_load_loss_coef}, but `router_noise_std` is 0: the load loss "
                 "uses the probability that an expert is selected when the router noise is drawn again. Set "
                 "`router_noise_std` (the V-MoE paper uses 1.0), or use only `router_importance_loss_coef`."
+            )
+
+    def validate_router(self) -> None:
+        """Check the room of the experts, and that the options belong to the router."""
+        for field in ("router_group_size", "capacity_factor", "expert_capacity", "capacity_multiple_of"):
+            value = getattr(self, field)
+            if value is not None and value <= 0:
+                raise ValueError(f"`{field}` must be positive, but is {value}. `None` leaves it out.")
+        if self.capacity_factor is not None and self.expert_capacity is not None:
+            raise ValueError(
+                f"`capacity_factor` {self.capacity_factor} and `expert_capacity` {self.expert_capacity} are both "
+                "given, but say the same thing in two ways. Set one of them to `None`."
+            )
+        if self.num_slots < 1:
+            raise ValueError(f"`num_slots` must be at least 1, but is {self.num_slots}.")
+        if self.router_type == "soft" and self.has_capacity:
+            raise ValueError(
+                "`router_type` 'soft' has slots in place of a capacity, but `capacity_factor` is "
+                f"{self.capacity_factor} and `expert_capacity` {self.expert_capacity}. Set `num_slots`."
+            )
+        if self.router_type == "expert_choice" and not self.has_capacity:
+            raise ValueError(
+                "`router_type` 'expert_choice' needs `capacity_factor` (or `expert_capacity`), the number of tokens "
+                "that an expert takes. The Expert Choice paper uses 2."
+            )
+        if self.batch_prioritized_routing and not (self.router_type == "token_choice" and self.has_capacity):
+            raise ValueError(
+                "`batch_prioritized_routing` decides which tokens get the limited room of token choice, but "
+                f"`router_type` is '{self.router_type}', `capacity_factor` {self.capacity_factor} and "
+                f"`expert_capacity` {self.expert_capacity}. Set `capacity_factor`, or leave it off."
+            )
+        for field in _LOSSES:
+            if getattr(self, field) > 0 and self.router_type != "token_choice":
+                raise ValueError(
+                    f"`{field}` is {getattr(self, field)}, but balances the choices of tokens, and `router_type` "
+                    f"'{self.router_type}' gives every expert the same load. Set it to 0."
+                )
+
+    def validate_ensemble(self) -> None:
+        """Check that the members of an ensemble have experts of their own, and enough of them."""
+        members = self.num_ensemble_members
+        if members < 1 or self.num_experts % members:
+            raise ValueError(
+                f"`num_ensemble_members` must be at least 1 and divide `num_experts` {self.num_experts}, but is "
+                f"{members}."
+            )
+        if members == 1:
+            return
+        if self.router_type != "token_choice" or not self.moe_layers:
+            raise ValueError(
+                f"`num_ensemble_members` {members} needs `router_type` 'token_choice' and a sparse layer, but "
+                f"`router_type` is '{self.router_type}' and `moe_layers` {self.moe_layers}."
+            )
+        if self.num_experts_per_tok > self.num_experts // members:
+            raise ValueError(
+                f"`num_experts_per_tok` is {self.num_experts_per_tok}, but each of the {members} members "
+                f"(`num_ensemble_members`) has only {self.num_experts // members} of the {self.num_experts} experts."
+            )
+        if self.router_group_size is not None and self.router_group_size % members:
+            raise ValueError(
+                f"`router_group_size` must be a multiple of `num_ensemble_members` {members}, but is "
+                f"{self.router_group_size}."
+            )
+
+    def validate_head(self) -> None:
+        """Check the sizes of the head and of the position embeddings."""
+        if self.representation_size is not None and self.representation_size < 1:
+            raise ValueError(
+                f"`representation_size` must be at least 1, but is {self.representation_size}. `None` leaves it out."
+            )
+        if self.position_embedding_type == "sincos2d" and (self.hidden_size % 4 or self.hidden_size < 8):
+            raise ValueError(
+                "`position_embedding_type` 'sincos2d' needs a `hidden_size` that is a multiple of 4 and at least 8, "
+                f"but it is {self.hidden_size}."
             )
 
     def validate_stitches(self) -> None:

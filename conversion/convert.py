@@ -5,22 +5,24 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from m2mkd.conversion.checkpoint_file import read_checkpoint, read_config
+from m2mkd.conversion.checkpoint_file import read_config
+from m2mkd.conversion.jax_kinds import ViTJaxKind, VMoEJaxKind
 from m2mkd.conversion.kind import Kind, Request
 from m2mkd.conversion.nac_kinds import NACKind, NACStudentKind
-from m2mkd.conversion.transformer_kinds import ViTKind, VMoEJaxKind, VMoEKind, VMoEStudentKind
+from m2mkd.conversion.transformer_kinds import ViTKind, VMoEKind, VMoEStudentKind
 from m2mkd.errors import ConversionError
 from m2mkd.files import explained_write_errors
 
 
 KINDS: dict[str, Kind] = {
-    kind.name: kind for kind in (NACKind(), NACStudentKind(), VMoEKind(), VMoEStudentKind(), ViTKind(), VMoEJaxKind())
+    kind.name: kind
+    for kind in (NACKind(), NACStudentKind(), VMoEKind(), VMoEStudentKind(), ViTKind(), VMoEJaxKind(), ViTJaxKind())
 }
 
 
 def convert(
     kind: str,
-    config_path: Path,
+    config_path: Path | None,
     checkpoint_path: Path,
     out: Path,
     stage: int | None = None,
@@ -31,8 +33,10 @@ def convert(
 
     Args:
         kind (`str`): What the checkpoint holds, one of `KINDS`.
-        config_path (`Path`): An official YAML file, or a JSON file with the constructor's arguments.
-        checkpoint_path (`Path`): `.pth`, `.pt`, `.safetensors` or `.npz`.
+        config_path (`Path`, *optional*): An official YAML file, or a JSON file with the constructor's arguments. The
+            JAX kinds need none if the arrays or the name of the checkpoint say everything.
+        checkpoint_path (`Path`): `.pth`, `.pt`, `.safetensors` or `.npz`, or what the names of google-research/vmoe's
+            checkpoint files begin with.
         out (`Path`): Folder to make. It appears whole or not at all.
         stage (`int`, *optional*): Which stage a student is, or which one to take from a ViT or V-MoE.
         num_stages (`int`, *optional*): Stages of the student's model.
@@ -49,11 +53,14 @@ def convert(
     out = out.absolute()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConversionError(f"{out} already exists and is not empty. Give a new folder, or delete it.")
-    request = Request(read_config(config_path), read_checkpoint(checkpoint_path), checkpoint_path, stage, num_stages)
+    if config_path is None and KINDS[kind].needs_config:
+        raise ConversionError(f"--kind {kind} needs --config, because tensors do not show all of a model.")
+    content = {} if config_path is None else read_config(config_path)
     try:
-        write, what = KINDS[kind].convert(request)
+        write, what = KINDS[kind].convert(Request(content, checkpoint_path, stage, num_stages))
     except ConversionError as error:
-        raise ConversionError(f"{checkpoint_path} with {config_path}: {error}") from error
+        beside = "" if config_path is None else f" with {config_path}"
+        raise ConversionError(f"{checkpoint_path}{beside}: {error}") from error
     _write(out, write)
     return f"{what} is in {out}."
 

@@ -4,12 +4,13 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
 from transformers import PreTrainedModel
 
-from m2mkd.conversion.checkpoint_file import Checkpoint
+from m2mkd.conversion.checkpoint_file import Checkpoint, read_checkpoint
 from m2mkd.conversion.output import Output, Tensors
 from m2mkd.errors import ConversionError
 
@@ -20,24 +21,28 @@ class Request:
     What one conversion was given.
 
     Args:
-        content (`dict[str, Any]`): The configuration as [`read_config`] read it.
-        checkpoint (`Checkpoint`): The checkpoint as [`read_checkpoint`] read it.
-        path (`Path`): File of the checkpoint.
+        content (`dict[str, Any]`): The configuration as [`read_config`] read it; empty without `--config`.
+        path (`Path`): File of the checkpoint, or what the names of its files begin with.
         stage (`int`, *optional*): `--stage`.
         num_stages (`int`, *optional*): `--num-stages`.
     """
 
     content: dict[str, Any]
-    checkpoint: Checkpoint
     path: Path
     stage: int | None = None
     num_stages: int | None = None
+
+    @cached_property
+    def checkpoint(self) -> Checkpoint:
+        """The checkpoint as [`read_checkpoint`] reads it. Raises `ConversionError`."""
+        return read_checkpoint(self.path)
 
 
 class Kind(ABC):
     """A kind of official checkpoint, as `--kind` names it."""
 
     name: ClassVar[str]
+    needs_config: ClassVar[bool] = True
 
     @abstractmethod
     def convert(self, request: Request) -> Output:

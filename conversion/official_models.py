@@ -330,6 +330,15 @@ class OfficialArguments:
         if given != value:
             raise ConversionError(f"`{self.path}{name}` is {given!r}; only {value!r} can be converted.")
 
+    def agree(self, name: str, value: Any) -> None:
+        """Take an argument that the tensors show as well. If it is given, it must have their value."""
+        given = self.take(name, None)
+        if given not in (None, value):
+            raise ConversionError(
+                f"`{self.path}{name}` is {given!r}, but the tensors show {value!r}: the configuration is of another "
+                "model."
+            )
+
     def end(self) -> None:
         """Raise an error if any argument was not taken."""
         if self.values:

@@ -76,5 +76,14 @@ def stage_output(
 
 
 def own_memory(tensors: Tensors) -> Tensors:
-    """Contiguous, and no two on one storage, as safetensors wants it."""
-    return {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+    """Contiguous, and no two on one storage, as safetensors wants it. What is so already is not copied."""
+    owned: Tensors = {}
+    storages = set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().contiguous()
+        storage = tensor.untyped_storage()
+        if storage.nbytes() != tensor.nbytes or storage.data_ptr() in storages:
+            tensor = tensor.clone()
+        storages.add(tensor.untyped_storage().data_ptr())
+        owned[name] = tensor
+    return owned

@@ -1,4 +1,4 @@
-"""Official ViTs, V-MoEs and their students, and the V-MoEs of google-research/vmoe."""
+"""Official ViTs, V-MoEs and their students."""
 
 import re
 from abc import abstractmethod
@@ -9,7 +9,6 @@ from transformers import PreTrainedConfig, PreTrainedModel, ViTForImageClassific
 
 from m2mkd.conversion.checkpoint_file import section
 from m2mkd.conversion.kind import (
-    Kind,
     Request,
     ReversibleKind,
     StudentKind,
@@ -31,9 +30,7 @@ from m2mkd.conversion.official_models import (
     vmoe_to_official,
     without_aliases,
 )
-from m2mkd.conversion.official_pixels import VMOE_JAX_PIXELS
 from m2mkd.conversion.output import Output, Position, Tensors, model_output, on_meta, stage_output
-from m2mkd.conversion.vmoe_jax import check_vmoe_jax, convert_vmoe_jax, plain_names, vmoe_jax_config
 from m2mkd.distillation.split import split_into_stages
 from m2mkd.errors import ConversionError
 from m2mkd.modeling.modeling_vmoe import VMoEForImageClassification
@@ -155,20 +152,6 @@ class VMoEStudentKind(StudentKind):
         tensors, stitches = convert_vmoe_student(official, offset)
         position = Position(index, num_stages, list(range(offset, offset + depth)))
         return stage_output(model, position, tensors, stitches, stitch_size)
-
-
-class VMoEJaxKind(Kind):
-    """A V-MoE of google-research/vmoe, as a tree of named arrays."""
-
-    name = "vmoe-jax"
-
-    def convert(self, request: Request) -> Output:
-        """The V-MoE."""
-        arrays = plain_names(request.checkpoint.model_of())
-        model = on_meta(VMoEForImageClassification, lambda: vmoe_jax_config(arrays, request.content))
-        converted = convert_vmoe_jax(arrays)
-        check_vmoe_jax(converted, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()})
-        return model_output(model, converted, VMOE_JAX_PIXELS)
 
 
 def _kept_stitches(official: Mapping[str, Any]) -> dict[str, Any]:

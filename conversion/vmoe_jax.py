@@ -1,179 +1,219 @@
-"""Names, layouts and arguments of google-research/vmoe (JAX) and of our V-MoE: pure functions."""
+"""V-MoEs of google-research/vmoe (JAX) as ours: pure functions."""
 
-import math
 import re
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
 from m2mkd.configuration.configuration_vmoe import VMoEConfig
-from m2mkd.conversion.official_models import NameTable, OfficialArguments, Shapes
+from m2mkd.conversion.jax_tree import (
+    POSITIONS,
+    array_of,
+    attention_rows,
+    dense_rows,
+    transformer_fields,
+    transformer_rows,
+)
+from m2mkd.conversion.official_models import NameTable, OfficialArguments
+from m2mkd.conversion.output import Tensors
 from m2mkd.errors import ConversionError
 
 
-def _rows() -> list[tuple[str, str]]:
-    embeddings, layer = "vmoe.embeddings", "vmoe.layers.#"
-    rows = [
-        ("cls", f"{embeddings}.cls_token"),
-        ("Encoder.posembed_input.pos_embedding", f"{embeddings}.position_embeddings"),
+_LAYER, _BLOCK, _POOLING = "vmoe.layers.#", "Encoder/encoderblock_#", "pooler.attention_pooling"
+VMOE_JAX_TABLE = NameTable(
+    [
+        *transformer_rows("vmoe"),
+        (f"{_BLOCK}/SelfAttention/query_ln/scale", f"{_LAYER}.attention.q_norm.weight"),
+        (f"{_BLOCK}/SelfAttention/key_ln/scale", f"{_LAYER}.attention.k_norm.weight"),
+        (f"{_BLOCK}/Moe/Router/dense/kernel", f"{_LAYER}.mlp.router.weight"),
+        (f"{_BLOCK}/Moe/Router/mu", f"{_LAYER}.mlp.router.mu"),
+        (f"{_BLOCK}/Moe/Router/scale", f"{_LAYER}.mlp.router.scale"),
+        (f"{_BLOCK}/Moe/Mlp/Dense_0/kernel", f"{_LAYER}.mlp.experts.up_proj"),
+        (f"{_BLOCK}/Moe/Mlp/Dense_0/bias", f"{_LAYER}.mlp.experts.up_proj_bias"),
+        (f"{_BLOCK}/Moe/Mlp/Dense_1/kernel", f"{_LAYER}.mlp.experts.down_proj"),
+        (f"{_BLOCK}/Moe/Mlp/Dense_1/bias", f"{_LAYER}.mlp.experts.down_proj_bias"),
+        *dense_rows("pre_logits", "pooler.pre_logits"),
+        ("MapHead/probe", f"{_POOLING}.probe"),
+        ("MapHead/LayerNorm/scale", f"{_POOLING}.layernorm.weight"),
+        ("MapHead/LayerNorm/bias", f"{_POOLING}.layernorm.bias"),
+        ("MapHead/MultiHeadDotProductAttention/query_ln/scale", f"{_POOLING}.attention.q_norm.weight"),
+        ("MapHead/MultiHeadDotProductAttention/key_ln/scale", f"{_POOLING}.attention.k_norm.weight"),
+        *attention_rows("MapHead/MultiHeadDotProductAttention", f"{_POOLING}.attention"),
+        *dense_rows("MapHead/Mlp/Dense_0", f"{_POOLING}.mlp.fc1"),
+        *dense_rows("MapHead/Mlp/Dense_1", f"{_POOLING}.mlp.fc2"),
     ]
-    dense = [
-        ("embedding", f"{embeddings}.patch_embeddings.projection"),
-        ("head", "classifier"),
-        ("Encoder.encoderblock_#.SelfAttention.query", f"{layer}.attention.q_proj"),
-        ("Encoder.encoderblock_#.SelfAttention.key", f"{layer}.attention.k_proj"),
-        ("Encoder.encoderblock_#.SelfAttention.value", f"{layer}.attention.v_proj"),
-        ("Encoder.encoderblock_#.SelfAttention.out", f"{layer}.attention.o_proj"),
-        ("Encoder.encoderblock_#.Mlp.Dense_0", f"{layer}.mlp.fc1"),
-        ("Encoder.encoderblock_#.Mlp.Dense_1", f"{layer}.mlp.fc2"),
-        ("Encoder.encoderblock_#.Moe.Router.dense", f"{layer}.mlp.router"),
-    ]
-    norms = [
-        ("Encoder.encoder_norm", "vmoe.layernorm"),
-        ("Encoder.encoderblock_#.LayerNorm_0", f"{layer}.layernorm_before"),
-        ("Encoder.encoderblock_#.LayerNorm_1", f"{layer}.layernorm_after"),
-    ]
-    experts = [
-        ("Encoder.encoderblock_#.Moe.Mlp.Dense_0", f"{layer}.mlp.experts.up_proj"),
-        ("Encoder.encoderblock_#.Moe.Mlp.Dense_1", f"{layer}.mlp.experts.down_proj"),
-    ]
-    for kernel, names in (("kernel", dense), ("scale", norms)):
-        for theirs, ours in names:
-            rows += [(f"{theirs}.{kernel}", f"{ours}.weight"), (f"{theirs}.bias", f"{ours}.bias")]
-    for theirs, ours in experts:
-        rows += [(f"{theirs}.kernel", ours), (f"{theirs}.bias", f"{ours}_bias")]
-    return rows
+)
+_ROUTER = re.compile(r"Encoder/encoderblock_(\d+)/Moe/Router/(?:dense/kernel|mu)")
+# Their arguments, and for each our field and their default.
+_TOKEN_CHOICE = {"num_selected_experts": ("num_experts_per_tok", 1), "noise_std": ("router_noise_std", 1.0)}
+_EXPERT_CHOICE = {"noise_std": ("router_noise_std", 1.0)}
+_SOFT = {"noise_std": ("router_noise_std", 0.0)}
+_ROUTERS = {
+    "NoisyTopExpertsPerItemRouter": ("token_choice", _TOKEN_CHOICE),
+    "NoisyTopItemsPerExpertRouter": ("expert_choice", _EXPERT_CHOICE),
+    "SoftRouter": ("soft", _SOFT),
+}
+_LOSSES = {
+    "importance_loss_weight": ("router_importance_loss_coef", 1.0),
+    "load_loss_weight": ("router_load_loss_coef", 1.0),
+    "gshard_loss_weight": ("router_gshard_loss_coef", 0.0),
+}
+_DISPATCHER = {
+    "capacity": ("expert_capacity", None),
+    "capacity_factor": ("capacity_factor", None),
+    "capacity_ceil_or_round": ("capacity_rounding", "ceil"),
+    "capacity_multiple_of": ("capacity_multiple_of", 4),
+    "batch_priority": ("batch_prioritized_routing", False),
+}
+# Section, argument and our field of what the arrays show: an argument that is given must agree.
+_SEEN_IN_ARRAYS = [
+    ("model", "num_classes", "num_labels"),
+    ("model", "hidden_size", "hidden_size"),
+    ("model", "patch_size", "patch_size"),
+    ("model", "representation_size", "representation_size"),
+    ("encoder", "num_layers", "num_hidden_layers"),
+    ("encoder", "mlp_dim", "intermediate_size"),
+    ("encoder", "num_heads", "num_attention_heads"),
+    ("encoder", "attention_qk_norm", "use_qk_norm"),
+    ("moe", "layers", "moe_layers"),
+    ("moe", "num_experts", "num_experts"),
+    ("moe", "ensemble_size", "num_ensemble_members"),
+    ("router", "num_slots", "num_slots"),
+]
+_POOLINGS = {"gap": "gap", "0": "first"}
+# Arguments of initialisation, dropout, devices and metrics; they change neither the weights nor the answers.
+# The experts' inputs and outputs, which that code can round to bfloat16, have the model's dtype.
+_WITHOUT_EFFECT = {
+    "model": ("name", "head_bias_init", "head_kernel_zero_init", "deterministic"),
+    "encoder": ("dropout_rate", "attention_dropout_rate", "dtype"),
+    "moe": ("dropout_rate", "split_rngs"),
+    "router": ("deterministic", "dtype", "compute_similarity_metrics", "partition_spec", "precision"),
+    "dispatcher": ("name", "bfloat16", "partition_spec", "einsum_precision"),
+}
 
 
-_TABLE = NameTable(_rows())
-_BLOCK = re.compile(r"Encoder\.encoderblock_(\d+)\.(.+)")
-
-
-def plain_names(arrays: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def model_section(content: Mapping[str, Any]) -> dict[str, Any]:
     """
-    Give the arrays of the parameter tree dotted names, without the prefix that all of them have (`params/`,
-    `target/`).
+    The `model` section of that code's configuration.
 
     Args:
-        arrays (`Mapping[str, torch.Tensor]`): Flattened with `/` or `.` between the names.
+        content (`Mapping[str, Any]`): A configuration with a `model`, this section itself, or only the arguments of
+            the routers. `image_size` may stand beside them.
 
     Raises:
-        `ConversionError`: the tree does not have the root of a V-MoE.
+        `ConversionError`: it is none of these.
     """
-    dotted = {name.replace("/", "."): array for name, array in arrays.items()}
-    roots = {name.removesuffix("embedding.kernel") for name in dotted if re.search(r"(^|\.)embedding\.kernel$", name)}
-    if len(roots) != 1:
-        raise ConversionError(
-            f"A parameter tree of google-research/vmoe has one `embedding/kernel`; this one has {len(roots)}. Flatten "
-            'only the parameters: flax.traverse_util.flatten_dict(params, sep="/").'
-        )
-    (root,) = roots
-    return {name.removeprefix(root): array for name, array in dotted.items()}
+    size = {name: content[name] for name in ("image_size",) if name in content}
+    if "model" in content:
+        return {**OfficialArguments(content).section("model").values, **size}
+    if "encoder" in content:
+        return dict(content)
+    router = OfficialArguments({name: value for name, value in content.items() if name not in size})
+    # without its own arguments, a router adds no noise and has no loss
+    quiet = {"noise_std": 0.0, "importance_loss_weight": 0.0, "load_loss_weight": 0.0}
+    chosen = {"num_selected_experts": router.need("num_selected_experts")}
+    return {**size, "encoder": {"moe": {"router": {**quiet, **router.values, **chosen}}}}
 
 
-def vmoe_jax_config(arrays: Mapping[str, torch.Tensor], arguments: Mapping[str, Any]) -> VMoEConfig:
+def vmoe_jax_config(arrays: Tensors, model: Mapping[str, Any]) -> VMoEConfig:
     """
-    Build the configuration of a V-MoE of google-research/vmoe: sizes come from the arrays, everything else from
-    arguments.
+    Build the configuration of a V-MoE of google-research/vmoe: sizes come from the arrays, how the routers choose from
+    the `model` section of its configuration.
 
     Args:
-        arrays (`Mapping[str, torch.Tensor]`): From [`plain_names`].
-        arguments (`Mapping[str, Any]`): `num_selected_experts` of the router, and, to continue training, its
-            `noise_std`, `importance_loss_weight` and `load_loss_weight`; `image_size` for images that are not square.
+        arrays (`dict[str, torch.Tensor]`): From [`read_parameters`].
+        model (`Mapping[str, Any]`): From [`model_section`], or of [`PUBLISHED`].
 
     Raises:
-        `ConversionError`: our V-MoE cannot express the model, or an argument is missing or not known.
+        `ConversionError`: our V-MoE cannot express the model, `model` is of another one, or an argument is not known.
     """
-    if "cls" not in arrays:
-        raise ConversionError('The tree has no `cls`: only classifier="token" can be converted, not "gap" or "map".')
-    for name, why in (("pre_logits.kernel", "a representation layer"), ("MapHead.probe", "attention pooling")):
-        if name in arrays:
-            raise ConversionError(f"The tree has `{name}`, which is part of {why}. Our V-MoE does not support that.")
-    blocks = [match for name in arrays if (match := _BLOCK.fullmatch(name))]
-    sparse = sorted(int(match[1]) for match in blocks if match[2] == "Moe.Router.dense.kernel")
-    kernel, rest = _array(arrays, "embedding.kernel", 4), OfficialArguments(arguments)
-    grid = _array(arrays, "Encoder.posembed_input.pos_embedding", 3).shape[1] - 1
-    side, patch_size = math.isqrt(grid), list(kernel.shape[:2])
-    image_size = rest.take("image_size", [side * patch_size[0], side * patch_size[1]] if side * side == grid else None)
-    if image_size is None:
-        raise ConversionError(f"{grid} patches do not form a square. Give `image_size: [height, width]`.")
-    kind = "Moe.Mlp" if 0 in sparse else "Mlp"
-    fields = {
-        "hidden_size": kernel.shape[3],
-        "num_hidden_layers": 1 + max((int(match[1]) for match in blocks), default=-1),
-        "num_attention_heads": _array(arrays, "Encoder.encoderblock_0.SelfAttention.query.kernel", 3).shape[1],
-        "intermediate_size": _array(arrays, f"Encoder.encoderblock_0.{kind}.Dense_0.bias").shape[-1],
-        # flax.linen.gelu uses the tanh approximation by default
-        "hidden_act": "gelu_pytorch_tanh",
-        "layer_norm_eps": 1e-6,
-        "image_size": image_size,
-        "patch_size": patch_size,
-        "num_channels": kernel.shape[2],
-        "moe_layers": sparse,
-        "num_labels": _array(arrays, "head.kernel", 2).shape[1],
-    }
-    if sparse:
-        router = _array(arrays, f"Encoder.encoderblock_{sparse[0]}.Moe.Router.dense.kernel", 2)
-        fields.update(
-            num_experts=router.shape[1],
-            num_experts_per_tok=rest.need("num_selected_experts"),
-            norm_topk_prob=False,
-            router_noise_std=rest.take("noise_std", 0.0),
-            # they sum the losses of all layers, we average them
-            router_importance_loss_coef=len(sparse) * rest.take("importance_loss_weight", 0.0),
-            router_load_loss_coef=len(sparse) * rest.take("load_loss_weight", 0.0),
-        )
-    rest.end()
+    arguments = OfficialArguments(model)
+    encoder = arguments.section("encoder")
+    moe, position = encoder.section("moe"), encoder.section("position_emb")
+    router = moe.section("router")
+    dispatcher = router.section("dispatcher")
+    sections = {"model": arguments, "encoder": encoder, "moe": moe, "router": router, "dispatcher": dispatcher}
+    for name, names in _WITHOUT_EFFECT.items():
+        for argument in names:
+            sections[name].take(argument, None)
+    fields = transformer_fields(arrays, arguments)
+    fields.update(
+        classifier_pooling=_pooling(arrays, arguments),
+        representation_size=array_of(arrays, "pre_logits/bias", 1).shape[0] if "pre_logits/bias" in arrays else None,
+        use_qk_norm="Encoder/encoderblock_0/SelfAttention/query_ln/scale" in arrays,
+        position_embedding_type=_position_embedding_type(arrays, position),
+        moe_layers=sorted(int(match[1]) for match in map(_ROUTER.fullmatch, arrays) if match),
+    )
+    if fields["moe_layers"]:
+        fields.update(_router_fields(arrays, fields["moe_layers"], moe, router, dispatcher))
+    for name, argument, field in _SEEN_IN_ARRAYS:
+        if field in fields:
+            sections[name].agree(argument, fields[field])
+    for section in (*sections.values(), position):
+        section.end()
     return VMoEConfig(**fields)
 
 
-def convert_vmoe_jax(arrays: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """
-    Convert the arrays of a V-MoE of google-research/vmoe to the names and layouts of `VMoEForImageClassification`.
-    Their routers have no bias; ours get zeros.
-
-    Args:
-        arrays (`Mapping[str, torch.Tensor]`): From [`plain_names`].
-
-    Raises:
-        `ConversionError`: some names do not belong to that code.
-    """
-    unknown = sorted(name for name in arrays if _TABLE.ours(name) is None)
-    if unknown:
-        raise ConversionError(f"These arrays do not belong to a V-MoE of google-research/vmoe: {unknown}.")
-    converted = {}
-    for name, array in arrays.items():
-        ours = _TABLE.ours(name)
-        converted[ours] = _to_our_layout(name, array).contiguous()
-        if ours.endswith(".router.weight"):
-            converted[ours.replace("weight", "bias")] = array.new_zeros(array.shape[1])
-    return converted
+def _pooling(arrays: Tensors, arguments: OfficialArguments) -> str:
+    for name, pooling in (("cls", "token"), ("MapHead/probe", "map")):
+        if name in arrays:
+            arguments.agree("classifier", pooling)
+            return pooling
+    classifier = arguments.need("classifier")
+    if classifier not in _POOLINGS:
+        raise ConversionError(
+            f"`classifier` is {classifier!r}, but the tree has neither `cls` nor `MapHead`: it must be one of "
+            f"{list(_POOLINGS)}."
+        )
+    return _POOLINGS[classifier]
 
 
-def check_vmoe_jax(converted: Mapping[str, torch.Tensor], expected: Shapes) -> None:
-    """Check the shapes against the model's. Raises `ConversionError`, which lists misfits by their JAX names."""
-    lines = []
-    for name in sorted(expected.keys() | converted.keys()):
-        shape = tuple(converted[name].shape) if name in converted else "missing"
-        if shape != expected.get(name, "unexpected"):
-            lines.append(f"{_TABLE.official(name) or name}: {shape}, must be {expected.get(name, 'absent')} (ours)")
-    if lines:
-        raise ConversionError("The tree does not contain exactly one V-MoE:\n  " + "\n  ".join(lines))
+def _position_embedding_type(arrays: Tensors, position: OfficialArguments) -> str:
+    if POSITIONS in arrays:
+        position.agree("name", "learned")
+        return "learned"
+    name = position.need("name")
+    if name != "sincos2d":
+        raise ConversionError(
+            f"`{position.path}name` is {name!r}, but the tree has no `{POSITIONS}`: it must be 'sincos2d'."
+        )
+    position.require("temperature", 10000)
+    return "sincos2d"
 
 
-def _to_our_layout(name: str, array: torch.Tensor) -> torch.Tensor:
-    if name == "embedding.kernel":
-        return array.permute(3, 2, 0, 1)
-    if ".SelfAttention." in name:
-        if name.endswith(".bias"):
-            return array.flatten()
-        return array.flatten(0, 1).T if ".out." in name else array.flatten(1).T
-    return array.mT if name.endswith(".kernel") else array
-
-
-def _array(arrays: Mapping[str, torch.Tensor], name: str, ndim: int | None = None) -> torch.Tensor:
-    if name not in arrays or ndim not in (None, arrays[name].ndim):
-        found = f"has shape {tuple(arrays[name].shape)}" if name in arrays else "is missing"
-        raise ConversionError(f"`{name.replace('.', '/')}` {found}; the tree is not that of a V-MoE classifier.")
-    return arrays[name]
+def _router_fields(
+    arrays: Tensors,
+    layers: list[int],
+    moe: OfficialArguments,
+    router: OfficialArguments,
+    dispatcher: OfficialArguments,
+) -> dict[str, Any]:
+    name = router.take("name", "NoisyTopExpertsPerItemRouter")
+    if name.rpartition(".")[2] not in _ROUTERS:
+        raise ConversionError(f"`{router.path}name` is {name!r}; it must be one of {list(_ROUTERS)}.")
+    router_type, table = _ROUTERS[name.rpartition(".")[2]]
+    first = f"Encoder/encoderblock_{layers[0]}/Moe"
+    fields = {
+        "router_type": router_type,
+        "num_experts": array_of(arrays, f"{first}/Mlp/Dense_0/kernel", 3).shape[0],
+        "norm_topk_prob": False,
+        "router_bias": False,
+        "router_group_size": moe.take("group_size", None),
+        **{field: router.take(argument, default) for argument, (field, default) in table.items()},
+    }
+    if router_type == "soft":
+        # the slots were counted when mu was made
+        router.take("capacity_factor", None)
+        return {**fields, "num_slots": array_of(arrays, f"{first}/Router/mu", 3).shape[2]}
+    fields.update({field: dispatcher.take(argument, default) for argument, (field, default) in _DISPATCHER.items()})
+    fields["capacity_multiple_of"] = fields["capacity_multiple_of"] or None
+    if router_type == "token_choice":
+        gate = array_of(arrays, f"{first}/Router/dense/kernel")
+        # before it is fine-tuned, an ensemble may have the gate of one model
+        fields["num_ensemble_members"] = gate.shape[1] if gate.ndim == 3 else moe.take("ensemble_size", 1)
+        for argument, (field, default) in _LOSSES.items():
+            # they sum the losses of all layers, we average them
+            fields[field] = len(layers) * router.take(argument, default)
+        if fields["router_noise_std"] == 0:
+            # there is none there without noise
+            fields["router_load_loss_coef"] = 0.0
+    return fields

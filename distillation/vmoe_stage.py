@@ -6,7 +6,8 @@ from contextlib import contextmanager
 import torch
 
 from m2mkd.distillation.transformer_stage import TransformerStage
-from m2mkd.modeling.modeling_vmoe import VMoEDropPath, VMoERouter, balance_losses, has_balance_loss
+from m2mkd.modeling.modeling_vmoe import VMoEDropPath, balance_losses, has_balance_loss
+from m2mkd.modeling.vmoe_routers import VMoERouter
 
 
 class VMoEStage(TransformerStage):

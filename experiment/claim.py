@@ -10,6 +10,7 @@ from accelerate import PartialState
 from m2mkd.errors import RecipeError, RunError
 from m2mkd.experiment.arms import Arm, arm_of_folder
 from m2mkd.experiment.artifact import is_finished, read_noted_recipe, read_results
+from m2mkd.experiment.dependence import TRAINING, depends, is_free
 from m2mkd.experiment.phases import Phase, phases_of
 from m2mkd.experiment.recipe import Recipe
 from m2mkd.experiment.recipe_file import parse_recipe
@@ -18,27 +19,6 @@ from m2mkd.experiment.run_folder import RunFolder
 from m2mkd.experiment.session import Session
 from m2mkd.files import explained_write_errors, write_json
 from m2mkd.screen import Screen
-
-
-# Keys that may change at any time: arms and seeds can be added, and phases or pairs distributed, without touching
-# finished phases.
-_FREE = ("name", "output_dir", "repeat_seeds", "equal_compute", "processes", "distill.pairs")
-# Training arguments may change in the middle of a phase, e.g. after a loss that was not finite.
-_TRAINING = ("training", "incubation", "finetuning")
-# Training arguments that affect neither weights nor results, so they may change at any time: how images are read (but
-# not in which order), and what is shown, logged, kept and sent.
-_OPERATIONAL = {
-    *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers"),
-    *("dataloader_prefetch_factor", "dataloader_multiprocessing_context", "torch_empty_cache_steps", "ddp_timeout"),
-    *("logging_strategy", "logging_steps", "logging_first_step", "logging_nan_inf_filter", "log_level"),
-    *("log_level_replica", "log_on_each_node", "disable_tqdm", "report_to", "run_name", "project"),
-    *("trackio_space_id", "trackio_bucket_id", "trackio_static_space_id", "include_num_input_tokens_seen"),
-    *("skip_memory_metrics", "save_total_limit", "save_on_each_node", "enable_jit_checkpoint", "do_train", "do_eval"),
-    *("do_predict", "push_to_hub", "hub_token", "hub_private_repo", "hub_model_id", "hub_strategy", "hub_always_push"),
-    "hub_revision",
-}
-# These may change as well, unless the best checkpoint becomes the result.
-_CHECKPOINTS, _TAKES_BEST = {"save_strategy", "save_steps"}, "load_best_model_at_end"
 
 
 def claim_folder(recipe: Recipe) -> None:
@@ -73,31 +53,11 @@ def _changes(folder: RunFolder, recipe: Recipe) -> dict[str, str]:
     theirs = {**there.model_dump(mode="json"), "arms": {**_words(there), **made}}
     ours = {**recipe.model_dump(mode="json"), "arms": _words(recipe)}
     changes = _differences(theirs, ours)
-    return {key: line for key, line in changes.items() if not _is_free(key, recipe)}
-
-
-def _is_free(key: str, recipe: Recipe) -> bool:
-    return key.startswith(_FREE) or _is_whole_arm(key) or _is_operational(key, recipe)
-
-
-def _is_operational(key: str, recipe: Recipe) -> bool:
-    parts = key.split(".")
-    inside = [index for index, part in enumerate(parts[:-1]) if part in _TRAINING]
-    if not inside:
-        return False
-    argument = parts[inside[0] + 1]
-    takes_best = any(training.get(_TAKES_BEST) for training in recipe.all_training())
-    return argument in _OPERATIONAL or (argument in _CHECKPOINTS and not takes_best)
+    return {key: line for key, line in changes.items() if not is_free(key, recipe)}
 
 
 def _words(recipe: Recipe) -> dict[str, Any]:
     return {name: arm.words() for name, arm in recipe.all_arms.items()}
-
-
-def _is_whole_arm(key: str) -> bool:
-    """Whether the key is a whole arm, which was added or left out."""
-    section, _, rest = key.partition(".")
-    return section == "arms" and "." not in rest
 
 
 def _check_changes(folder: RunFolder, changes: dict[str, str], recipe: Recipe) -> None:
@@ -109,7 +69,7 @@ def _check_changes(folder: RunFolder, changes: dict[str, str], recipe: Recipe) -
         names = ", ".join(sorted(str(path.relative_to(folder.path)) for path in finished))
         if finished:
             refused[key] = f"{key}: {line} ({names})"
-        elif affected and not set(_TRAINING) & set(key.split(".")):
+        elif affected and not set(TRAINING) & set(key.split(".")):
             dropped.append(key)
     if refused:
         raise RunError(_advice(folder.path, refused))
@@ -152,25 +112,12 @@ def _arms_of_folder(folder: RunFolder, seed: int) -> list[Arm]:
 
 def _affected(key: str, phases: dict[str, Phase]) -> Iterable[Phase]:
     """The phases that depend on a key of the recipe, and those that read them."""
-    names = {name for name, phase in phases.items() if _depends(phase, key)}
+    names = {name for name, phase in phases.items() if depends(phase, key)}
     while True:
         readers = {name for name, phase in phases.items() if names & set(phase.reads)} - names
         if not readers:
             return [phases[name] for name in phases if name in names]
         names |= readers
-
-
-def _depends(phase: Phase, key: str) -> bool:
-    section, _, rest = key.partition(".")
-    if section == "data":
-        return rest.partition(".")[0] in phase.data
-    if section in ("meta", "teacher", "student", "distill", "finetune", "kd", "evaluation", "arms"):
-        return any(_is_inside(key, own) or _is_inside(own, key) for own in phase.sections)
-    return True
-
-
-def _is_inside(key: str, section: str) -> bool:
-    return key == section or key.startswith(f"{section}.")
 
 
 def _differences(theirs: Any, ours: Any, key: str = "") -> dict[str, str]:

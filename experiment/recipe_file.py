@@ -65,12 +65,7 @@ def _read(source: Any, extended: list[str]) -> dict[str, Any]:
             f"There is no recipe {source}. "
             + (f"Available: {here}." if here else "The repository of m2mkd has some in its folder recipes/.")
         )
-    try:
-        content = yaml.load(source.read_text(encoding="utf-8"), Loader=_Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{source} cannot be read as YAML: {_yaml_problem(error)}") from error
-    if not isinstance(content, dict):
-        raise RecipeError(f"{source} is not a mapping of keys to values.")
+    content = read_mapping(source)
     base = content.pop("extends", None)
     if base is None:
         return content
@@ -80,6 +75,19 @@ def _read(source: Any, extended: list[str]) -> dict[str, Any]:
         raise RecipeError(f"{source} extends itself, through {extended}.")
     inherited = _read(EMBEDDED if base == "default" else source.parent / base, [*extended, str(source)])
     return _merged(_without_replaced(inherited, content), content)
+
+
+def read_mapping(source: Any) -> dict[str, Any]:
+    """The content of a YAML file. Raises `RecipeError` if it is not a mapping."""
+    try:
+        content = yaml.load(source.read_text(encoding="utf-8"), Loader=_Loader)
+    except OSError as error:
+        raise RecipeError(f"{source} cannot be read: {error.strerror}. Check the path.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{source} cannot be read as YAML: {_yaml_problem(error)}") from error
+    if not isinstance(content, dict):
+        raise RecipeError(f"{source} is not a mapping of keys to values.")
+    return content
 
 
 def _merged(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
@@ -123,7 +131,7 @@ def parse_recipe(content: dict[str, Any], source: str) -> Recipe:
     try:
         return Recipe.model_validate(content)
     except ValidationError as error:
-        problems = [_explain(problem) for problem in error.errors()]
+        problems = [explain(problem) for problem in error.errors()]
         raise RecipeError("\n".join([f"{source} is not a valid recipe:", *problems])) from error
 
 
@@ -151,7 +159,8 @@ def _yaml_problem(error: yaml.YAMLError | UnicodeDecodeError) -> str:
     return f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}. {advice}."
 
 
-def _explain(problem: Any) -> str:
+def explain(problem: Any) -> str:
+    """One of pydantic's problems as a line: the key, what is wrong, and the value."""
     key = ".".join(str(part) for part in problem["loc"]) or "the recipe"
     if problem["type"] == "extra_forbidden":
         return f"  {key}: there is no such key"

@@ -20,11 +20,12 @@ class RunData:
 
     Args:
         recipe (`Recipe`)
+        loaded (`dict`, *optional*): Images that are already loaded, by name, and place for more.
     """
 
-    def __init__(self, recipe: Recipe):
+    def __init__(self, recipe: Recipe, loaded: dict[str, LabeledImages] | None = None):
         self.recipe = recipe
-        self._loaded: dict[str, LabeledImages] = {}
+        self._loaded = {} if loaded is None else loaded
         self._streamed_classes: dict[str, list[str]] = {}
 
     def check(self) -> None:

@@ -39,7 +39,7 @@ def run(recipe: Recipe) -> Path | None:
 
 
 def _run(recipe: Recipe) -> Path | None:
-    _quieten()
+    quieten()
     use_all_cores()
     processes = num_processes(recipe)
     data, screen = RunData(recipe), Screen()
@@ -106,10 +106,11 @@ def _tasks(chosen: list[Phase], phases: list[Phase]) -> list[Task]:
 
 def _work(recipe: Recipe, data: RunData, screen: Screen, seed: int, name: str) -> None:
     """Run one phase, in this process or in a worker."""
-    _quieten()
+    quieten()
     phases_of(Session(recipe, data, seed, screen))[name].run()
 
 
-def _quieten() -> None:
+def quieten() -> None:
+    """Silence transformers, whose messages a run repeats in its own words where they matter."""
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()

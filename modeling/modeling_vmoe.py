@@ -13,158 +13,37 @@
 # limitations under the License.
 """PyTorch V-MoE model (arXiv 2106.05974), in the form used by m2mKD (arXiv 2402.16918)."""
 
+import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import PreTrainedConfig
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
 from transformers.integrations import use_experts_implementation
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BackboneOutput, ModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, auto_docstring
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
-from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs, maybe_install_capturing_hooks
 
 from m2mkd.configuration.configuration_vmoe import VMoEConfig
-from m2mkd.modeling.router_losses import importance_loss, load_loss
+from m2mkd.modeling.router_losses import balance_losses, has_balance_loss
 from m2mkd.modeling.stitches import StitchLayer
+from m2mkd.modeling.vmoe_embeddings import VMoEEmbeddings
 from m2mkd.modeling.vmoe_experts import AnyWidthExpertsInterface
-
-
-@auto_docstring(custom_intro="Output of [`VMoEModel`].")
-@dataclass
-class VMoEModelOutput(ModelOutput):
-    r"""
-    last_hidden_state (`torch.FloatTensor` of shape `(batch_size, num_patches + 1, hidden_size)`):
-        Hidden states after the final layer norm; the class token comes first.
-    router_logits (`tuple(torch.FloatTensor)`, returned with `output_router_logits=True`):
-        One tensor of shape `(batch_size * (num_patches + 1), num_experts)` per sparse layer, before any router noise.
-    noisy_router_logits (`tuple(torch.FloatTensor)`, returned with `output_noisy_router_logits=True`):
-        Logits after the router noise, which selected the experts.
-    """
-
-    last_hidden_state: torch.FloatTensor | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
-    router_logits: tuple[torch.FloatTensor, ...] | None = None
-    noisy_router_logits: tuple[torch.FloatTensor, ...] | None = None
-
-
-@auto_docstring(custom_intro="Output of [`VMoEForImageClassification`].")
-@dataclass
-class VMoEImageClassifierOutput(ModelOutput):
-    r"""
-    loss (`torch.FloatTensor` of shape `()`, returned when `labels` is given):
-        Cross entropy, plus `aux_loss` if there is one.
-    logits (`torch.FloatTensor` of shape `(batch_size, num_labels)`):
-        Classification scores before the softmax.
-    aux_loss (`torch.FloatTensor` of shape `()`, returned if the config gives a balance loss a weight):
-        Weighted sum of `importance_loss` and `load_loss`, averaged over the sparse layers.
-    importance_loss (`torch.FloatTensor` of shape `()`, returned with `aux_loss`):
-        Unweighted importance loss, averaged over the sparse layers.
-    load_loss (`torch.FloatTensor` of shape `()`, returned with `aux_loss` if the config gives it a weight):
-        Unweighted load loss, averaged over the sparse layers.
-    router_logits (`tuple(torch.FloatTensor)`, returned with `output_router_logits=True`):
-        One tensor of shape `(batch_size * (num_patches + 1), num_experts)` per sparse layer.
-    """
-
-    loss: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
-    aux_loss: torch.FloatTensor | None = None
-    importance_loss: torch.FloatTensor | None = None
-    load_loss: torch.FloatTensor | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
-    router_logits: tuple[torch.FloatTensor, ...] | None = None
-
-
-@auto_docstring(custom_intro="Output of [`VMoEBackbone`].")
-@dataclass
-class VMoEBackboneOutput(BackboneOutput):
-    r"""
-    feature_maps (`tuple(torch.FloatTensor)`):
-        For each of `out_features`, the hidden states of the patches after the final layer norm, of shape
-        `(batch_size, hidden_size, height / patch_size, width / patch_size)`. The feature map of a stage that ends in a
-        stitch has the width of the stitch and no layer norm.
-    last_hidden_state (`torch.FloatTensor` of shape `(batch_size, num_patches + 1, hidden_size)`):
-        As in [`VMoEModelOutput`].
-    router_logits (`tuple(torch.FloatTensor)`, returned with `output_router_logits=True`):
-        As in [`VMoEModelOutput`].
-    """
-
-    last_hidden_state: torch.FloatTensor | None = None
-    router_logits: tuple[torch.FloatTensor, ...] | None = None
-
-
-class VMoEPatchEmbeddings(nn.Module):
-    """Patch embedding from `(batch_size, num_channels, height, width)` to `(batch_size, num_patches, hidden_size)`."""
-
-    def __init__(self, config: VMoEConfig):
-        super().__init__()
-        image_size, patch_size = config.image_size, config.patch_size
-        self.image_size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
-        self.patch_size = (patch_size, patch_size) if isinstance(patch_size, int) else tuple(patch_size)
-        self.grid_size = (self.image_size[0] // self.patch_size[0], self.image_size[1] // self.patch_size[1])
-        self.num_patches = self.grid_size[0] * self.grid_size[1]
-        self.num_channels = config.num_channels
-        self.projection = nn.Conv2d(
-            config.num_channels, config.hidden_size, kernel_size=self.patch_size, stride=self.patch_size
-        )
-
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        if pixel_values.shape[1] != self.num_channels:
-            raise ValueError(
-                f"`pixel_values` have {pixel_values.shape[1]} channels, but the model's `num_channels` is "
-                f"{self.num_channels}."
-            )
-        return self.projection(pixel_values.to(self.projection.weight.dtype)).flatten(2).transpose(1, 2)
-
-
-class VMoEEmbeddings(nn.Module):
-    """Class token, patches and position embeddings: `(batch_size, num_patches + 1, hidden_size)`."""
-
-    def __init__(self, config: VMoEConfig):
-        super().__init__()
-        self.patch_embeddings = VMoEPatchEmbeddings(config)
-        self.cls_token = nn.Parameter(torch.empty(1, 1, config.hidden_size))
-        self.position_embeddings = nn.Parameter(
-            torch.empty(1, self.patch_embeddings.num_patches + 1, config.hidden_size)
-        )
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
-
-    def interpolate_pos_encoding(self, height: int, width: int) -> torch.Tensor:
-        """Position embeddings for an image of `height` x `width` pixels, by bicubic interpolation of the grid."""
-        patch_height, patch_width = self.patch_embeddings.patch_size
-        grid_height, grid_width = self.patch_embeddings.grid_size
-        new_grid = (height // patch_height, width // patch_width)
-        if not torch.jit.is_tracing() and new_grid == (grid_height, grid_width):
-            return self.position_embeddings
-        cls_position, grid = self.position_embeddings[:, :1], self.position_embeddings[:, 1:]
-        grid = grid.reshape(1, grid_height, grid_width, -1).permute(0, 3, 1, 2)
-        # in float32, because bicubic resampling in half precision shifts the embeddings
-        grid = F.interpolate(grid.float(), size=new_grid, mode="bicubic", align_corners=False).to(cls_position.dtype)
-        return torch.cat((cls_position, grid.flatten(2).transpose(1, 2)), dim=1)
-
-    def forward(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool | None = None) -> torch.Tensor:
-        height, width = pixel_values.shape[-2:]
-        patches = self.patch_embeddings(pixel_values)
-        hidden_states = torch.cat((self.cls_token.expand(patches.shape[0], -1, -1), patches), dim=1)
-        if interpolate_pos_encoding:
-            return self.dropout(hidden_states + self.interpolate_pos_encoding(height, width))
-        if (height, width) != self.patch_embeddings.image_size:
-            raise ValueError(
-                f"The images are {height}x{width} pixels, but the model's `image_size` is "
-                f"{self.patch_embeddings.image_size[0]}x{self.patch_embeddings.image_size[1]}. Resize them, or pass "
-                "`interpolate_pos_encoding=True`."
-            )
-        return self.dropout(hidden_states + self.position_embeddings)
+from m2mkd.modeling.vmoe_outputs import (
+    VMoEBackboneOutput,
+    VMoEImageClassifierOutput,
+    VMoEModelOutput,
+    dropped_fractions,
+    mean_of_members,
+)
+from m2mkd.modeling.vmoe_routers import ROUTERS, VMoELinearRouter, VMoERouter, VMoESoftRouter
 
 
 def eager_attention_forward(
@@ -187,7 +66,7 @@ def eager_attention_forward(
 
 
 class VMoEAttention(nn.Module):
-    """Multi-head self-attention over all tokens."""
+    """Multi-head attention over all tokens, of the tokens themselves or of other queries."""
 
     def __init__(self, config: VMoEConfig):
         super().__init__()
@@ -200,26 +79,38 @@ class VMoEAttention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
         self.v_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.qkv_bias)
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        # CODEPATH: Soft MoE's configurations normalize queries and keys, V-MoE's and m2mKD's do not
+        if config.use_qk_norm:
+            self.q_norm = nn.LayerNorm(self.head_dim, eps=config.layer_norm_eps, bias=False)
+            self.k_norm = nn.LayerNorm(self.head_dim, eps=config.layer_norm_eps, bias=False)
+        else:
+            self.q_norm, self.k_norm = nn.Identity(), nn.Identity()
 
     def forward(
-        self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]
+        self,
+        hidden_states: torch.Tensor,
+        query_states: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        input_shape = hidden_states.shape[:-1]
-        heads = (*input_shape, -1, self.head_dim)
+        query_states = hidden_states if query_states is None else query_states
+        query, key, value = (
+            states.unflatten(-1, (-1, self.head_dim))
+            for states in (self.q_proj(query_states), self.k_proj(hidden_states), self.v_proj(hidden_states))
+        )
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
         attn_output, attn_weights = attention_interface(
             self,
-            self.q_proj(hidden_states).view(heads).transpose(1, 2),
-            self.k_proj(hidden_states).view(heads).transpose(1, 2),
-            self.v_proj(hidden_states).view(heads).transpose(1, 2),
+            self.q_norm(query).transpose(1, 2),
+            self.k_norm(key).transpose(1, 2),
+            value.transpose(1, 2),
             None,
             dropout=self.attention_dropout if self.training else 0.0,
             scaling=self.scaling,
             **kwargs,
         )
-        return self.o_proj(attn_output.reshape(*input_shape, -1).contiguous()), attn_weights
+        return self.o_proj(attn_output.reshape(query_states.shape).contiguous()), attn_weights
 
 
 class VMoEMLP(nn.Module):
@@ -233,42 +124,6 @@ class VMoEMLP(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.fc2(self.activation_fn(self.fc1(hidden_states)))
-
-
-class VMoERouter(nn.Module):
-    """
-    Linear gate. The `num_experts_per_tok` largest logits select the experts, which are weighted by the softmax over
-    these logits (or over all logits). There is no capacity limit, so no token is dropped.
-    """
-
-    def __init__(self, config: VMoEConfig):
-        super().__init__()
-        self.top_k = config.num_experts_per_tok
-        self.norm_topk_prob = config.norm_topk_prob
-        self.noise_std = config.router_noise_std / config.num_experts
-        self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
-        self.bias = nn.Parameter(torch.empty(config.num_experts))
-
-    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """
-        Args:
-            hidden_states (`torch.Tensor` of shape `(num_tokens, hidden_size)`)
-
-        Returns:
-            Logits and noisy logits of shape `(num_tokens, num_experts)`, and weights and indices of the selected
-            experts of shape `(num_tokens, num_experts_per_tok)`.
-        """
-        logits = F.linear(hidden_states, self.weight, self.bias)
-        noisy_logits = logits
-        if self.training and self.noise_std > 0:
-            noisy_logits = logits + self.noise_std * torch.randn_like(logits)
-        top_k_logits, top_k_index = torch.topk(noisy_logits, self.top_k, dim=-1)
-        # CODEPATH: Google's V-MoE checkpoints use the softmax over all experts, m2mKD's over the selected ones
-        if self.norm_topk_prob:
-            top_k_weights = F.softmax(top_k_logits, dim=-1, dtype=torch.float32)
-        else:
-            top_k_weights = F.softmax(noisy_logits, dim=-1, dtype=torch.float32).gather(-1, top_k_index)
-        return logits, noisy_logits, top_k_weights.to(hidden_states.dtype), top_k_index
 
 
 @use_experts_implementation(experts_interface=AnyWidthExpertsInterface(), has_gate=False, has_bias=True)
@@ -303,19 +158,37 @@ class VMoEExperts(nn.Module):
             output.index_add_(0, token, (hidden * top_k_weights[token, slot, None]).to(output.dtype))
         return output
 
+    def forward_rows(self, rows: torch.Tensor) -> torch.Tensor:
+        """
+        Run every expert on rows of its own, as one product for all experts, whatever the backend.
+
+        Args:
+            rows (`torch.Tensor` of shape `(num_groups, num_experts * num_rows, hidden_size)`): Of each group, the rows
+                of the first expert, then those of the second one, and so on.
+        """
+        groups = rows.unflatten(1, (self.num_experts, -1))
+        hidden = groups.transpose(0, 1).flatten(1, 2)
+        hidden = torch.baddbmm(self.up_proj_bias[:, None], hidden, self.up_proj.transpose(1, 2))
+        hidden = torch.baddbmm(self.down_proj_bias[:, None], self.act_fn(hidden), self.down_proj.transpose(1, 2))
+        return hidden.unflatten(1, (-1, groups.shape[2])).transpose(0, 1).flatten(1, 2)
+
 
 class VMoESparseMLP(nn.Module):
     """Router and experts that replace the MLP of a layer."""
 
     def __init__(self, config: VMoEConfig):
         super().__init__()
-        self.router = VMoERouter(config)
+        self.router = ROUTERS[config.router_type](config)
         self.experts = VMoEExperts(config)
+        # returns what it gets; its output can be recorded
+        self.dropped_mask = nn.Identity()
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
-        _, _, top_k_weights, top_k_index = self.router(tokens)
-        return self.experts(tokens, top_k_index, top_k_weights).view_as(hidden_states)
+        groups = self.router.split_into_groups(hidden_states)
+        outputs, dropped_mask = self.router.dispatch(self.experts, groups, self.router(groups))
+        if dropped_mask is not None:
+            self.dropped_mask(dropped_mask)
+        return self.router.join_groups(outputs, hidden_states)
 
 
 class VMoEDropPath(nn.Module):
@@ -348,10 +221,14 @@ class VMoELayer(GradientCheckpointingLayer):
         has_pre, has_post = layer_idx in config.pre_stitch_layers, layer_idx in config.post_stitch_layers
         self.pre_stitch = StitchLayer(config.stitch_size, config.hidden_size) if has_pre else None
         self.post_stitch = StitchLayer(config.hidden_size, config.stitch_size) if has_post else None
+        is_first_sparse = layer_idx == min(config.moe_layers, default=None)
+        self.num_copies = config.num_ensemble_members if is_first_sparse else 1
 
     def forward(self, hidden_states: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
         if self.pre_stitch is not None:
             hidden_states = self.pre_stitch(hidden_states)
+        if self.num_copies > 1:
+            hidden_states = hidden_states.repeat_interleave(self.num_copies, dim=0)
         attn_output, _ = self.attention(self.layernorm_before(hidden_states), **kwargs)
         hidden_states = hidden_states + self.drop_path(self.dropout(attn_output))
         mlp_output = self.mlp(self.layernorm_after(hidden_states))
@@ -359,6 +236,56 @@ class VMoELayer(GradientCheckpointingLayer):
         if self.post_stitch is not None:
             hidden_states = self.post_stitch(hidden_states)
         return hidden_states
+
+
+class VMoEAttentionPooling(nn.Module):
+    """Attention of one learned query over all tokens, and an MLP (`"map"`): `(batch_size, hidden_size)`."""
+
+    def __init__(self, config: VMoEConfig):
+        super().__init__()
+        self.probe = nn.Parameter(torch.empty(1, 1, config.hidden_size))
+        self.attention = VMoEAttention(config)
+        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = VMoEMLP(config)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        pooled, _ = self.attention(hidden_states, self.probe.expand(hidden_states.shape[0], -1, -1))
+        return (pooled + self.mlp(self.layernorm(pooled)))[:, 0]
+
+
+class VMoEPooler(nn.Module):
+    """
+    What the classifier reads of the last hidden states, of shape `(batch_size, hidden_size)` or `(batch_size,
+    representation_size)`.
+    """
+
+    def __init__(self, config: VMoEConfig):
+        super().__init__()
+        # CODEPATH: V-MoE's checkpoints read the class token, Soft MoE's configurations the mean of the patches
+        self.reads_mean = config.classifier_pooling == "gap"
+        # CODEPATH: configurations of google-research/vmoe with a "map" head
+        self.attention_pooling = VMoEAttentionPooling(config) if config.classifier_pooling == "map" else None
+        self.out_features = config.representation_size or config.hidden_size
+        # CODEPATH: vmoe_s32_last2_ilsvrc2012 has a representation layer, its fine-tuned models have none
+        has_pre_logits = config.representation_size is not None
+        self.pre_logits = nn.Linear(config.hidden_size, self.out_features) if has_pre_logits else None
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if self.attention_pooling is not None:
+            pooled = self.attention_pooling(hidden_states)
+        else:
+            pooled = hidden_states.mean(dim=1) if self.reads_mean else hidden_states[:, 0]
+        return pooled if self.pre_logits is None else torch.tanh(self.pre_logits(pooled))
+
+
+# Options of a router that may change between two calls: none of them changes the shape of a parameter.
+ROUTER_DIAL = (
+    "capacity_factor",
+    "expert_capacity",
+    "num_experts_per_tok",
+    "batch_prioritized_routing",
+    "router_group_size",
+)
 
 
 @auto_docstring
@@ -379,8 +306,39 @@ class VMoEPreTrainedModel(PreTrainedModel):
         "attentions": VMoEAttention,
         "router_logits": OutputRecorder(VMoERouter, index=0),
         "noisy_router_logits": OutputRecorder(VMoERouter, index=1),
+        "dropped_mask": OutputRecorder(nn.Identity, layer_name="dropped_mask"),
     }
     _input_embed_layer = "patch_embeddings"
+
+    # the values are those of the config, where they are read  # trf-ignore: TRF033
+    def set_router(self, **options: Any) -> None:
+        """
+        Change how much each token is computed, in place, without training: `capacity_factor`, `expert_capacity`,
+        `num_experts_per_tok`, `batch_prioritized_routing` and `router_group_size` of [`VMoEConfig`]. What is left out
+        stays.
+
+        Raises:
+            `ValueError`: an option is not one of these, or breaks a rule of the config, which then stays as it was.
+
+        Example:
+
+        ```python
+        >>> from m2mkd import VMoEConfig, VMoEForImageClassification
+
+        >>> model = VMoEForImageClassification(VMoEConfig.from_preset("tiny"))
+        >>> model.set_router(capacity_factor=0.5, num_experts_per_tok=1, batch_prioritized_routing=True)
+        >>> model.config.num_experts_per_tok
+        1
+
+        ```"""
+        unknown = sorted(options.keys() - set(ROUTER_DIAL))
+        if unknown:
+            raise ValueError(f"`set_router` cannot change {unknown}; it changes {', '.join(ROUTER_DIAL)}.")
+        changed = copy.deepcopy(self.config)
+        changed.update(options)
+        changed.validate()
+        self.config.update(options)
+        maybe_install_capturing_hooks(self.base_model)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -391,11 +349,20 @@ class VMoEPreTrainedModel(PreTrainedModel):
             if module.bias is not None:
                 init.zeros_(module.bias)
         elif isinstance(module, VMoEEmbeddings):
-            init.trunc_normal_(module.position_embeddings, mean=0.0, std=std)
-            init.trunc_normal_(module.cls_token, mean=0.0, std=std)
-        elif isinstance(module, VMoERouter):
+            if module.position_embeddings is not None:
+                init.trunc_normal_(module.position_embeddings, mean=0.0, std=std)
+            if module.cls_token is not None:
+                init.trunc_normal_(module.cls_token, mean=0.0, std=std)
+        elif isinstance(module, VMoELinearRouter):
             init.trunc_normal_(module.weight, mean=0.0, std=std)
-            init.zeros_(module.bias)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, VMoESoftRouter):
+            # the length of mu does not matter
+            init.trunc_normal_(module.mu, mean=0.0, std=std)
+            init.ones_(module.scale)
+        elif isinstance(module, VMoEAttentionPooling):
+            init.trunc_normal_(module.probe, mean=0.0, std=std)
         elif isinstance(module, VMoEExperts):
             # as in the dense MLP of a ViT; the experts of the official code start 50 times too small, because it takes
             # the fan-in of a 3-D weight
@@ -432,14 +399,20 @@ class VMoEModel(VMoEPreTrainedModel):
         return VMoEModelOutput(last_hidden_state=self.layernorm(hidden_states))
 
 
-@auto_docstring(custom_intro="V-MoE with a linear classifier on the class token.")
+@auto_docstring(custom_intro="V-MoE with a linear classifier, by default on the class token.")
 class VMoEForImageClassification(VMoEPreTrainedModel):
     def __init__(self, config: VMoEConfig):
         super().__init__(config)
         self.num_labels = config.num_labels
+        self.num_members = config.num_ensemble_members
         self.vmoe = VMoEModel(config)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels) if config.num_labels > 0 else nn.Identity()
+        self.pooler = VMoEPooler(config)
+        width = self.pooler.out_features
+        self.classifier = nn.Linear(width, config.num_labels) if config.num_labels > 0 else nn.Identity()
         self.post_init()
+        # CODEPATH: models whose outputs hold balance losses or what is dropped; torch.compile cannot install the hooks
+        if config.has_capacity or has_balance_loss(config):
+            maybe_install_capturing_hooks(self.vmoe)
 
     @can_return_tuple
     @auto_docstring
@@ -475,16 +448,21 @@ class VMoEForImageClassification(VMoEPreTrainedModel):
             interpolate_pos_encoding=interpolate_pos_encoding,
             output_router_logits=wants_router_logits or balanced,
             output_noisy_router_logits=balanced,
+            output_dropped_mask=self.config.has_capacity,
             **kwargs,
         )
-        logits = self.classifier(outputs.last_hidden_state[:, 0])
+        logits = self.classifier(self.pooler(outputs.last_hidden_state))
+        member_logits = None
+        if self.num_members > 1:
+            member_logits = logits.unflatten(0, (-1, self.num_members))
+            logits = mean_of_members(member_logits)
 
         balance = {}
         if balanced:
             balance = balance_losses(outputs.router_logits, outputs.noisy_router_logits, self.config)
         loss = None
         if labels is not None:
-            loss = self.loss_function(labels, logits, self.config, **kwargs)
+            loss = self._label_loss(labels, logits, member_logits, **kwargs)
             if balanced:
                 loss = loss + balance["aux_loss"]
 
@@ -492,10 +470,20 @@ class VMoEForImageClassification(VMoEPreTrainedModel):
             loss=loss,
             logits=logits,
             **balance,
+            dropped=dropped_fractions(outputs.dropped_mask) if outputs.dropped_mask else None,
+            member_logits=member_logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             router_logits=outputs.router_logits if wants_router_logits else None,
         )
+
+    def _label_loss(
+        self, labels: torch.Tensor, logits: torch.Tensor, member_logits: torch.Tensor | None, **kwargs: Any
+    ) -> torch.Tensor:
+        if member_logits is not None and self.training:
+            # each member learns by itself
+            labels, logits = labels.repeat_interleave(self.num_members, dim=0), member_logits.flatten(0, 1)
+        return self.loss_function(labels, logits, self.config, **kwargs)
 
 
 @auto_docstring(
@@ -507,6 +495,11 @@ class VMoEForImageClassification(VMoEPreTrainedModel):
 class VMoEBackbone(BackboneMixin, VMoEPreTrainedModel):
     def __init__(self, config: VMoEConfig):
         super().__init__(config)
+        if config.num_ensemble_members > 1:
+            raise ValueError(
+                f"`num_ensemble_members` is {config.num_ensemble_members}, but a backbone has one feature map for "
+                "each image. Use `VMoEModel`, which returns the hidden states of every member."
+            )
         self.vmoe = VMoEModel(config)
         self.is_stitched = [False, *(layer.post_stitch is not None for layer in self.vmoe.layers)]
         self.num_features = [config.stitch_size if stitched else config.hidden_size for stitched in self.is_stitched]
@@ -533,7 +526,7 @@ class VMoEBackbone(BackboneMixin, VMoEPreTrainedModel):
         grid_size = (pixel_values.shape[-2] // patch_height, pixel_values.shape[-1] // patch_width)
         feature_maps = []
         for index in self.out_indices:
-            hidden_states = outputs["hidden_states"][index][:, 1:]
+            hidden_states = outputs["hidden_states"][index][:, self.config.num_special_tokens :]
             if not self.is_stitched[index]:
                 hidden_states = self.vmoe.layernorm(hidden_states)
             feature_maps.append(hidden_states.transpose(1, 2).unflatten(2, grid_size).contiguous())
@@ -544,42 +537,6 @@ class VMoEBackbone(BackboneMixin, VMoEPreTrainedModel):
             attentions=outputs.attentions,
             router_logits=outputs.router_logits,
         )
-
-
-def has_balance_loss(config: PreTrainedConfig) -> bool:
-    """Whether `config` belongs to a V-MoE and gives a balance loss a weight."""
-    if not isinstance(config, VMoEConfig):
-        return False
-    weights = (config.router_importance_loss_coef, config.router_load_loss_coef)
-    return len(config.moe_layers) > 0 and max(weights) > 0
-
-
-def balance_losses(
-    router_logits: tuple[torch.Tensor, ...], noisy_router_logits: tuple[torch.Tensor, ...], config: VMoEConfig
-) -> dict[str, torch.Tensor]:
-    """
-    The balance losses that have a weight in `config`, by name, averaged over the sparse layers (V-MoE paper, appendix
-    A).
-
-    Args:
-        router_logits (`tuple(torch.Tensor)`): One tensor of shape `(num_tokens, num_experts)` per sparse layer.
-        noisy_router_logits (`tuple(torch.Tensor)`): The logits that selected the experts, with the same shapes.
-
-    Returns:
-        `aux_loss` (weighted sum), `importance_loss`, and `load_loss` if it has a weight.
-    """
-    losses = {"importance_loss": torch.stack([importance_loss(logits) for logits in router_logits]).mean()}
-    aux_loss = config.router_importance_loss_coef * losses["importance_loss"]
-    # CODEPATH: Google's V-MoE checkpoints were trained with the load loss, m2mKD's without
-    if config.router_load_loss_coef > 0:
-        noise_std = config.router_noise_std / config.num_experts
-        layer_losses = [
-            load_loss(clean, noisy, noise_std, config.num_experts_per_tok)
-            for clean, noisy in zip(router_logits, noisy_router_logits, strict=True)
-        ]
-        losses["load_loss"] = torch.stack(layer_losses).mean()
-        aux_loss = aux_loss + config.router_load_loss_coef * losses["load_loss"]
-    return {"aux_loss": aux_loss, **losses}
 
 
 __all__ = ["VMoEBackbone", "VMoEForImageClassification", "VMoEModel", "VMoEPreTrainedModel"]

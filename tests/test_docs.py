@@ -14,10 +14,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import yaml
+from jax_files import write_checkpoint
 from jax_vmoe import tree
 from official_nac_cases import nac_case
 from PIL import Image
@@ -74,8 +74,12 @@ def folder(finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     case = nac_case("nac_small_eval")
     shutil.copy(case.folder / "config.json", tmp_path / "nac_scale_tinyimnet_config.yml")
     torch.save({"model": case.state_dict, "model_ema": None}, tmp_path / "checkpoint_best.pt")
-    np.savez(tmp_path / "params.npz", **tree())
-    (tmp_path / "router.json").write_text(json.dumps({"num_selected_experts": 2}))
+    write_checkpoint(tmp_path / "vmoe_b16_imagenet21k_randaug_strong", tree(), num_shards=2)
+    (tmp_path / "model.json").write_text(json.dumps({"model": {"encoder": {"moe": {"group_size": 20}}}}))
+    (tmp_path / "checkpoints").mkdir()
+    write_checkpoint(tmp_path / "checkpoints" / "ckpt_10000", {f"params/{name}": p for name, p in tree().items()})
+    vit_jax = ROOT / "tests" / "conversion" / "vmoe_jax" / "init_from_vit_same_size_all_moe" / "source.npz"
+    shutil.copy(vit_jax, tmp_path / "B_16-i21k.npz")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

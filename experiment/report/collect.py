@@ -64,7 +64,7 @@ def collect(output_dir: Path, recipe: dict[str, Any], seed: int, repeat_seeds: l
         "seed": seed,
         "device": device,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "versions": versions(),
         **networks,
         "hybrids": _read_hybrids(folder),
         "arms": arms,
@@ -242,6 +242,11 @@ def _is_load(load: Any) -> bool:
         isinstance(shares, list) and shares and all(isinstance(share, int | float) and share >= 0 for share in shares)
         for shares in load.values()
     )
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that results depend on."""
+    return {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
 
 
 def _version(name: str) -> str:

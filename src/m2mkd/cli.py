@@ -91,6 +91,39 @@ def run_command(
     _explained(work, "Finished phases are kept; run the same command again to go on.")
 
 
+@app.command("study", context_settings=_OVERRIDES)
+def study_command(
+    context: typer.Context,
+    study: Annotated[Path, typer.Argument(metavar="STUDY.yaml", help="Curves of arms over values of a recipe.")],
+    plan: Annotated[bool, typer.Option("--plan", help="Print what it would cost; train nothing.")] = False,
+    only_report: Annotated[bool, typer.Option("--report", help="Report the finished seeds; train nothing.")] = False,
+    processes: Annotated[int | None, typer.Option(min=1, help="Phases at once. Default: as in a run.")] = None,
+) -> None:
+    """
+    Run a study: every arm with every value and seed, then accuracy against compute, with intervals.
+
+    Teacher, meta model, pairs and arms that several points share are trained once. Stop it and start it again at will.
+
+    Keys of the study can be overridden: --seeds '[0, 1]' --output_dir runs/mine.
+    """
+
+    def work() -> None:
+        from m2mkd.experiment.study.plan import print_study_plan
+        from m2mkd.experiment.study.report import report_study
+        from m2mkd.experiment.study.runs import run_study
+        from m2mkd.experiment.study.spec import load_study
+
+        spec, points = load_study(study, _overrides(context.args))
+        if plan:
+            print_study_plan(spec, points)
+            return
+        if not only_report:
+            run_study(points, processes)
+        _print_once(f"The study is in {report_study(spec, points)} (study.json and study.png are in the same folder).")
+
+    _explained(work, "Finished phases are kept; run the same command again to go on.")
+
+
 @app.command("report", context_settings=_OVERRIDES)
 def report_command(context: typer.Context, run_folder: Annotated[Path, typer.Argument(metavar="RUN_FOLDER")]) -> None:
     """Write the report of a finished run again, from its folders."""
@@ -215,10 +248,14 @@ def upcycle_command(
 
 @app.command("convert")
 def convert_command(
-    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A .pth, .pt, .safetensors or .npz file.")],
+    checkpoint: Annotated[
+        Path, typer.Argument(metavar="CHECKPOINT", help="A .pth, .pt, .safetensors or .npz file, or PREFIX.")
+    ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to create.")],
-    kind: Annotated[str, typer.Option(help="nac, nac-student, vmoe, vmoe-student, vit or vmoe-jax.")],
-    config: Annotated[Path, typer.Option(help="The official YAML file. For vit and vmoe: JSON, see below.")],
+    kind: Annotated[str, typer.Option(help="nac, nac-student, vmoe, vmoe-student, vit, vmoe-jax or vit-jax.")],
+    config: Annotated[
+        Path | None, typer.Option(help="The official YAML file. For vit and vmoe: JSON, see below.")
+    ] = None,
     stage: Annotated[int | None, typer.Option(help="Stage of a student or teacher, from 0.")] = None,
     num_stages: Annotated[int | None, typer.Option(help="Stages of a student's model (NAC: 10, V-MoE: 4).")] = None,
     back: Annotated[
@@ -233,8 +270,12 @@ def convert_command(
     The official code has no file for the arguments of a ViT or V-MoE. Give them as JSON or YAML, e.g.
     {"kwargs": {"patch_size": 14, "embed_dim": 1280, "num_heads": 16, "divided_depths": [4, 3, 4]}, "norm_eps": 1e-5}
 
-    For vmoe-jax, CHECKPOINT is the parameter tree of google-research/vmoe, flattened into one file of named arrays.
-    --config gives what the arrays do not show, e.g. {"num_selected_experts": 2}
+    For vmoe-jax, CHECKPOINT is the PREFIX of google-research/vmoe's PREFIX.index and PREFIX.data-nnnnn-of-NNNNN, or
+    its parameter tree, flattened into one file of named arrays. If that has not the name of a published checkpoint,
+    --config gives what the arrays do not show: the `model` section of that code's configuration as JSON, or only the
+    routers' arguments, e.g. {"num_selected_experts": 2}
+
+    vit-jax is for the .npz of a ViT of big_vision or vision_transformer with a class token. It needs no --config.
 
     The folder of a student or of one stage contains that stage's tensors and its stitches, like pairs/ in a run.
 
@@ -251,6 +292,8 @@ def convert_command(
             print(convert(kind, config, checkpoint, out, stage, num_stages))
         elif (stage, num_stages) != (None, None):
             raise typer.BadParameter("--to-official converts whole models only; leave out --stage and --num-stages")
+        elif config is None:
+            raise typer.BadParameter("--to-official needs --config, from which the official code builds the model")
         else:
             print(to_official(kind, config, checkpoint, out))
 

@@ -3,15 +3,13 @@
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from jax_vmoe import forward, tree
 from official_cases import Case, assert_close, stage_of, student_model, student_names, vit_stage
 from official_files import config_file, left, save, with_stitches
 from official_nac_cases import nac_case
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from testing_utils import assert_equal
 from torch import nn
 from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTForImageClassification, pipeline
@@ -19,7 +17,6 @@ from typer.testing import CliRunner, Result
 
 from m2mkd import NACConfig, NACForImageClassification, VMoEForImageClassification, split_into_stages
 from m2mkd.cli import app
-from m2mkd.conversion.checkpoint_file import read_checkpoint
 from m2mkd.conversion.convert import convert
 from m2mkd.conversion.nac_kinds import graph_loss_fields
 from m2mkd.conversion.official_models import convert_vit, without_aliases
@@ -608,62 +605,3 @@ class TestPixels:
         convert(kind, case.folder / "config.json", case.folder / "state_dict.safetensors", out, num_stages=3)
         pixels = pixels_of_processor(AutoImageProcessor.from_pretrained(out), "it")
         assert {name: pixels[name] for name in self.IMAGENET} == self.IMAGENET
-
-
-class TestVMoEJax:
-    """google-research/vmoe's parameter tree, in a file of named arrays."""
-
-    def arrays(self, path: Path, **changes: Any) -> Path:
-        arrays = {name: array for name, array in {**tree(), **changes}.items() if array is not None}
-        if path.suffix == ".npz":
-            np.savez(path, **arrays)
-        else:
-            save_file({name: torch.from_numpy(array) for name, array in arrays.items()}, path)
-        return path
-
-    @pytest.mark.parametrize("name", ["params.npz", "params.safetensors"])
-    def test_the_folder_loads_and_gives_the_logits_of_the_code(self, tmp_path: Path, out: Path, name: str) -> None:
-        config = config_file(tmp_path, {"num_selected_experts": 2}, "router.json")
-        said = convert("vmoe-jax", config, self.arrays(tmp_path / name), out)
-        assert said.startswith("VMoEForImageClassification of ")
-        pixels = np.random.default_rng(1).normal(size=(2, 8, 8, 3))
-        with torch.no_grad():
-            model = AutoModelForImageClassification.from_pretrained(out).eval()
-            ours = model(torch.from_numpy(pixels).float().permute(0, 3, 1, 2)).logits.numpy()
-        expected = forward(tree(), pixels)
-        assert np.abs(ours - expected).max() < 1e-5 * np.abs(expected).max()
-
-    def test_a_pipeline_takes_the_folder(self, tmp_path: Path, out: Path) -> None:
-        config = config_file(tmp_path, {"num_selected_experts": 2}, "router.json")
-        convert("vmoe-jax", config, self.arrays(tmp_path / "params.npz"), out)
-        image = Image.fromarray(np.random.default_rng(2).integers(0, 256, (8, 8, 3), dtype=np.uint8))
-        answer = pipeline("image-classification", model=str(out), top_k=None, function_to_apply="none")(image)
-        # value_range(-1, 1) there
-        expected = forward(tree(), np.asarray(image)[None] / 127.5 - 1)[0]
-        ours = {entry["label"]: entry["score"] for entry in answer}
-        assert ours == pytest.approx({f"LABEL_{i}": value for i, value in enumerate(expected)}, abs=1e-4)
-        assert load_for_evaluation(out)[1] == {
-            "image_size": 8, "center_crop": None, "resample": "bilinear", "mean": (0.5,) * 3, "std": (0.5,) * 3
-        }  # fmt: skip
-
-    def test_what_is_missing_is_listed_by_its_name(self, tmp_path: Path, out: Path) -> None:
-        config = config_file(tmp_path, {"num_selected_experts": 2}, "router.json")
-        lost = "Encoder/encoderblock_1/Moe/Mlp/Dense_1/kernel"
-        checkpoint = self.arrays(tmp_path / "params.npz", **{lost: None})
-        with pytest.raises(ConversionError, match=r"encoderblock_1\.Moe\.Mlp\.Dense_1\.kernel: missing"):
-            convert("vmoe-jax", config, checkpoint, out)
-        assert not out.exists()
-
-    def test_bfloat16_is_kept(self, tmp_path: Path) -> None:
-        # ml_dtypes' bfloat16, as numpy stores it
-        values = torch.randn(3, 4).bfloat16()
-        np.savez(tmp_path / "half.npz", a=values.view(torch.int16).numpy().view("V2"))
-        assert torch.equal(read_checkpoint(tmp_path / "half.npz").model["a"], values)
-
-    def test_a_file_that_runs_code_is_refused(self, tmp_path: Path) -> None:
-        np.savez(tmp_path / "objects.npz", a=np.array([print], dtype=object))
-        with pytest.raises(ConversionError, match="not a checkpoint: Object arrays cannot be loaded"):
-            read_checkpoint(tmp_path / "objects.npz")
-        (tmp_path / "half.npz").write_bytes(b"PK nonsense")
-        with pytest.raises(ConversionError, match="is damaged or not a checkpoint"):
-            read_checkpoint(tmp_path / "half.npz")

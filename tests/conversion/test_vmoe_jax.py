@@ -7,18 +7,20 @@ from jax_vmoe import CHOSEN, EXPERTS, HEADS, LABELS, MLP, PATCH, SIDE, SPARSE, W
 from testing_utils import vmoe, vmoe_config
 
 from m2mkd import VMoEForImageClassification
-from m2mkd.conversion.vmoe_jax import convert_vmoe_jax, plain_names, vmoe_jax_config
+from m2mkd.conversion.jax_tree import POSITIONS, converted_tree
+from m2mkd.conversion.vmoe_jax import VMOE_JAX_TABLE, model_section, vmoe_jax_config
 from m2mkd.errors import ConversionError
 
 
 def tensors(arrays: Tree) -> dict[str, torch.Tensor]:
-    return plain_names({name: torch.from_numpy(array) for name, array in arrays.items()})
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
 def converted(arrays: Tree, **arguments) -> VMoEForImageClassification:
     named = tensors(arrays)
-    model = VMoEForImageClassification(vmoe_jax_config(named, {"num_selected_experts": CHOSEN, **arguments}))
-    model.load_state_dict(convert_vmoe_jax(named), strict=True)
+    content = {"num_selected_experts": CHOSEN, **arguments}
+    model = VMoEForImageClassification(vmoe_jax_config(named, model_section(content)))
+    model.load_state_dict(converted_tree(named, VMOE_JAX_TABLE), strict=True)
     return model.eval()
 
 
@@ -43,23 +45,16 @@ def test_sizes_come_from_the_arrays() -> None:
     assert (config.router_noise_std, config.router_importance_loss_coef) == (1.0, 0.01)
 
 
-def test_a_name_in_front_of_all_and_dots_do_not_matter() -> None:
-    again = {f"params.{name.replace('/', '.')}": torch.from_numpy(array) for name, array in tree().items()}
-    assert plain_names(again).keys() == tensors(tree()).keys()
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"cls": None}, "only classifier=.token. can be converted"),
-        ({"pre_logits/kernel": np.zeros((2, 2))}, "representation layer"),
+        ({"cls": None, POSITIONS: np.zeros((1, 4, WIDTH))}, "`classifier` is missing"),
         ({"head/kernel": None}, "`head/kernel` is missing"),
-        ({"embedding/kernel": None}, "one `embedding/kernel`; this one has 0"),
-        ({"Encoder/posembed_input/pos_embedding": np.zeros((1, 7, WIDTH))}, "6 patches do not form a square"),
-        (
-            {"Encoder/encoderblock_0/SelfAttention/query_ln/scale": np.zeros(4)},
-            r"do not belong to a V-MoE .*encoderblock_0.SelfAttention.query_ln.scale",
-        ),
+        ({"head/kernel": np.zeros(3, "float32")}, r"`head/kernel` has shape \(3,\)"),
+        ({"Encoder/encoderblock_1/SelfAttention/out/kernel": np.zeros(3, "float32")}, "wrong number of axes"),
+        ({POSITIONS: np.zeros((1, 7, WIDTH))}, "6 patches do not form a square"),
+        ({POSITIONS: None}, "Without .* nothing shows the image size"),
+        ({"Encoder/encoderblock_0/SelfAttention/gate": np.zeros(4)}, r"do not belong to the model: .*Attention/gate"),
     ],
 )
 def test_what_ours_does_not_have_is_refused(change: dict, message: str) -> None:
@@ -70,9 +65,52 @@ def test_what_ours_does_not_have_is_refused(change: dict, message: str) -> None:
 
 def test_arguments_are_taken_or_refused() -> None:
     with pytest.raises(ConversionError, match="`num_selected_experts` is missing"):
-        vmoe_jax_config(tensors(tree()), {})
-    with pytest.raises(ConversionError, match="not known.*capacity"):
+        model_section({})
+    with pytest.raises(ConversionError, match=r"not known.*encoder\.moe\.router\.capacity"):
         converted(tree(), capacity=3)
+
+
+def test_without_positions_in_the_arrays_they_must_be_fixed() -> None:
+    arrays = tensors(tree())
+    del arrays[POSITIONS]
+    for position, message in (
+        ({}, r"`encoder\.position_emb\.name` is missing"),
+        ({"name": "none"}, r"`encoder\.position_emb\.name` is 'none'.* must be 'sincos2d'"),
+        ({"name": "sincos2d", "temperature": 100}, r"`encoder\.position_emb\.temperature` is 100.* only 10000"),
+    ):
+        content = {"image_size": [8, 8], "encoder": {"position_emb": position}}
+        with pytest.raises(ConversionError, match=message):
+            vmoe_jax_config(arrays, content)
+    fixed = {"image_size": [8, 8], "encoder": {"position_emb": {"name": "sincos2d"}}}
+    assert vmoe_jax_config(arrays, fixed).position_embedding_type == "sincos2d"
+
+
+def test_without_noise_there_is_no_load_loss() -> None:
+    model = {"encoder": {"moe": {"router": {"noise_std": 0.0, "num_selected_experts": CHOSEN}}}}
+    config = vmoe_jax_config(tensors(tree()), model)
+    assert (config.router_importance_loss_coef, config.router_load_loss_coef) == (len(SPARSE), 0.0)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ({"num_classes": LABELS + 1, "encoder": {}}, "`num_classes` is 6, but the tensors show 5"),
+        ({"representation_size": 7, "encoder": {}}, "`representation_size` is 7, but the tensors show None"),
+        ({"classifier": "gap", "encoder": {}}, "`classifier` is 'gap', but the tensors show 'token'"),
+        ({"encoder": {"num_layers": 2}}, r"`encoder\.num_layers` is 2, but the tensors show 3"),
+        ({"encoder": {"moe": {"layers": [0]}}}, r"`encoder\.moe\.layers` is \[0\], but the tensors show \[1, 2\]"),
+        ({"encoder": {"moe": 3}}, r"`encoder\.moe` must be a section"),
+        (
+            {"encoder": {"moe": {"router": {"name": "OTRouter"}}}},
+            "`encoder.moe.router.name` is 'OTRouter'; it must be one",
+        ),
+        ({"encoder": {"moe": {"router": {"name": "SoftRouter"}}}}, "Router/mu` is missing"),
+        ({"encoder": {"moe": {"router": {"dispatcher": {"factor": 1}}}}}, r"not known: .*router\.dispatcher\.factor"),
+    ],
+)
+def test_the_configuration_must_be_of_the_same_model(model: dict, message: str) -> None:
+    with pytest.raises(ConversionError, match=message):
+        vmoe_jax_config(tensors(tree()), model_section({"model": model}))
 
 
 class TestShares:

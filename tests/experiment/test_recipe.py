@@ -19,7 +19,7 @@ RECIPES = Path(__file__).parents[2] / "recipes"
 class TestLoadRecipe:
     def test_the_embedded_default_is_valid_and_runs_all_arms(self) -> None:
         recipe = load_recipe()
-        assert list(recipe.arms) == ["e2e", "kd", "m2mkd"]
+        assert list(recipe.arms) == ["kd", "m2mkd_kd"]
         assert recipe.data[recipe.evaluation.ood].source == "uci_digits"
 
     def test_every_recipe_of_the_repository_is_valid(self) -> None:

@@ -1,0 +1,40 @@
+"""Writes the report of a study."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from m2mkd.experiment.study.figure import render_figure
+from m2mkd.experiment.study.markdown import COLUMNS, rows, sentence, to_markdown
+from m2mkd.experiment.study.results import Results, collect_study
+from m2mkd.experiment.study.spec import Point, StudySpec
+from m2mkd.files import explained_write_errors, replaced_file, write_json
+
+
+def report_study(spec: StudySpec, points: Sequence[Point]) -> Path:
+    """Write `study.json`, `study.md` and `study.png` into the study's folder, and print its tables."""
+    study, folder = collect_study(spec, points), Path(spec.output_dir)
+    contents = {"study.png": render_figure(study), "study.md": to_markdown(study).encode()}
+    with explained_write_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "study.json", study)
+        for name, content in contents.items():
+            with replaced_file(folder / name) as temporary:
+                temporary.write_bytes(content)
+    print_study(study)
+    return folder / "study.md"
+
+
+def print_study(study: Results, console: Console | None = None) -> None:
+    """Print the points and the comparisons; `console` defaults to the terminal."""
+    console = console or Console(width=None if Console().is_terminal else 160)
+    table = Table(title=study["name"])
+    for place, column in enumerate(COLUMNS):
+        table.add_column(column, justify="left" if place < 2 else "right")
+    for row in rows(study):
+        table.add_row(*row)
+    console.print(table)
+    for entry in study["comparisons"]:
+        console.print(sentence(entry), markup=False, highlight=False, soft_wrap=True)
