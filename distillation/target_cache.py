@@ -184,9 +184,10 @@ class CachedTargets(FrozenNetworks):
         return [self._states[place] for place in sorted(places)]
 
     def boundaries(self, batch: Mapping[str, torch.Tensor], indices: Sequence[int]) -> tuple[Tensors, Tensors]:
-        """Take the inputs and targets of the pairs from the batch, as float32."""
+        """Take the inputs and targets of the pairs from the batch, as float32; batches to evaluate have no targets."""
         inputs = {index: batch[self._states[index]].float() for index in self._with_input(indices)}
-        return inputs, {index: batch[self._states[index + 1]].float() for index in indices}
+        names = {index: self._states[index + 1] for index in indices}
+        return inputs, {index: batch[name].float() for index, name in names.items() if name in batch}
 
 
 def boundary_names(num_stages: int) -> list[str]:

@@ -49,7 +49,8 @@ def check_cache(
     eval_dataset: Any,
 ) -> None:
     """Check that a cache serves a distillation. Raises `StageError` or, if it was cut otherwise, `CacheError`."""
-    if teacher is not None or meta is not None or eval_dataset is not None:
+    is_evaluated = eval_dataset is not None and args.num_pairs > 1
+    if teacher is not None or meta is not None or is_evaluated:
         given = "a teacher" if teacher is not None else "a meta model" if meta is not None else "an `eval_dataset`"
         raise StageError(
             f"`targets` take the place of the teacher for the training set, but {given} is given as well. Leave out "

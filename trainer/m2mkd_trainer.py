@@ -77,7 +77,8 @@ class M2MKDTrainer(StatisticsTrainer):
             folder, teacher, args.teacher_depths, train_dataset)` writes it, `TargetCache(folder)` opens it in any
             process. It takes the place of `teacher`, which is then neither loaded nor run. It serves ordinary
             distillation, and pairs with `context="teacher"` and `match="boundary"`, on the `ImageDataset` that it was
-            written for; a process reads only what its own pairs need. There is no evaluation with it.
+            written for; a process reads only what its own pairs need. It has no targets for an `eval_dataset`: pairs
+            cannot be evaluated with it, and a whole student only by the labels (`eval_loss` is their cross entropy).
 
     Raises:
         `StageError`: the networks cannot be stitched (architectures, widths, token counts, label spaces, missing
@@ -113,20 +114,21 @@ class M2MKDTrainer(StatisticsTrainer):
         check_networks(args, model, teacher, meta)
         student_stages = split_into_stages(model, args.student_depths or [count_layers(model)])
         around = meta or teacher or model
-        stitch_size = around.config.hidden_size
         frozen = _frozen_networks(args, teacher, meta, targets is not None)
         if targets is not None and train_dataset is not None:
             train_dataset = CachedImages(train_dataset, targets, frozen.names(args.pair_indices))
         # computed before anything is cast
         self.network_hashes = _network_hashes(args, teacher, meta, targets)
         self.student = model
-        self.stitch_size = stitch_size
+        self.stitch_size = around.config.hidden_size
         self._step_of_seed, self._batch_in_step = -1, -1
         self._needed = [*frozen.names(args.pair_indices), *(["labels"] if args.alpha < 1 else [])]
+        by_labels = targets is not None and args.num_pairs == 1
+        self._needed_in_evaluation = ["pixel_values", "labels"] if by_labels else self._needed
         stitched = StitchedStudent(
             model,
             [student_stages[i] for i in args.pair_indices],
-            stitch_size,
+            around.config.hidden_size,
             args.stitch if args.num_pairs > 1 else "none",
             seed=args.seed,
             nac_codes=args.nac_codes,
@@ -149,7 +151,7 @@ class M2MKDTrainer(StatisticsTrainer):
         self.label_names = ["labels"]
         self.model_accepts_loss_kwargs = False
         # outside the module tree of `self.model`: nothing frozen reaches the optimizer, DDP or a checkpoint
-        self.frozen = frozen.to(args.device, _compute_dtype(args))
+        self.frozen = frozen.to(args.device, compute_dtype(args))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
         """Train, as [`~transformers.Trainer.train`]; with `stitch_init="least_squares"` fit the stitches first."""
@@ -185,7 +187,7 @@ class M2MKDTrainer(StatisticsTrainer):
             The loss of shape `()`; with `return_outputs` also the statistics of each image and pair, of shape
             `(batch_size, num_pairs * len(STATISTICS))`, and the logits, as `compute_metrics` gets them.
         """
-        check_batch(inputs, self._needed)
+        check_batch(inputs, self._needed if model.training else self._needed_in_evaluation)
         labels = inputs.get("labels")
         pair_inputs, targets = self.frozen.inputs_and_targets(inputs, self.args.pair_indices)
         outputs = model(pair_inputs, seed=self._next_seed() if model.training else None)
@@ -352,7 +354,8 @@ def _frozen_networks(
     return FrozenNetworks(meta_stages, {index: stages[index] for index in args.pair_indices if stages}, match)
 
 
-def _compute_dtype(args: M2MKDConfig) -> torch.dtype:
+def compute_dtype(args: M2MKDConfig) -> torch.dtype:
+    """The dtype that frozen networks compute in."""
     return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
 
 

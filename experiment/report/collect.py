@@ -127,12 +127,13 @@ def _read_arms(folder: RunFolder, seed: int, recipe: dict[str, Any]) -> dict[str
         if result["iid"] is None:
             raise _damaged(folder.arm(name, seed) / EVAL_RESULTS, "an arm needs an `iid` result")
         result["arm"] = arms[name].described()
-        if arms[name].is_modular:
-            num_pairs = len((recipe.get("student") or {}).get("depths") or [])
-            pairs = [_read_costs(pair) for pair in _pair_folders(folder, seed, num_pairs)]
-            if not pairs:
-                raise RunError(f"There are no distilled pairs in {folder.pairs(seed)}. {RUN_AGAIN}")
-            _add_distillation(result, pairs)
+        num_pairs = len((recipe.get("student") or {}).get("depths") or [])
+        pairs = _pair_folders(folder, seed, num_pairs) if arms[name].is_modular else []
+        if arms[name].is_modular and not pairs:
+            raise RunError(f"There are no distilled pairs in {folder.pairs(seed)}. {RUN_AGAIN}")
+        caches = {read_results(path).get("cache") for path in [folder.arm(name, seed), *pairs]} - {None}
+        before = {"cache": [folder.cache(data) for data in sorted(caches)], "distill": pairs}
+        _add_beforehand(result, {phase: [_read_costs(path) for path in paths] for phase, paths in before.items()})
     return results
 
 
@@ -166,18 +167,23 @@ def _read_hybrids(folder: RunFolder) -> Result | None:
     return {"stages": stages, **{name: measured[-1][name] for name in ("teacher", "chance", "n", "set")}}
 
 
-def _add_distillation(result: Result, pairs: list[Result]) -> None:
-    """Add the cost of the pairs to an arm that starts from them; its own cost is that of its end-to-end phase."""
-    finetune = {name: result[name] for name in COSTS}
+def _add_beforehand(result: Result, before: dict[str, list[Result]]) -> None:
+    """Add the cost of stored targets and of pairs to an arm; its own cost is that of its end-to-end phase."""
+    finetune, phases = {name: result[name] for name in COSTS}, {}
     total = ("train_seconds", "train_flops", "parameters")
-    distill = {name: (sum if name in total else max)(pair[name] for pair in pairs) for name in COSTS}
-    for name in ("train_seconds", "train_flops", "train_samples_seen"):
-        result[name] += distill[name]
-    for name in ("images", "labels"):
-        result[name] = max(result[name], distill[name])
-    result["parallel_seconds"] += max(pair["parallel_seconds"] for pair in pairs)
-    result["peak_memory"] = _largest([result, *pairs])
-    result["phases"] = {"distill": distill, "finetune": finetune}
+    for phase, parts in before.items():
+        if not parts:
+            continue
+        own = {name: (sum if name in total else max)(part[name] for part in parts) for name in COSTS}
+        for name in ("train_seconds", "train_flops", "train_samples_seen"):
+            result[name] += own[name]
+        for name in ("images", "labels"):
+            result[name] = max(result[name], own[name])
+        result["parallel_seconds"] += max(part["parallel_seconds"] for part in parts)
+        result["peak_memory"] = _largest([result, *parts])
+        phases[phase] = own
+    if phases:
+        result["phases"] = {**phases, "finetune": finetune}
 
 
 def _read_result(folder: Path) -> Result:

@@ -185,3 +185,21 @@ class TestRefused:
         args = distillation_args(tmp_path / "out", **BOUNDARIES, teacher_depths=[2, 1, 2])
         with pytest.raises(CacheError, match="another depths"):
             M2MKDTrainer(vmoe(), args, targets=write(tmp_path / "cache"), train_dataset=dataset())
+
+
+class TestEvaluation:
+    def test_a_whole_student_is_evaluated_by_the_labels(self, tmp_path: Path) -> None:
+        args = distillation_args(tmp_path / "out", **WHOLE, alpha=1.0)
+        networks = {"targets": write(tmp_path / "cache"), "train_dataset": dataset(), "eval_dataset": NoiseImages()}
+        trainer = M2MKDTrainer(vmoe(), args, **networks)
+        metrics = trainer.evaluate()
+        assert metrics["eval_loss"] == pytest.approx(metrics["eval_cross_entropy"], rel=1e-5)
+        assert "eval_kl" not in metrics
+        trainer.train()
+
+    def test_a_batch_to_train_on_without_targets_is_refused(self, tmp_path: Path) -> None:
+        args = distillation_args(tmp_path / "out", **WHOLE)
+        trainer = M2MKDTrainer(vmoe(), args, targets=write(tmp_path / "cache"), train_dataset=dataset())
+        trainer.train_dataset = NoiseImages()
+        with pytest.raises(DataError, match="not logits"):
+            trainer.train()
