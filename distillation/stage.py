@@ -28,6 +28,7 @@ class Stage(nn.Module):
         layer_indices (`range`): The layers of the model that are in this stage.
         takes_any_tokens (`bool`): Whether a student stage works with any number of tokens that the meta model has.
         keeps_stitches (`bool`): Whether the model has places for the stitches between its stages.
+        has_experts (`bool`): Whether such a network can be upcycled from a dense one.
         has_graph (`bool`): Whether the model's latents exchange messages along a graph.
         is_meta_source (`bool`): Whether a meta model can be made from the layers of such a network.
         interpolates_positions (`bool`): Whether such a network, once trained, takes images of another size.
@@ -36,6 +37,7 @@ class Stage(nn.Module):
 
     takes_any_tokens: ClassVar[bool] = False
     keeps_stitches: ClassVar[bool] = False
+    has_experts: ClassVar[bool] = False
     has_graph: ClassVar[bool] = False
     is_meta_source: ClassVar[bool] = True
     interpolates_positions: ClassVar[bool] = False

@@ -14,6 +14,7 @@ class VMoEStage(TransformerStage):
     """Consecutive layers of a V-MoE. Stitches can be kept between the layers."""
 
     keeps_stitches = True
+    has_experts = True
     interpolates_positions = False
 
     @property

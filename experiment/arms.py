@@ -6,6 +6,7 @@ an arm follows from these words; only this file knows the names of the presets.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
@@ -24,7 +25,8 @@ class ArmSpec(Section):
     The four words of an arm.
 
     Args:
-        init (`str`): Where the student's weights come from: `"random"`, or `"modules"` (the distilled pairs).
+        init (`str`): Where the student's weights come from: `"random"`, `"modules"` (the distilled pairs), or
+            `"upcycled"` (every expert is a copy of a dense network's MLP, see the recipe's `upcycle`).
         supervision (`str`): What the end-to-end phase learns from: `"labels"`, or `"teacher"` (ordinary distillation,
             with the additional arguments of `kd.training`).
         data (`str`, *optional*): Name of the training set. `None`: that of `finetune`.
@@ -32,7 +34,7 @@ class ArmSpec(Section):
         budget (`Budget`, *optional*): `None`: the epochs of the training arguments.
     """
 
-    init: Literal["random", "modules"] = "random"
+    init: Literal["random", "modules", "upcycled"] = "random"
     supervision: Literal["labels", "teacher"] = "labels"
     data: str | None = None
     training: Training = Field(default_factory=dict)
@@ -57,13 +59,22 @@ PRESETS = {
     "kd": ArmSpec(supervision="teacher"),
     "m2mkd": ArmSpec(init="modules"),
     "m2mkd_kd": ArmSpec(init="modules", supervision="teacher"),
+    "upcycle": ArmSpec(init="upcycled"),
+    "upcycle_kd": ArmSpec(init="upcycled", supervision="teacher"),
 }
 DEFAULT_ARMS = ("e2e", "kd", "m2mkd")
 # The arm that `m2mkd push` takes if none is named.
 PUSHED = "m2mkd"
 # Okabe and Ito's colors, which color-blind readers can distinguish. A recipe's own arms take the further ones in turn.
-_COLORS = {"e2e": "#0072B2", "kd": "#D55E00", "m2mkd": "#009E73", "m2mkd_kd": "#CC79A7"}
-_FURTHER_COLORS = ("#E69F00", "#332288", "#882255", "#999933", "#666666")
+_COLORS = {
+    "e2e": "#0072B2",
+    "kd": "#D55E00",
+    "m2mkd": "#009E73",
+    "m2mkd_kd": "#CC79A7",
+    "upcycle": "#56B4E9",
+    "upcycle_kd": "#E69F00",
+}
+_FURTHER_COLORS = ("#332288", "#882255", "#999933", "#666666", "#AA4499")
 _EQUAL_COMPUTE = "_equal_compute"
 _INIT = {
     "random": ("It is a baseline: trained end to end", "end-to-end training"),
@@ -71,11 +82,46 @@ _INIT = {
         "Its modules were distilled one by one from those of a teacher (m2mKD); then it was trained end to end",
         "distillation of all pairs, including the passes through the frozen networks, and end-to-end training",
     ),
+    "upcycled": (
+        "Its experts started as copies of a dense network's MLPs (sparse upcycling); then it was trained end to end",
+        "training of the dense network, unless that is the teacher, and end-to-end training",
+    ),
 }
 _TEACHER = (
     " to match the outputs of a teacher (ordinary distillation)",
     " to match the teacher's outputs, including the teacher's forward passes",
 )
+
+
+@dataclass(frozen=True)
+class Source:
+    """
+    Where the weights come from that an arm starts from.
+
+    Args:
+        phase (`str`, *optional*): The phase that makes them and that counts as the arm's own.
+        networks (`tuple[str, ...]`): The networks that are needed for it, and are not counted.
+    """
+
+    phase: str | None = None
+    networks: tuple[str, ...] = ()
+
+
+def sources(recipe: Mapping[str, Any]) -> dict[str, Source]:
+    """
+    The sources of the weights, by the arm's `init`.
+
+    Args:
+        recipe (`Mapping`): A recipe as plain values; the sections `distill` and `upcycle` are read.
+    """
+    distill, upcycle = recipe.get("distill") or {}, recipe.get("upcycle") or {}
+    around = () if distill.get("context") == "teacher" else ("meta",)
+    is_teacher, is_taught = (upcycle.get(key) == "teacher" for key in ("source", "supervision"))
+    return {
+        "random": Source(),
+        "modules": Source("pairs", (*around, "teacher")),
+        "upcycled": Source(None if is_teacher else "dense", ("teacher",) if is_teacher or is_taught else ()),
+    }
 
 
 @dataclass(frozen=True)
@@ -87,13 +133,13 @@ class Arm:
         name (`str`): Its folder in `arms/`.
         spec (`ArmSpec`): Its four words.
         sibling (`str`, *optional*): An arm that differs only in the budget.
-        context (`str`): The network around the pairs: `"meta"` or `"teacher"`.
+        source (`Source`): What the recipe says about the weights that it starts from.
     """
 
     name: str
     spec: ArmSpec
     sibling: str | None = None
-    context: str = "meta"
+    source: Source = Source()
 
     @property
     def is_modular(self) -> bool:
@@ -113,8 +159,8 @@ class Arm:
     @property
     def extra(self) -> tuple[str, ...]:
         """The networks that are trained beforehand and are not counted in the arm's own compute."""
-        meta = ("meta",) if self.is_modular and self.context == "meta" else ()
-        return (*meta, "teacher") if self.is_modular or self.has_teacher else ()
+        teacher = ("teacher",) if self.has_teacher else ()
+        return tuple(dict.fromkeys([*self.source.networks, *teacher]))
 
     @property
     def text(self) -> str:
@@ -175,7 +221,9 @@ def named_specs(given: Any) -> dict[str, Any]:
     return specs
 
 
-def resolve(specs: Mapping[str, ArmSpec], equal_compute: bool = False, context: str = "meta") -> dict[str, Arm]:
+def resolve(
+    specs: Mapping[str, ArmSpec], equal_compute: bool = False, recipe: Mapping[str, Any] = MappingProxyType({})
+) -> dict[str, Arm]:
     """
     The arms of a run, in the order of its tables.
 
@@ -183,18 +231,19 @@ def resolve(specs: Mapping[str, ArmSpec], equal_compute: bool = False, context: 
         specs (`Mapping[str, ArmSpec]`): The arms of the recipe.
         equal_compute (`bool`): Whether to add each other arm again with the FLOPs of the first arm that starts from
             modules.
-        context (`str`): The network around the pairs.
+        recipe (`Mapping`): See [`sources`].
 
     Raises:
         `ValueError`: a budget refers to an arm that does not exist or has a budget itself.
     """
     compared = next((name for name, spec in specs.items() if _is_reference(spec)), None)
     arms: dict[str, Arm] = {}
+    starts = sources(recipe)
     for name, spec in specs.items():
-        arms[name] = Arm(name, spec, context=context)
+        arms[name] = Arm(name, spec, source=starts[spec.init])
         if equal_compute and compared not in (None, name) and spec.budget is None:
             budget = spec.model_copy(update={"budget": Budget(flops_of=compared)})
-            arms[f"{name}{_EQUAL_COMPUTE}"] = Arm(f"{name}{_EQUAL_COMPUTE}", budget, context=context)
+            arms[f"{name}{_EQUAL_COMPUTE}"] = replace(arms[name], name=f"{name}{_EQUAL_COMPUTE}", spec=budget)
     arms = {name: arm.with_sibling(arms.values()) for name, arm in arms.items()}
     for name, arm in arms.items():
         if arm.budget is not None and (arm.budget not in specs or specs[arm.budget].budget is not None):
@@ -209,25 +258,27 @@ def _is_reference(spec: ArmSpec) -> bool:
     return spec.init == "modules" and spec.budget is None
 
 
-def arm_of_folder(name: str, words: Mapping[str, Any] | None, context: str = "meta") -> Arm | None:
+def arm_of_folder(
+    name: str, words: Mapping[str, Any] | None, recipe: Mapping[str, Any] = MappingProxyType({})
+) -> Arm | None:
     """
     Identify an arm that has a folder in a run but is not (or no longer) in the recipe.
 
     Args:
         name (`str`): Name of its folder.
         words (`Mapping`, *optional*): The words that its results record; `None` for old results, which record none.
-        context (`str`): The network around the pairs.
+        recipe (`Mapping`): See [`sources`].
 
     Returns:
         `Arm`; `None` if it cannot be identified.
     """
     if words is not None:
         spec = ArmSpec.model_validate({word: words[word] for word in ArmSpec.model_fields if word in words})
-        return Arm(name, spec, context=context)
+        return Arm(name, spec, source=sources(recipe)[spec.init])
     base = name.removesuffix(_EQUAL_COMPUTE)
     if base not in PRESETS:
         return None
-    return resolve({base: PRESETS[base], PUSHED: PRESETS[PUSHED]}, equal_compute=base != name).get(name)
+    return resolve({base: PRESETS[base], PUSHED: PRESETS[PUSHED]}, base != name, recipe).get(name)
 
 
 def reference(arms: Sequence[Arm]) -> Arm | None:

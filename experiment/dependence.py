@@ -51,7 +51,7 @@ def depends(phase: Phase, key: str) -> bool:
     section, _, rest = key.partition(".")
     if section == "data":
         return rest.partition(".")[0] in phase.data
-    if section in ("meta", "teacher", "student", "distill", "finetune", "kd", "evaluation", "arms"):
+    if section in ("meta", "teacher", "student", "distill", "finetune", "kd", "upcycle", "evaluation", "arms"):
         return any(_is_inside(key, own) or _is_inside(own, key) for own in phase.sections)
     return True
 

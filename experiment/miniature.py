@@ -93,26 +93,28 @@ def make_miniature(recipe: Recipe) -> Recipe:
     for name, data in content["data"].items():
         data |= _source(name, data, folder)
         data["image_size"] = LARGE if data["image_size"] == largest else SMALL
-    num_stages = len(recipe.student.depths)
-    teacher = content["teacher"]
+    num_stages, teacher, meta = len(recipe.student.depths), content["teacher"], content["meta"] or {}
     if teacher["pretrained"] is not None:
         model = {"model_type": "vit", "preset": None, "config": {}}
         teacher |= {"pretrained": None, "model": model, "data": recipe.distill.data}
-        if recipe.meta.model is not None:
+        if meta.get("model") is not None:
             # nothing else has to have the width of the published teacher
-            content["meta"]["model"] = model
+            meta["model"] = model
     # the first stage has more layers than the meta model's, so that alignment and distillation have something to do
     teacher["depths"] = [2, *[1] * (num_stages - 1)]
     content["student"]["depths"] = [1] * num_stages
-    content["meta"]["depths"] = None
-    for section, num_layers in (("meta", num_stages), ("teacher", num_stages + 1), ("student", num_stages)):
-        if content[section]["model"] is not None:
-            content[section]["model"] = _network(content[section]["model"], num_layers)
+    if meta:
+        meta["depths"] = None
+    for section, num_layers in ((meta, num_stages), (teacher, num_stages + 1), (content["student"], num_stages)):
+        if section.get("model") is not None:
+            section["model"] = _network(section["model"], num_layers)
     content["training"] |= _TRAINING
     trained = [(content, "training"), (teacher, "incubation"), (teacher, "finetuning")]
-    trained += [(content[section], "training") for section in ("meta", "distill", "finetune", "kd")]
+    trained += [(section, "training") for section in (meta, *map(content.get, ("distill", "finetune", "kd")))]
+    trained += [(words, "training") for arm in content["arms"] if isinstance(arm, dict) for words in arm.values()]
     for section, key in trained:
-        section[key] = _short(section[key])
+        if key in section:
+            section[key] = _short(section[key])
     return parse_recipe(content, f"the miniature of {recipe.name}")
 
 
@@ -122,7 +124,7 @@ def _class_names(recipe: Recipe) -> dict[str, list[str]]:
     classes.
     """
     sections = (recipe.meta, recipe.teacher, recipe.distill, recipe.finetune)
-    data, names = RunData(recipe), {section.data for section in sections if section.data is not None}
+    data, names = RunData(recipe), {own.data for own in sections if own is not None and own.data is not None}
     names |= {recipe.data_of(arm) for arm in recipe.all_arms.values()}
     try:
         return {name: class_names_without_images(data, name) for name in sorted(names)}

@@ -158,6 +158,25 @@ class KDSpec(Section):
     training: Training = Field(default_factory=dict)
 
 
+class UpcycleSpec(Section):
+    """
+    The dense network that the experts of upcycled arms are copies of (sparse upcycling, arXiv 2212.05055).
+
+    Args:
+        source (`str`): `"dense"`: the student without experts, trained here; or `"teacher"`, if it has the student's
+            sizes.
+        supervision (`str`): What the dense network learns from: `"labels"`, or `"teacher"`.
+        data (`str`, *optional*): Name of its training set. `None`: that of `finetune`.
+        training (`dict`): Training arguments that override those of `finetune` (and `kd`).
+    """
+
+    _has_teacher = True
+    source: Literal["dense", "teacher"] = "dense"
+    supervision: Literal["labels", "teacher"] = "labels"
+    data: str | None = None
+    training: Training = Field(default_factory=dict)
+
+
 class EvaluationSpec(Section):
     """Names of the test sets; `ood` is another distribution of the same classes."""
 
@@ -203,6 +222,7 @@ class Recipe(Section):
     distill: DistillSpec
     finetune: FinetuneSpec
     kd: KDSpec = Field(default_factory=KDSpec)
+    upcycle: UpcycleSpec | None = None
     evaluation: EvaluationSpec
 
     @field_validator("arms", mode="before")
@@ -220,7 +240,8 @@ class Recipe(Section):
     @property
     def all_arms(self) -> dict[str, Arm]:
         """The arms by name, including those that `equal_compute` adds."""
-        return resolve(self.arms, self.equal_compute, self.distill.context)
+        upcycle = None if self.upcycle is None else self.upcycle.model_dump()
+        return resolve(self.arms, self.equal_compute, {"distill": self.distill.arguments(), "upcycle": upcycle})
 
     @property
     def is_aligned(self) -> bool:
@@ -258,6 +279,7 @@ class Recipe(Section):
             "teacher.data": self.teacher.data,
             "distill.data": self.distill.data,
             "finetune.data": self.finetune.data,
+            "upcycle.data": self.upcycle.data if self.upcycle is not None else None,
             "evaluation.iid": self.evaluation.iid,
             "evaluation.ood": self.evaluation.ood,
         }
@@ -270,7 +292,7 @@ class Recipe(Section):
     def all_training(self) -> list[Training]:
         """The training arguments of every section."""
         arms = self.arms.values()
-        sections = (self, self.meta, self.distill, self.finetune, self.kd, *arms)
+        sections = (self, self.meta, self.distill, self.finetune, self.kd, self.upcycle, *arms)
         trainings = [section.training for section in sections if section is not None]
         return [*trainings, self.teacher.incubation, self.teacher.finetuning]
 
@@ -293,6 +315,17 @@ class Recipe(Section):
     def _check_distillation(self) -> None:
         """Check that the pairs get what their context, targets and inputs need."""
         spec, num_pairs = self.distill, len(self.student.depths)
+        if any(arm.init == "upcycled" for arm in self.arms.values()):
+            if self.upcycle is None:
+                raise ValueError(
+                    "an arm has `init: upcycled`, but there is no `upcycle`. Say where its experts come from, e.g. "
+                    "upcycle: {source: dense, training: {num_train_epochs: 10}}"
+                )
+            if not stage_class_of_type(self.student.model.model_type).has_experts:
+                raise ValueError(
+                    f"an arm has `init: upcycled`, but a {self.student.model.model_type} has no experts. Leave the "
+                    "arm out, or use a vmoe as the student"
+                )
         if spec.context == "meta" and self.meta is None and any(arm.init == "modules" for arm in self.arms.values()):
             raise ValueError(
                 "`distill.context` is meta, but there is no `meta`. Describe the meta model, or set `distill.context` "

@@ -12,6 +12,7 @@ from m2mkd.distillation.checks import check_same_normalization, check_stitchable
 from m2mkd.distillation.load import load_network_config, load_processor
 from m2mkd.distillation.meta_from_teacher import meta_from_teacher
 from m2mkd.distillation.split import split_into_stages, stage_class
+from m2mkd.distillation.upcycling import upcycle_into
 from m2mkd.errors import StageError
 from m2mkd.experiment.networks import build_config, fit_to_data
 from m2mkd.experiment.plan.step_cost import build_on_meta
@@ -47,7 +48,7 @@ class RecipeNetworks:
         self._is_modular = any(arm.is_modular for arm in arms)
         # training sets on which a student learns from the whole teacher
         self._taught = sorted({recipe.data_of(arm) for arm in arms if arm.has_teacher})
-        has_teacher = self._is_modular or bool(self._taught)
+        has_teacher = any("teacher" in arm.extra for arm in arms)
         self.is_incubated = has_teacher and recipe.is_incubated
         self._uses_meta = self._is_modular and recipe.distill.context == "meta"
         self.teacher = self._teacher() if has_teacher else None
@@ -94,6 +95,9 @@ class RecipeNetworks:
             self._check_pairs(distilled)
         for data in self._taught:
             check_stitchable(students[data].config, self.teacher.config, None)
+        for arm in recipe.all_arms.values():
+            if arm.spec.init == "upcycled" and arm.source.phase is None:
+                upcycle_into(students[recipe.data_of(arm)], self.teacher)
 
     def _check_pairs(self, student: PreTrainedModel) -> None:
         spec = self.recipe.distill

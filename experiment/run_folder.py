@@ -57,6 +57,10 @@ class RunFolder:
         """One distilled pair."""
         return self.pairs(seed) / str(index)
 
+    def dense(self, seed: int) -> Path:
+        """The dense network that arms are upcycled from."""
+        return self.of_seed(seed) / "dense"
+
     def arm(self, name: str, seed: int) -> Path:
         """One arm."""
         return self.of_seed(seed) / "arms" / name

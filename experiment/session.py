@@ -153,7 +153,13 @@ class Session:
             history = _train_or_restore(trainer, checkpoint)
         if on_trained is not None:
             on_trained(trainer)
-        return {"cache": cache, "train_seconds": stopwatch.seconds, **_results(trainer, flops_per_image, history)}
+        return {
+            "cache": cache,
+            "train_seconds": stopwatch.seconds,
+            **_costs(trainer, flops_per_image),
+            # the Trainer's last entry summarizes the session, not the training
+            "log_history": [_without_clocks(entry) for entry in history if "train_loss" not in entry],
+        }
 
     def arguments(self, work: Path, training: Training, own: Training) -> M2MKDConfig:
         """Build the arguments of a phase: defaults, the recipe's for all phases, the phase's, and those it sets."""
@@ -268,10 +274,13 @@ def _train_or_restore(trainer: M2MKDTrainer, checkpoint: Path | None) -> list[di
     return trainer.state.log_history
 
 
-def _results(trainer: M2MKDTrainer, flops_per_image: float, history: list[dict[str, Any]]) -> Results:
-    """What a training left and cost, apart from its time."""
+def _costs(trainer: M2MKDTrainer, flops_per_image: float) -> Results:
+    """What a training has seen, taken and made."""
     args, images = trainer.args, len(trainer.train_dataset)
-    epochs = _epochs(args, images)
+    epochs = float(args.num_train_epochs)
+    if args.max_steps > 0:
+        images_per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        epochs = args.max_steps * images_per_step / images
     fitted = min(FITTED_IMAGES, images) if args.stitch_init == "least_squares" else 0
     return {
         "train_samples_seen": int(images * epochs),
@@ -281,15 +290,7 @@ def _results(trainer: M2MKDTrainer, flops_per_image: float, history: list[dict[s
         "images": images if epochs else 0,
         "labels": images if epochs and args.alpha < 1 else 0,
         "epochs": epochs,
-        # the Trainer's last entry summarizes the session, not the training
-        "log_history": [_without_clocks(entry) for entry in history if "train_loss" not in entry],
     }
-
-
-def _epochs(args: M2MKDConfig, images: int) -> float:
-    if args.max_steps <= 0:
-        return float(args.num_train_epochs)
-    return args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size / images
 
 
 def _without_clocks(entry: dict[str, Any]) -> dict[str, Any]:

@@ -107,7 +107,7 @@ class TestTrain:
             (["--seed"], "--seed has no value"),
             (["nowhere.yaml"], "There is no recipe nowhere.yaml"),
             (["--plan", "--finetune.training.eval_strategy", "never"], "`eval_strategy` is 'never'; use one of no, "),
-            (["--plan", "--training.warmup_steps", "-1"], "arguments of meta.training (with those of training)"),
+            (["--plan", "--training.warmup_steps", "-1"], "arguments of teacher.finetuning (with those of training)"),
             (["--plan", "--teacher.pretrained", "a/b/c"], "There is no folder a/b/c, and it is not a valid Hub id"),
             (["--teacher.pretrained", "a/b/c"], "There is no folder a/b/c, and it is not a valid Hub id"),
             (["--data.iid.source", "imagefolder:/nowhere"], "/nowhere"),

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from m2mkd.experiment.arms import Arm
 from m2mkd.experiment.phases.arm import ArmPhase
 from m2mkd.experiment.phases.cache import CachePhase
+from m2mkd.experiment.phases.dense import DensePhase
 from m2mkd.experiment.phases.meta import AlignedMetaPhase, MetaPhase
 from m2mkd.experiment.phases.pairs import PairsPhase
 from m2mkd.experiment.phases.phase import Phase
@@ -29,6 +30,7 @@ def phases_of(session: Session, arms: Iterable[Arm] | None = None) -> dict[str, 
     cached = dict.fromkeys([recipe.distill.data, *map(recipe.data_of, arms)])
     beforehand += [(PublishedTeacherPhase if is_published else teacher)(session)]
     beforehand += [*(CachePhase(session, data) for data in cached), PairsPhase(session)]
+    beforehand += [DensePhase(session)] if recipe.upcycle is not None else []
     known = {phase.name: phase for phase in [*beforehand, *(ArmPhase(session, arm) for arm in arms)]}
     needed: set[str] = set()
     for name in known:
@@ -59,6 +61,7 @@ __all__ = [
     "AlignedMetaPhase",
     "ArmPhase",
     "CachePhase",
+    "DensePhase",
     "IncubatedTeacherPhase",
     "MetaPhase",
     "PairsPhase",

@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING
 
 from transformers import PreTrainedModel
 
+from m2mkd.distillation.load import load_network
 from m2mkd.distillation.pair_folder import load_stage, with_stitches
 from m2mkd.distillation.split import split_into_stages
+from m2mkd.distillation.upcycling import upcycle_into
 from m2mkd.experiment.arms import Arm
 from m2mkd.experiment.artifact import TRAIN_RESULTS, read_results
 from m2mkd.experiment.flops import training_flops_per_image
@@ -38,14 +40,16 @@ class ArmPhase(Phase):
         self.arm, self.name = arm, f"arms/{arm.name}"
         # an arm that lies in the folder may have the budget of one that the recipe leaves out
         self.spent = session.recipe.all_arms.get(arm.budget)
-        modular = arm.is_modular or (self.spent is not None and self.spent.is_modular)
+        made = [own.source.phase for own in (arm, self.spent) if own is not None and own.source.phase is not None]
+        is_copy = arm.spec.init == "upcycled" and not made
+        teacher = ["teacher"] if arm.has_teacher or is_copy else []
+        sibling = [f"arms/{arm.sibling}"] if arm.sibling is not None else []
         self.cache = self.recipe.cache_of(arm)
-        sources = [("pairs", modular), ("teacher", arm.has_teacher), (f"arms/{arm.sibling}", arm.sibling is not None)]
         needed = [name for own in (arm, self.spent) if own is not None for name in self.recipe.caches_of(own)]
-        caches = (f"cache/{name}" for name in dict.fromkeys(needed))
-        self.reads = (*(name for name, is_read in sources if is_read), *caches)
-        teacher = ("kd",) if arm.has_teacher else ()
-        self.sections = ("student", "finetune", "evaluation", f"arms.{arm.name}", *teacher)
+        caches = [f"cache/{name}" for name in needed]
+        self.reads = tuple(dict.fromkeys([*made, *teacher, *sibling, *caches]))
+        own = [section for section, is_read in (("kd", arm.has_teacher), ("upcycle", is_copy)) if is_read]
+        self.sections = ("student", "finetune", "evaluation", f"arms.{arm.name}", *own)
         # the longest first; an arm that reads pairs comes last anyway
         self.rank = 2 * (arm.budget is None) + (not arm.has_teacher)
 
@@ -105,6 +109,10 @@ class ArmPhase(Phase):
         model = session.new_network(
             self.recipe.student.model, self.recipe.data_of(self.arm), session.depths, session.seed
         )
+        if self.arm.spec.init == "upcycled":
+            own = self.arm.source.phase is not None
+            upcycle_into(model, load_network(session.folder.dense(session.seed)) if own else session.load_teacher())
+            return model, {}
         if not self.arm.is_modular:
             return model, {}
         folders, misfits = [session.folder.pair(index, session.seed) for index in range(len(session.depths))], []
@@ -120,9 +128,9 @@ class ArmPhase(Phase):
         counted instead of read, so that arms with this budget do not have to wait for it.
         """
         session, total = self.session, self._flops_of_an_epoch() * self._arguments().num_train_epochs
-        for index in range(len(session.depths)) if self.arm.is_modular else ():
-            total += read_results(session.folder.pair(index, session.seed))["train_flops"]
-        return total + self._flops_of_caches()
+        folders = [session.folder.pair(index, session.seed) for index in range(len(session.depths))]
+        made = {"pairs": folders, "dense": [session.folder.dense(session.seed)], None: []}[self.arm.source.phase]
+        return total + sum(read_results(folder)["train_flops"] for folder in made) + self._flops_of_caches()
 
     def _arguments(self) -> M2MKDConfig:
         (folder,) = self.artifacts

@@ -70,7 +70,7 @@ def make_plan(recipe: Recipe, gpus: int = 1) -> Plan:
 
 
 def _total(arm: Arm, flops: Mapping[str, float]) -> float:
-    return flops[f"arms/{arm.name}"] + (flops["pairs"] if arm.is_modular else 0.0)
+    return flops[f"arms/{arm.name}"] + flops.get(arm.source.phase, 0.0)
 
 
 def _beforehand(name: str, phases: Mapping[str, Phase]) -> set[str]:

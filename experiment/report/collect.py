@@ -118,7 +118,7 @@ def _read_arms(folder: RunFolder, seed: int, recipe: dict[str, Any]) -> dict[str
     for name in folder.arm_names(seed):
         own = folder.arm(name, seed)
         words = read_results(own).get("arm") if is_finished(own) else None
-        if name not in arms and (arm := arm_of_folder(name, words, _context(recipe))) is not None:
+        if name not in arms and (arm := arm_of_folder(name, words, recipe)) is not None:
             arms[name] = arm
     if not arms:
         raise RunError(f"No arm has run: there is none in {folder.of_seed(seed) / 'arms'}. {RUN_AGAIN}")
@@ -127,12 +127,15 @@ def _read_arms(folder: RunFolder, seed: int, recipe: dict[str, Any]) -> dict[str
         if result["iid"] is None:
             raise _damaged(folder.arm(name, seed) / EVAL_RESULTS, "an arm needs an `iid` result")
         result["arm"] = arms[name].described()
-        num_pairs = len((recipe.get("student") or {}).get("depths") or [])
-        pairs = _pair_folders(folder, seed, num_pairs) if arms[name].is_modular else []
-        if arms[name].is_modular and not pairs:
-            raise RunError(f"There are no distilled pairs in {folder.pairs(seed)}. {RUN_AGAIN}")
-        caches = {read_results(path).get("cache") for path in [folder.arm(name, seed), *pairs]} - {None}
-        before = {"cache": [folder.cache(data) for data in sorted(caches)], "distill": pairs}
+        made = {None: [], "dense": [folder.dense(seed)], "pairs": []}[arms[name].source.phase]
+        if arms[name].is_modular:
+            num_pairs = len((recipe.get("student") or {}).get("depths") or [])
+            made = _pair_folders(folder, seed, num_pairs)
+            if not made:
+                raise RunError(f"There are no distilled pairs in {folder.pairs(seed)}. {RUN_AGAIN}")
+        caches = {read_results(path).get("cache") for path in [folder.arm(name, seed), *made]} - {None}
+        before = {"cache": [folder.cache(data) for data in sorted(caches)]}
+        before["distill" if arms[name].is_modular else "dense"] = made
         _add_beforehand(result, {phase: [_read_costs(path) for path in paths] for phase, paths in before.items()})
     return results
 
@@ -142,11 +145,7 @@ def _asked_arms(recipe: dict[str, Any]) -> dict[str, Arm]:
         name: spec if isinstance(spec, ArmSpec) else ArmSpec.model_validate(spec)
         for name, spec in named_specs(recipe.get("arms") or []).items()
     }
-    return resolve(specs, bool(recipe.get("equal_compute")), _context(recipe))
-
-
-def _context(recipe: dict[str, Any]) -> str:
-    return (recipe.get("distill") or {}).get("context", "meta")
+    return resolve(specs, bool(recipe.get("equal_compute")), recipe)
 
 
 def _read_hybrids(folder: RunFolder) -> Result | None:
@@ -168,7 +167,10 @@ def _read_hybrids(folder: RunFolder) -> Result | None:
 
 
 def _add_beforehand(result: Result, before: dict[str, list[Result]]) -> None:
-    """Add the cost of stored targets and of pairs to an arm; its own cost is that of its end-to-end phase."""
+    """
+    Add the cost of the parts of phases (stored targets, and the pairs or the dense network) to an arm that starts from
+    them; its own cost is that of its end-to-end phase.
+    """
     finetune, phases = {name: result[name] for name in COSTS}, {}
     total = ("train_seconds", "train_flops", "parameters")
     for phase, parts in before.items():
