@@ -3,9 +3,9 @@ Benchmark of one training step of m2mKD. It compares these variants in one proce
 
 - all pairs together (one pass through the meta model) and the pairs one after the other;
 - each experts implementation and the plain loop;
-- all pairs together, in the teacher's context with its hidden states as targets (fed by the teacher or by the student,
-  with the teacher or with a cache) and in the paper's context, with ordinary distillation (kd) of the same student from
-  the same teacher, for several numbers of pairs.
+- all pairs together, in the teacher's context with its hidden states as targets (fed by the teacher or by the
+  student, with the teacher or with a cache) and in the paper's context, with ordinary distillation (kd) of the same
+  student from the same teacher, for several numbers of pairs.
 
     python benchmarks/distillation_step.py --size small --batch-size 16 --json result.json
     python benchmarks/distillation_step.py --memory --size base --batch-size 2
@@ -97,16 +97,8 @@ def write_json(options: argparse.Namespace, results: dict[str, Any]) -> None:
 
 def trainer_for(size: str, pairs: list[int] | str) -> M2MKDTrainer:
     """Build a trainer with new networks of a size."""
-    width, teacher_layers, student_width, student_layers, image_size, patch_size = SIZES[size]
-    common = {"image_size": image_size, "patch_size": patch_size, "num_labels": 10}
-    vit = {"hidden_size": width, "intermediate_size": 4 * width, "num_attention_heads": width // 32, **common}
-    student = VMoEConfig(
-        hidden_size=student_width,
-        intermediate_size=4 * student_width,
-        num_attention_heads=student_width // 32,
-        num_hidden_layers=student_layers * NUM_PAIRS,
-        **common,
-    )
+    _, teacher_layers, _, student_layers, _, _ = SIZES[size]
+    student, teacher = configs(size, student_layers * NUM_PAIRS, teacher_layers * NUM_PAIRS)
     args = M2MKDConfig(
         output_dir=tempfile.mkdtemp(),
         student_depths=[student_layers] * NUM_PAIRS,
@@ -117,8 +109,8 @@ def trainer_for(size: str, pairs: list[int] | str) -> M2MKDTrainer:
     return M2MKDTrainer(
         model=VMoEForImageClassification(student),
         args=args,
-        teacher=ViTForImageClassification(ViTConfig(num_hidden_layers=teacher_layers * NUM_PAIRS, **vit)),
-        meta=ViTForImageClassification(ViTConfig(num_hidden_layers=NUM_PAIRS, **vit)),
+        teacher=ViTForImageClassification(teacher),
+        meta=ViTForImageClassification(ViTConfig(**{**teacher.to_dict(), "num_hidden_layers": NUM_PAIRS})),
     )
 
 
@@ -220,7 +212,8 @@ def compare_memory(size: str, batch_size: int) -> dict[str, int]:
     for trained in ("nothing", "cache", "kd", "kd, cache", *map(str, range(NUM_PAIRS))):
         command = [sys.executable, __file__, "--size", size, "--batch-size", str(batch_size)]
         command += ["--trained", trained, "--cache", f"{folder}/cache"]
-        found[trained] = int(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+        # the Trainer prints before it
+        found[trained] = int(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout.split()[-1])
     base = found["nothing"]
     for name, peak in found.items():
         whole, growth = peak / found["kd"], (peak - base) / (found["kd"] - base)
@@ -233,7 +226,7 @@ def compare_memory(size: str, batch_size: int) -> dict[str, int]:
 
 
 def train_alone(trained: str, size: str, batch_size: int, folder: Path) -> int:
-    """Train one pair, or the whole student by kd, for two steps of AdamW. Returns the peak of this process in bytes."""
+    """Train one pair, or the whole student by kd, for two steps of AdamW. Returns this process's peak in bytes."""
     depths = {"student": [SIZES[size][3]] * NUM_PAIRS, "teacher": [SIZES[size][1]] * NUM_PAIRS}
     student, teacher = configs(size, sum(depths["student"]), sum(depths["teacher"]))
     dataset = noise(size, batch_size)
