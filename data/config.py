@@ -5,6 +5,8 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from m2mkd.errors import DataError
+
 
 IMAGEFOLDER_PREFIX = "imagefolder:"
 PackagedSource = Literal["mnist5k", "uci_digits"]
@@ -62,13 +64,15 @@ class DataConfig(BaseModel):
         augmentation: `"none"`, `"affine"` (light geometry, for digits), `"crop_flip"` (random resized crop and
             horizontal flip, for natural images) or `"imagenet"`, the paper's: random resized crop of 8 to 100 % of the
             area, flip, RandAugment (timm's rand-m9-mstd0.5-inc1), and the official values of the five keys below
-            where they are not given. It applies only to training samples, and so do the five keys below.
+            where they are not given. It applies only to training samples, and so do the six keys below.
         color_jitter: largest change of brightness, contrast and saturation with `"crop_flip"`. It has no effect with
             `"imagenet"`, where RandAugment replaces it (as in timm).
         random_erasing: probability that a box of an image becomes noise.
         mixup: parameter of the Beta distribution that blends two images and their labels; 0 is off.
         cutmix: same as `mixup`, for pasting a box of one image into the other. With both on, each batch uses one of
             them.
+        views: number of augmented views of each image, which the epochs use in turn: epoch e has view e mod `views`.
+            `None`: a new view in each epoch.
         repeated: how many times an image is repeated within an epoch. The epoch keeps its length, so it sees that many
             times fewer distinct images.
 
@@ -99,7 +103,38 @@ class DataConfig(BaseModel):
     random_erasing: float = Field(default=0.0, ge=0.0, le=1.0)
     mixup: float = Field(default=0.0, ge=0.0, allow_inf_nan=False)
     cutmix: float = Field(default=0.0, ge=0.0, allow_inf_nan=False)
+    views: int | None = Field(default=None, ge=1)
     repeated: int = Field(default=1, ge=1)
+
+    @property
+    def is_augmented(self) -> bool:
+        """Whether the pixels of a training image are random."""
+        return self.augmentation != "none" or self.random_erasing > 0
+
+    @property
+    def num_views(self) -> int | None:
+        """Number of different views of a training image; `None`: a new one in each epoch."""
+        return self.views if self.is_augmented else 1
+
+    def fixed_views(self) -> int:
+        """Number of views of each training image, which can be cached because they do not change.
+
+        Raises:
+            DataError: the pixels depend on the batch, or are new in each epoch.
+        """
+        for key, off in (("streaming", False), ("mixup", 0.0), ("cutmix", 0.0), ("repeated", 1)):
+            if getattr(self, key) != off:
+                raise DataError(
+                    f"{key}={getattr(self, key)} makes new samples all the time, whose targets cannot be cached: set "
+                    f"{key} to {str(off).lower()}, or leave out the cache"
+                )
+        if self.num_views is None:
+            raise DataError(
+                f"augmentation {self.augmentation!r} with random_erasing={self.random_erasing} makes new views of the "
+                "images in each epoch, whose targets cannot be cached: set views to the number of views to store, or "
+                "leave out the cache"
+            )
+        return self.num_views
 
     def same_folder(self, other: "DataConfig") -> bool:
         """Whether both sources are the same, however the path is written."""
@@ -142,6 +177,10 @@ class DataConfig(BaseModel):
             )
         if self.streaming and (colon or self.source in get_args(PackagedSource)):
             raise ValueError(f"streaming is only for sets on the Hub, not for {self.source!r}: leave it out")
+        if self.streaming and self.views is not None:
+            raise ValueError(
+                f"views={self.views} needs a set that is on this machine, not a stream: leave out views or streaming"
+            )
         if self.streaming and self.samples_per_class is not None:
             raise ValueError(
                 "samples_per_class needs all labels at once, but a stream does not have them: leave out "

@@ -1,7 +1,9 @@
 """The data set of labeled images that a Trainer reads."""
 
+import hashlib
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +25,7 @@ from m2mkd.data.rand_augment import rand_augment
 
 Augmentation = Callable[[Image.Image, np.random.Generator], Image.Image]
 Sample = dict[str, torch.Tensor | int]
+FINGERPRINT_IMAGES = 8
 OF_BATCH = 1  # last element of the seed of everything that is drawn once per batch
 
 
@@ -83,9 +86,9 @@ def mix_samples(samples: list[Sample], num_labels: int, config: DataConfig, rng:
 class ImageDataset(Dataset[Sample]):
     """Samples `{"pixel_values": float32 (3, image_size, image_size), "labels": int}`.
 
-    A training sample is augmented by a pure function of (seed, epoch, index), so the order of access, the number of
-    workers and an interrupted run change nothing. An index is a position or, if images are repeated, a pair
-    (position, repeat). An evaluation sample is never augmented.
+    A training sample is augmented by a pure function of (seed, view, index), so the order of access, the number of
+    workers and an interrupted run change nothing. The view is the epoch, modulo `config.views` if that is given. An
+    index is a position or, if images are repeated, a pair (position, repeat). An evaluation sample is never augmented.
 
     Mixup and CutMix are applied when a `DataLoader` fetches a whole batch; its samples then have float32 labels
     (classes,), which sum to 1. Their random numbers depend on the index of the first sample of the batch.
@@ -129,6 +132,19 @@ class ImageDataset(Dataset[Sample]):
         """The epoch that determines the augmentation of the next sample."""
         return int(self._epoch)
 
+    @property
+    def view(self) -> int:
+        """The view of every image in this epoch."""
+        return self.epoch if self.config.num_views is None else self.epoch % self.config.num_views
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What all views of the images follow from, as plain values; of the pixels, those of a few images."""
+        digest = hashlib.sha256("\n".join(self.data.names).encode() + self.data.labels.tobytes())
+        for position in np.linspace(0, len(self) - 1, min(FINGERPRINT_IMAGES, len(self))).round().astype(int):
+            digest.update(self.data.images[int(position)].tobytes())
+        own = {"images": len(self), "seed": self.seed, "sha256": digest.hexdigest()}
+        return {**self.config.model_dump(mode="json"), **own}
+
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch of the augmentation, also for workers that already run. Call it between two epochs.
 
@@ -152,7 +168,7 @@ class ImageDataset(Dataset[Sample]):
         """
         position, repeat = self._place(index)
         image = self.data.images[position]
-        rng = np.random.default_rng((self.seed, self.epoch, position, *([repeat] if repeat else [])))
+        rng = np.random.default_rng((self.seed, self.view, position, *([repeat] if repeat else [])))
         return {"pixel_values": self._pixels(image, rng), "labels": int(self.data.labels[position])}
 
     def __getitems__(self, indices: Sequence[int | tuple[int, int]]) -> list[Sample]:

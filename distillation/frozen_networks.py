@@ -43,6 +43,10 @@ class FrozenNetworks(nn.Module):
         """Stay in evaluation mode whatever `mode` is: dropout in a teacher is noise in the target."""
         return super().train(False)
 
+    def names(self, indices: Sequence[int]) -> list[str]:
+        """What a batch must have for some pairs, apart from labels."""
+        return ["pixel_values"]
+
     @torch.no_grad()
     def prefix(self, pixel_values: torch.Tensor, indices: Sequence[int]) -> Tensors:
         """
@@ -86,12 +90,13 @@ class FrozenNetworks(nn.Module):
         return self.suffix(hidden_states, index) if self.match == "logits" else hidden_states
 
     @torch.no_grad()
-    def boundaries(self, pixel_values: torch.Tensor, indices: Sequence[int]) -> tuple[Tensors, Tensors]:
+    def boundaries(self, batch: Mapping[str, torch.Tensor], indices: Sequence[int]) -> tuple[Tensors, Tensors]:
         """
         Compute the inputs `h_i` of the pairs, and for every pair with a teacher the output `T_i (h_i)` of its stage,
-        of shape `(batch_size, num_tokens, hidden_size)`, for the last pair `(batch_size, num_labels)`.
+        of shape `(batch_size, num_tokens, hidden_size)`, for the last pair `(batch_size, num_labels)`. The arguments
+        are those of [`inputs_and_targets`].
         """
-        inputs = self.prefix(pixel_values, indices)
+        inputs = self.prefix(batch["pixel_values"], indices)
         return inputs, {
             index: self.teacher[str(index)](hidden_states)
             for index, hidden_states in inputs.items()
@@ -109,7 +114,7 @@ class FrozenNetworks(nn.Module):
                 width)`.
             indices (`Sequence[int]`): Pair indices, from 0.
         """
-        inputs, outputs = self.boundaries(batch["pixel_values"], indices)
+        inputs, outputs = self.boundaries(batch, indices)
         return inputs, {index: self.matched(states, index) for index, states in outputs.items()}
 
 
@@ -130,9 +135,9 @@ class TeacherContext(FrozenNetworks):
         super().__init__(teacher_stages[:kept], {}, match)
 
     @torch.no_grad()
-    def boundaries(self, pixel_values: torch.Tensor, indices: Sequence[int]) -> tuple[Tensors, Tensors]:
+    def boundaries(self, batch: Mapping[str, torch.Tensor], indices: Sequence[int]) -> tuple[Tensors, Tensors]:
         """Compute the hidden states before and after the teacher's stages, in one pass."""
-        inputs = self.prefix(pixel_values, range(max(indices) + 1))
+        inputs = self.prefix(batch["pixel_values"], range(max(indices) + 1))
         last = self.meta[max(indices)](inputs[max(indices)])
         outputs = [*list(inputs.values())[1:], last]
         return {index: inputs[index] for index in indices}, {index: outputs[index] for index in indices}
@@ -140,7 +145,7 @@ class TeacherContext(FrozenNetworks):
     @torch.no_grad()
     def inputs_and_targets(self, batch: Mapping[str, torch.Tensor], indices: Sequence[int]) -> tuple[Tensors, Tensors]:
         """Compute the teacher's hidden states before the pairs, and the targets; the logits are those of one pass."""
-        inputs, outputs = self.boundaries(batch["pixel_values"], indices)
+        inputs, outputs = self.boundaries(batch, indices)
         if self.match == "boundary":
             return inputs, outputs
         return inputs, dict.fromkeys(indices, self.suffix(outputs[max(indices)], max(indices)))

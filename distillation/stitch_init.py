@@ -1,6 +1,6 @@
 """Stitches that start as the least-squares maps from student features to the teacher's hidden states."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import nn
@@ -17,7 +17,9 @@ _RIDGE = 1e-6
 
 
 @torch.no_grad()
-def fit_stitches(student: StitchedStudent, frozen: FrozenNetworks, images: Iterable[torch.Tensor]) -> None:
+def fit_stitches(
+    student: StitchedStudent, frozen: FrozenNetworks, batches: Iterable[Mapping[str, torch.Tensor]]
+) -> None:
     """
     Replace the linear maps behind the stages, in place, by those that map the outputs of the untrained stages to the
     outputs of the teacher's stages with the smallest squared error (in closed form; SN-Net, arXiv 2302.06586, starts
@@ -26,15 +28,15 @@ def fit_stitches(student: StitchedStudent, frozen: FrozenNetworks, images: Itera
     Args:
         student (`StitchedStudent`): On the device of `frozen`.
         frozen (`FrozenNetworks`): With a teacher stage for each pair.
-        images (`Iterable[torch.Tensor]`): Batches of shape `(batch_size, num_channels, height, width)`.
+        batches (`Iterable[dict[str, torch.Tensor]]`): What `frozen` takes, on its device.
     """
     indices = [int(name) for name in student.pairs]
     stitched = {index: pair for index, pair in zip(indices, student.pairs.values(), strict=True) if pair.has_post}
     squares, products = dict.fromkeys(stitched, 0.0), dict.fromkeys(stitched, 0.0)
     was_training = student.training
     student.eval()
-    for pixel_values in images:
-        inputs, targets = frozen.boundaries(pixel_values, indices)
+    for batch in batches:
+        inputs, targets = frozen.boundaries(batch, indices)
         outputs = student.run({index: states.float() for index, states in inputs.items()})
         for index, pair in stitched.items():
             features = pair.post.layernorm(outputs[index][0]).double()

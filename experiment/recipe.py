@@ -1,8 +1,9 @@
 """Recipes: what a run trains, on which data, for how long."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
+    BeforeValidator,
     Field,
     field_serializer,
     field_validator,
@@ -11,9 +12,15 @@ from pydantic import (
 
 from m2mkd.data.config import DataConfig
 from m2mkd.distillation.split import stage_class_of_type
+from m2mkd.distillation.target_cache import CacheDtype
+from m2mkd.errors import DataError
 from m2mkd.experiment.arms import DEFAULT_ARMS, PRESETS, Arm, ArmSpec, named_specs, resolve
 from m2mkd.experiment.section import Section, Training
 from m2mkd.trainer.m2mkd_config import check_feed
+
+
+# true: the type with the smallest error among those of two bytes; false: no cache
+Cache = Annotated[CacheDtype | None, BeforeValidator(lambda value: {True: "float16", False: None}.get(value, value))]
 
 
 class NetworkSpec(Section):
@@ -106,11 +113,16 @@ class DistillSpec(Section):
         pairs (`list[int]` or `"all"`): The pairs that this process trains, counted from 0.
         context, match, feed, stitch_init (`str`): See [`M2MKDConfig`]. The paper's are `"meta"`, `"logits"`,
             `"teacher"` and `"random"`.
+        cache (`bool` or `str`): Store the teacher's hidden states and logits for all images once, as `"float16"`
+            (`true`), `"bfloat16"` or `"float32"`, and read them instead of running the teacher. All seeds share them,
+            so the images are augmented with the recipe's `seed`. Needs `context: teacher`, `match: boundary`, and
+            `views` of the data set if it is augmented.
         training (`dict`): Training arguments.
     """
 
     _has_teacher = True
     data: str
+    cache: Cache = None
     pairs: list[int] | Literal["all"] = "all"
     context: Literal["meta", "teacher"] = "meta"
     match: Literal["logits", "boundary"] = "logits"
@@ -132,9 +144,17 @@ class FinetuneSpec(Section):
 
 
 class KDSpec(Section):
-    """Ordinary distillation from the whole teacher: arguments that differ from the end-to-end phase, e.g. `alpha`."""
+    """
+    Ordinary distillation from the whole teacher.
+
+    Args:
+        cache (`bool` or `str`): As in `distill`, for the logits on the training sets of all arms that learn from the
+            teacher.
+        training (`dict`): Arguments that differ from the end-to-end phase, e.g. `alpha`.
+    """
 
     _has_teacher = True
+    cache: Cache = None
     training: Training = Field(default_factory=dict)
 
 
@@ -242,6 +262,15 @@ class Recipe(Section):
         """Name of the training set of an arm."""
         return arm.spec.data or self.finetune.data
 
+    def cache_of(self, arm: Arm) -> str | None:
+        """Name of the training set whose cached targets the end-to-end phase of an arm reads."""
+        return self.data_of(arm) if arm.has_teacher and self.kd.cache else None
+
+    def caches_of(self, arm: Arm) -> list[str]:
+        """Names of all training sets whose cached targets an arm needs, also for its modules."""
+        of_modules = self.distill.data if arm.is_modular and self.distill.cache else None
+        return [name for name in dict.fromkeys([of_modules, self.cache_of(arm)]) if name is not None]
+
     def _uses(self) -> dict[str, str]:
         """The names of data sets, by the recipe key that refers to them."""
         names = {
@@ -311,6 +340,35 @@ class Recipe(Section):
         if pairs and 0 <= min(pairs) and max(pairs) < num_pairs:
             check_feed(spec.feed, pairs)
 
+    def _check_caches(self) -> None:
+        """Check that what is cached does not change from epoch to epoch, and serves the phases that read it."""
+        spec, cached = self.distill, {}
+        if spec.cache:
+            cached["distill.cache"] = spec.data
+            if spec.context != "teacher" or spec.match != "boundary":
+                raise ValueError(
+                    f"`distill.cache` needs `distill.context: teacher` and `distill.match: boundary`, but they are "
+                    f"{spec.context} and {spec.match}: the outputs of the pairs would pass through frozen layers, "
+                    "whose results cannot be stored. Set them, or leave out `distill.cache`"
+                )
+            if {**self.training, **spec.training}.get("eval_strategy", "no") != "no":
+                raise ValueError(
+                    "`distill.cache` has no targets for the test set, but `distill.training.eval_strategy` (or that "
+                    'of `training`) asks for evaluations. Set `distill.training.eval_strategy` to "no"'
+                )
+            if self.kd.cache not in (None, spec.cache):
+                raise ValueError(
+                    f"`distill.cache` is {spec.cache}, but `kd.cache` is {self.kd.cache}; they share what is stored, "
+                    "so set both to the same type"
+                )
+        cached |= {f"kd.cache (arm {name})": self.cache_of(arm) for name, arm in self.all_arms.items()}
+        for key, name in cached.items():
+            if name is not None:
+                try:
+                    self.data[name].fixed_views()
+                except DataError as error:
+                    raise ValueError(f"`{key}`: data.{name}: {error}") from error
+
     @model_validator(mode="after")
     def _check(self) -> "Recipe":
         for key, name in self._uses().items():
@@ -336,6 +394,7 @@ class Recipe(Section):
                 "stitches"
             )
         resolve(self.arms, self.equal_compute)
+        self._check_caches()
         seeds = [self.seed, *self.repeat_seeds]
         if len(set(seeds)) != len(seeds):
             raise ValueError(f"`seed` {self.seed} and `repeat_seeds` {self.repeat_seeds} must all be different")

@@ -41,6 +41,10 @@ class RunFolder:
         """Path that names the checkpoints of the teacher's incubation; it is not an artifact."""
         return self.path / "teacher-incubation"
 
+    def cache(self, data: str) -> Path:
+        """The teacher's stored targets for a training set."""
+        return self.path / "cache" / data
+
     def of_seed(self, seed: int) -> Path:
         """The folder with the pairs and arms of a seed."""
         return self.path if seed == self.seed else self.path / "seeds" / str(seed)

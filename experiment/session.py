@@ -13,8 +13,10 @@ from transformers import PreTrainedModel, ProgressCallback, TrainerState
 
 from m2mkd.data.processing import build_image_processor
 from m2mkd.distillation.load import load_network, load_processor
+from m2mkd.distillation.pair_folder import tensors_sha256
 from m2mkd.distillation.split import new_network
 from m2mkd.distillation.stitch_init import FITTED_IMAGES
+from m2mkd.distillation.target_cache import TargetCache
 from m2mkd.evaluation.expert_load import expert_load
 from m2mkd.evaluation.predict import evaluate_model
 from m2mkd.experiment.artifact import EVAL_RESULTS, TRAIN_RESULTS, keep_tracker_files, last_complete_checkpoint
@@ -86,6 +88,12 @@ class Session:
         fit_to_data(teacher, self.data.config(data), self.data.class_names(data))
         return teacher
 
+    def open_cache(self, data: str) -> TargetCache:
+        """Open the teacher's stored targets for a training set. Raises `CacheError` if they are not this teacher's."""
+        cache = TargetCache(self.folder.cache(data))
+        cache.check(teacher_sha256=tensors_sha256(self.load_teacher().state_dict()))
+        return cache
+
     def teacher_source(self) -> str | Path:
         """Hub id or folder of the teacher."""
         return self.recipe.teacher.pretrained or self.folder.teacher
@@ -106,6 +114,7 @@ class Session:
         own: Training,
         teacher: PreTrainedModel | None = None,
         meta: PreTrainedModel | None = None,
+        cache: str | None = None,
         on_trained: Callable[[M2MKDTrainer], None] | None = None,
         trainer_class: type[M2MKDTrainer] = M2MKDTrainer,
     ) -> Results:
@@ -120,6 +129,7 @@ class Session:
             training (`dict`): The recipe's arguments of the phase.
             own (`dict`): Arguments that the phase itself sets; they override the others.
             teacher, meta (`PreTrainedModel`, *optional*): As in the trainer.
+            cache (`str`, *optional*): The training set, if its stored targets take the place of the teacher.
             on_trained (`Callable`, *optional*): Called with the trainer after training.
             trainer_class (`type`)
 
@@ -129,21 +139,22 @@ class Session:
         work = work_folder(folder)
         args = self.arguments(work, training, own)
         networks = [network for network in (model, teacher, meta) if network is not None]
-        trainer = self.trainer(args, data, model, teacher, meta, trainer_class)
+        trainer = self.trainer(args, data, model, teacher, meta, cache, trainer_class)
         flops_per_image = training_flops_per_image(trainer, networks)
         self.say(f"{name}: {len(trainer.train_dataset)} images, {trainer.args.num_train_epochs:g} epochs")
         checkpoint = last_complete_checkpoint(work)
         stopwatch = Stopwatch(checkpoint)
         reset_peak_memory()
-        for callback in (DataEpoch(trainer.train_dataset), stopwatch):
-            trainer.add_callback(callback)
         trainer.remove_callback(ProgressCallback)
-        trainer.add_callback(ShownProgress(f"[seed {self.seed}] {name}", self.screen))
+        progress = ShownProgress(f"[seed {self.seed}] {name}", self.screen)
+        for callback in (DataEpoch(trainer.train_dataset), stopwatch, progress):
+            trainer.add_callback(callback)
         with explained_write_errors(work):
             history = _train_or_restore(trainer, checkpoint)
         if on_trained is not None:
             on_trained(trainer)
         return {
+            "cache": cache,
             "train_seconds": stopwatch.seconds,
             **_costs(trainer, flops_per_image),
             # the Trainer's last entry summarizes the session, not the training
@@ -171,17 +182,19 @@ class Session:
         model: PreTrainedModel,
         teacher: PreTrainedModel | None = None,
         meta: PreTrainedModel | None = None,
+        cache: str | None = None,
         trainer_class: type[M2MKDTrainer] = M2MKDTrainer,
     ) -> M2MKDTrainer:
         """Build a trainer for a data set of the recipe; it evaluates on the IID set if that is asked and possible."""
         evaluates = args.eval_strategy != "no" and self.has_test_set(self.recipe.evaluation.iid, data)
         args.eval_strategy = args.eval_strategy if evaluates else "no"
-        networks = {name: network for name, network in (("teacher", teacher), ("meta", meta)) if network is not None}
+        given = {"teacher": teacher, "meta": meta, "targets": cache and self.open_cache(cache)}
         return trainer_class(
             model=model,
             args=args,
-            **networks,
-            train_dataset=self.data.training_set(data, self.seed),
+            **{name: value for name, value in given.items() if value is not None},
+            # all seeds share the stored views
+            train_dataset=self.data.training_set(data, self.seed if cache is None else self.recipe.seed),
             eval_dataset=self.test_set(self.recipe.evaluation.iid, data) if evaluates else None,
         )
 

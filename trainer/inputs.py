@@ -7,6 +7,7 @@ from transformers import PreTrainedModel
 
 from m2mkd.distillation.checks import check_stitchable
 from m2mkd.distillation.split import count_layers, stage_class
+from m2mkd.distillation.target_cache import TargetCache
 from m2mkd.errors import DataError, StageError
 from m2mkd.trainer.m2mkd_config import M2MKDConfig
 
@@ -38,6 +39,34 @@ def check_batch(inputs: Mapping[str, Any], names: Sequence[str]) -> None:
             "of the data set must have `pixel_values`, of shape (num_channels, height, width), and `labels`. Prepare "
             "it with the image processor, e.g. with `with_transform` of `datasets`, or give a `data_collator`."
         )
+
+
+def check_cache(
+    args: M2MKDConfig,
+    targets: TargetCache,
+    teacher: PreTrainedModel | None,
+    meta: PreTrainedModel | None,
+    eval_dataset: Any,
+) -> None:
+    """Check that a cache serves a distillation. Raises `StageError` or, if it was cut otherwise, `CacheError`."""
+    is_evaluated = eval_dataset is not None and args.num_pairs > 1
+    if teacher is not None or meta is not None or is_evaluated:
+        given = "a teacher" if teacher is not None else "a meta model" if meta is not None else "an `eval_dataset`"
+        raise StageError(
+            f"`targets` take the place of the teacher for the training set, but {given} is given as well. Leave out "
+            "one of them."
+        )
+    if not args.uses_teacher:
+        raise StageError("`targets` are given, but `alpha` is 0, so nothing reads them. Leave out one of them.")
+    if args.num_pairs == 1:
+        return
+    if args.context != "teacher" or args.match != "boundary":
+        raise StageError(
+            f"`context` is {args.context!r} and `match` is {args.match!r}, so the outputs of the pairs pass through "
+            "frozen layers, whose results cannot be stored beforehand. Set `context='teacher'` and "
+            "`match='boundary'`, or leave out `targets`."
+        )
+    targets.check(depths=args.teacher_depths)
 
 
 def check_networks(

@@ -32,8 +32,10 @@ from m2mkd.distillation.split import count_layers, split_into_stages
 from m2mkd.distillation.stage import Stage
 from m2mkd.distillation.stitch_init import FITTED_IMAGES, fit_stitches
 from m2mkd.distillation.stitched_student import StitchedStudent
+from m2mkd.distillation.target_cache import CachedTargets, TargetCache
 from m2mkd.errors import NonFiniteError
-from m2mkd.trainer.inputs import check_arguments, check_batch, check_networks
+from m2mkd.trainer.cached_images import CachedImages
+from m2mkd.trainer.inputs import check_arguments, check_batch, check_cache, check_networks
 from m2mkd.trainer.m2mkd_config import M2MKDConfig
 from m2mkd.trainer.statistics_trainer import STATISTICS, StatisticsTrainer
 
@@ -71,10 +73,17 @@ class M2MKDTrainer(StatisticsTrainer):
             to the trainer's own statistics. `predictions` are the logits: of shape `(n, num_labels)` for a whole
             student, `(n, num_pairs, num_labels)` for pairs, which are in the order of `args.pairs`. With
             `match="boundary"`, they are those of the last pair, of shape `(n, num_labels)`.
+        targets ([`TargetCache`], *optional*): What the teacher would compute, stored beforehand: `TargetCache.write(
+            folder, teacher, args.teacher_depths, train_dataset)` writes it, `TargetCache(folder)` opens it in any
+            process. It takes the place of `teacher`, which is then neither loaded nor run. It serves ordinary
+            distillation, and pairs with `context="teacher"` and `match="boundary"`, on the `ImageDataset` that it was
+            written for; a process reads only what its own pairs need. It has no targets for an `eval_dataset`: pairs
+            cannot be evaluated with it, and a whole student only by the labels (`eval_loss` is their cross entropy).
 
     Raises:
         `StageError`: the networks cannot be stitched (architectures, widths, token counts, label spaces, missing
-            networks).
+            networks), or the cache does not serve them.
+        `CacheError`: the cache is damaged, or was written for another data set.
         `DataError`: a batch has no `pixel_values`, or no `labels` although `args.alpha` is less than 1.
         `TypeError`: `args` is not an `M2MKDConfig`.
         `NonFiniteError`: a loss or gradient is not finite; the last good state is saved first.
@@ -96,29 +105,30 @@ class M2MKDTrainer(StatisticsTrainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, Any] = (None, None),
         compute_metrics: Callable[[EvalPrediction], dict[str, float]] | None = None,
+        targets: TargetCache | None = None,
     ):
         check_arguments(args, model, teacher, meta)
+        if targets is not None:
+            check_cache(args, targets, teacher, meta, eval_dataset)
+            teacher = targets.teacher()
         check_networks(args, model, teacher, meta)
         student_stages = split_into_stages(model, args.student_depths or [count_layers(model)])
         around = meta or teacher or model
-        stitch_size = around.config.hidden_size
-        frozen = _frozen_networks(args, teacher, meta)
-
-        # computed before anything is cast; the contracts of the pairs identify the networks by them
-        used = {"teacher": teacher if args.uses_teacher else None, "meta": meta} if args.num_pairs > 1 else {}
-        self.network_hashes = {
-            f"{name}_sha256": tensors_sha256(network.state_dict())
-            for name, network in used.items()
-            if network is not None
-        }
+        frozen = _frozen_networks(args, teacher, meta, targets is not None)
+        if targets is not None and train_dataset is not None:
+            train_dataset = CachedImages(train_dataset, targets, frozen.names(args.pair_indices))
+        # computed before anything is cast
+        self.network_hashes = _network_hashes(args, teacher, meta, targets)
         self.student = model
-        self.stitch_size = stitch_size
+        self.stitch_size = around.config.hidden_size
         self._step_of_seed, self._batch_in_step = -1, -1
-        self._needed = ["pixel_values", "labels"] if args.alpha < 1 else ["pixel_values"]
+        self._needed = [*frozen.names(args.pair_indices), *(["labels"] if args.alpha < 1 else [])]
+        by_labels = targets is not None and args.num_pairs == 1
+        self._needed_in_evaluation = ["pixel_values", "labels"] if by_labels else self._needed
         stitched = StitchedStudent(
             model,
             [student_stages[i] for i in args.pair_indices],
-            stitch_size,
+            around.config.hidden_size,
             args.stitch if args.num_pairs > 1 else "none",
             seed=args.seed,
             nac_codes=args.nac_codes,
@@ -141,16 +151,16 @@ class M2MKDTrainer(StatisticsTrainer):
         self.label_names = ["labels"]
         self.model_accepts_loss_kwargs = False
         # outside the module tree of `self.model`: nothing frozen reaches the optimizer, DDP or a checkpoint
-        self.frozen = frozen.to(args.device, _compute_dtype(args))
+        self.frozen = frozen.to(args.device, compute_dtype(args))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
         """Train, as [`~transformers.Trainer.train`]; with `stitch_init="least_squares"` fit the stitches first."""
         if self.args.stitch_init == "least_squares" and self.args.num_pairs > 1 and not resume_from_checkpoint:
             stitched = self.accelerator.unwrap_model(self.model)
-            fit_stitches(stitched, self.frozen, self._some_images())
+            fit_stitches(stitched, self.frozen, self._some_batches())
         return super().train(resume_from_checkpoint, **kwargs)
 
-    def _some_images(self) -> Iterator[torch.Tensor]:
+    def _some_batches(self) -> Iterator[dict[str, torch.Tensor]]:
         """Batches of up to `FITTED_IMAGES` training images, spread evenly over the set, the same in every process."""
         dataset, size = self.train_dataset, self.args.per_device_eval_batch_size
         if isinstance(dataset, IterableDataset):
@@ -159,7 +169,7 @@ class M2MKDTrainer(StatisticsTrainer):
             chosen = np.linspace(0, len(dataset) - 1, min(FITTED_IMAGES, len(dataset))).round().astype(int)
             samples = [dataset[int(index)] for index in chosen]
         for start in range(0, len(samples), size):
-            yield self.data_collator(samples[start : start + size])["pixel_values"].to(self.args.device)
+            yield self._prepare_inputs(self.data_collator(samples[start : start + size]))
 
     # ---- Forward and loss ----
 
@@ -177,7 +187,7 @@ class M2MKDTrainer(StatisticsTrainer):
             The loss of shape `()`; with `return_outputs` also the statistics of each image and pair, of shape
             `(batch_size, num_pairs * len(STATISTICS))`, and the logits, as `compute_metrics` gets them.
         """
-        check_batch(inputs, self._needed)
+        check_batch(inputs, self._needed if model.training else self._needed_in_evaluation)
         labels = inputs.get("labels")
         pair_inputs, targets = self.frozen.inputs_and_targets(inputs, self.args.pair_indices)
         outputs = model(pair_inputs, seed=self._next_seed() if model.training else None)
@@ -316,10 +326,24 @@ class M2MKDTrainer(StatisticsTrainer):
         return f"The last good state is {Path(self.args.output_dir) / f'checkpoint-{self.state.global_step}'}."
 
 
+def _network_hashes(
+    args: M2MKDConfig, teacher: PreTrainedModel | None, meta: PreTrainedModel | None, targets: TargetCache | None
+) -> dict[str, str | None]:
+    """What the contracts of the pairs identify the networks by; a whole student has no contract."""
+    if args.num_pairs == 1:
+        return {}
+    if targets is not None:
+        return {"teacher_sha256": targets.teacher_sha256}
+    used = {"teacher": teacher if args.uses_teacher else None, "meta": meta}
+    return {f"{name}_sha256": tensors_sha256(own.state_dict()) for name, own in used.items() if own is not None}
+
+
 def _frozen_networks(
-    args: M2MKDConfig, teacher: PreTrainedModel | None, meta: PreTrainedModel | None
+    args: M2MKDConfig, teacher: PreTrainedModel | None, meta: PreTrainedModel | None, is_cached: bool
 ) -> FrozenNetworks:
-    """The networks around the pairs of this process."""
+    """The networks around the pairs of this process, or what takes their place."""
+    if is_cached:
+        return CachedTargets(args.num_pairs, is_chained=args.feed == "student")
     stages: list[Stage] = []
     if teacher is not None and args.uses_teacher:
         stages = split_into_stages(teacher, args.teacher_depths or [count_layers(teacher)])
@@ -330,7 +354,8 @@ def _frozen_networks(
     return FrozenNetworks(meta_stages, {index: stages[index] for index in args.pair_indices if stages}, match)
 
 
-def _compute_dtype(args: M2MKDConfig) -> torch.dtype:
+def compute_dtype(args: M2MKDConfig) -> torch.dtype:
+    """The dtype that frozen networks compute in."""
     return torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
 
 

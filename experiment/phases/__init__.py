@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 
 from m2mkd.experiment.arms import Arm
 from m2mkd.experiment.phases.arm import ArmPhase
+from m2mkd.experiment.phases.cache import CachePhase
 from m2mkd.experiment.phases.dense import DensePhase
 from m2mkd.experiment.phases.meta import AlignedMetaPhase, MetaPhase
 from m2mkd.experiment.phases.pairs import PairsPhase
@@ -25,10 +26,12 @@ def phases_of(session: Session, arms: Iterable[Arm] | None = None) -> dict[str, 
     meta = AlignedMetaPhase if recipe.is_aligned else MetaPhase
     teacher = IncubatedTeacherPhase if recipe.is_incubated else TrainedTeacherPhase
     beforehand: list[Phase] = [meta(session)] if recipe.meta is not None else []
-    beforehand += [(PublishedTeacherPhase if is_published else teacher)(session), PairsPhase(session)]
+    arms = list(arms or recipe.all_arms.values())
+    cached = dict.fromkeys([recipe.distill.data, *map(recipe.data_of, arms)])
+    beforehand += [(PublishedTeacherPhase if is_published else teacher)(session)]
+    beforehand += [*(CachePhase(session, data) for data in cached), PairsPhase(session)]
     beforehand += [DensePhase(session)] if recipe.upcycle is not None else []
-    known = {phase.name: phase for phase in beforehand}
-    known |= {phase.name: phase for phase in (ArmPhase(session, arm) for arm in arms or recipe.all_arms.values())}
+    known = {phase.name: phase for phase in [*beforehand, *(ArmPhase(session, arm) for arm in arms)]}
     needed: set[str] = set()
     for name in known:
         if name.startswith("arms/"):
@@ -57,6 +60,7 @@ def _order(name: str, known: Mapping[str, Phase], ordered: dict[str, Phase]) -> 
 __all__ = [
     "AlignedMetaPhase",
     "ArmPhase",
+    "CachePhase",
     "DensePhase",
     "IncubatedTeacherPhase",
     "MetaPhase",

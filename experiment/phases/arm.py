@@ -44,7 +44,10 @@ class ArmPhase(Phase):
         is_copy = arm.spec.init == "upcycled" and not made
         teacher = ["teacher"] if arm.has_teacher or is_copy else []
         sibling = [f"arms/{arm.sibling}"] if arm.sibling is not None else []
-        self.reads = tuple(dict.fromkeys([*made, *teacher, *sibling]))
+        self.cache = self.recipe.cache_of(arm)
+        needed = [name for own in (arm, self.spent) if own is not None for name in self.recipe.caches_of(own)]
+        caches = [f"cache/{name}" for name in needed]
+        self.reads = tuple(dict.fromkeys([*made, *teacher, *sibling, *caches]))
         own = [section for section, is_read in (("kd", arm.has_teacher), ("upcycle", is_copy)) if is_read]
         self.sections = ("student", "finetune", "evaluation", f"arms.{arm.name}", *own)
         # the longest first; an arm that reads pairs comes last anyway
@@ -75,9 +78,7 @@ class ArmPhase(Phase):
         """Train it, or copy its sibling's model if that has already used up the budget."""
         session, data = self.session, self.recipe.data_of(self.arm)
         (folder,) = self.artifacts
-        teacher = None
         if self.arm.has_teacher:
-            teacher = session.load_teacher()
             session.check_processors(session.teacher_source(), data)
         training = self.training()
         if self.spent is not None:
@@ -91,8 +92,16 @@ class ArmPhase(Phase):
                 f"arm {self.arm.name}: {extra['reinitialized']} do not fit the data {data!r} and are re-initialized"
             )
         own = {} if self.arm.has_teacher else NO_TEACHER
-        results = session.train(folder, f"arm {self.arm.name}", data, model, training, own, teacher=teacher)
+        networks = {"teacher": self._teacher(), "cache": self.cache}
+        results = session.train(folder, f"arm {self.arm.name}", data, model, training, own, **networks)
         session.save_model(folder, model, data, {**results, **extra, "arm": self.arm.words()})
+
+    def _teacher(self) -> PreTrainedModel | None:
+        return self.session.load_teacher() if self.arm.has_teacher and self.cache is None else None
+
+    def _flops_of_caches(self) -> float:
+        caches = self.recipe.caches_of(self.arm)
+        return sum(read_results(self.session.folder.cache(name))["train_flops"] for name in caches)
 
     def student(self) -> tuple[PreTrainedModel, Results]:
         """Build the student that the end-to-end phase starts with, and the facts about it for the results."""
@@ -115,13 +124,13 @@ class ArmPhase(Phase):
 
     def flops(self) -> float:
         """
-        Compute the FLOPs of the arm, including its distillation. Its end-to-end phase is counted instead of read, so
-        that arms with this budget do not have to wait for it.
+        Compute the FLOPs of the arm, including its distillation and the targets that it reads. Its end-to-end phase is
+        counted instead of read, so that arms with this budget do not have to wait for it.
         """
         session, total = self.session, self._flops_of_an_epoch() * self._arguments().num_train_epochs
         folders = [session.folder.pair(index, session.seed) for index in range(len(session.depths))]
         made = {"pairs": folders, "dense": [session.folder.dense(session.seed)], None: []}[self.arm.source.phase]
-        return total + sum(read_results(folder)["train_flops"] for folder in made)
+        return total + sum(read_results(folder)["train_flops"] for folder in made) + self._flops_of_caches()
 
     def _arguments(self) -> M2MKDConfig:
         (folder,) = self.artifacts
@@ -131,18 +140,18 @@ class ArmPhase(Phase):
     def _flops_of_an_epoch(self) -> float:
         session, data = self.session, self.recipe.data_of(self.arm)
         model, _ = self.student()
-        teacher = session.load_teacher() if self.arm.has_teacher else None
-        trainer = session.trainer(self._arguments(), data, model, teacher)
+        teacher = self._teacher()
+        trainer = session.trainer(self._arguments(), data, model, teacher, cache=self.cache)
         networks = [network for network in (model, teacher) if network is not None]
         return training_flops_per_image(trainer, networks) * len(trainer.train_dataset)
 
     def _epochs_of_budget(self) -> int:
         """Number of epochs that the budget allows, rounded up: the arm never gets less than its budget."""
-        budget = ArmPhase(self.session, self.spent).flops()
+        budget = ArmPhase(self.session, self.spent).flops() - self._flops_of_caches()
         if self.arm.sibling is not None:
             plain = self._sibling_results()
-            return math.ceil(budget * plain["epochs"] / plain["train_flops"])
-        return math.ceil(budget / self._flops_of_an_epoch())
+            return max(1, math.ceil(budget * plain["epochs"] / plain["train_flops"]))
+        return max(1, math.ceil(budget / self._flops_of_an_epoch()))
 
     def _sibling_folder(self) -> Path:
         return self.session.folder.arm(self.arm.sibling, self.session.seed)
@@ -167,6 +176,6 @@ class ArmPhase(Phase):
         """Cost of the steps of the whole student, and of the teacher that it learns from."""
         data = self.recipe.data_of(self.arm)
         step = costs.whole(costs.network(self.recipe.student.model, data), data)
-        if self.arm.has_teacher:
+        if self.arm.has_teacher and self.cache is None:
             step += costs.frozen(costs.teacher, data)
         return [costs.phase(f"arm {self.arm.name}", data, self.training(), step)]

@@ -32,7 +32,10 @@ class PairsPhase(Phase):
     def __init__(self, session: Session):
         super().__init__(session)
         self._has_meta = self.recipe.distill.context == "meta"
-        self.reads = ("meta", "teacher") if self._has_meta else ("teacher",)
+        spec = self.recipe.distill
+        self.cache = spec.data if spec.cache else None
+        cache = (f"cache/{self.cache}",) if self.cache else ()
+        self.reads = ("meta", "teacher") if self._has_meta else ("teacher", *cache)
         own = ("meta.depths",) if self._has_meta else ()
         self.sections = ("student", "distill", "teacher.depths", *own)
 
@@ -77,7 +80,8 @@ class PairsPhase(Phase):
         # fed by the student, a pair needs those before it, which end with the weights that they have
         is_chained = spec.feed == "student"
         indices = [index for index in self.asked if is_chained or index in unfinished]
-        teacher, meta = session.load_teacher(), load_network(session.folder.meta) if self._has_meta else None
+        teacher = None if self.cache else session.load_teacher()
+        meta = load_network(session.folder.meta) if self._has_meta else None
         session.check_processors(session.teacher_source(), spec.data)
         if self._has_meta:
             session.check_processors(session.folder.meta, spec.data)
@@ -105,6 +109,7 @@ class PairsPhase(Phase):
             cut,
             teacher=teacher,
             meta=meta,
+            cache=self.cache,
             on_trained=trained.append,
         )
         self._write(work, trained[0], {**results, "hybrids": hybrids})
@@ -148,6 +153,8 @@ class PairsPhase(Phase):
             feed=spec.feed,
             **options,
         )
+        if self.cache:
+            pairs = pairs.without_context()
         everyone = range(len(self.session.depths))
         chosen = {f"pair {index}": range(index + 1) if spec.feed == "student" else [index] for index in everyone}
         return [

@@ -243,6 +243,10 @@ class PairCosts:
     own: list[StepCost]
     shared: list[StepCost]
 
+    def without_context(self) -> "PairCosts":
+        """The same pairs with stored targets: nothing passes through the network around them."""
+        return PairCosts(self.own, [StepCost()] * len(self.shared))
+
     def together(self, indices: Sequence[int] | None = None) -> StepCost:
         """Cost per image of some pairs (`None`: all) in one process."""
         chosen = range(len(self.own)) if indices is None else indices

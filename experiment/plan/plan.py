@@ -55,11 +55,12 @@ def make_plan(recipe: Recipe, gpus: int = 1) -> Plan:
         name: own[-1].flops if name == "pairs" else sum(part.flops for part in own) for name, own in parts.items()
     }
     arms = recipe.all_arms
-    totals = {arm.name: _total(arm, flops) for arm in arms.values() if arm.budget is None}
+    caches = {arm.name: sum(flops[f"cache/{name}"] for name in recipe.caches_of(arm)) for arm in arms.values()}
+    totals = {arm.name: _total(arm, flops) + caches[arm.name] for arm in arms.values() if arm.budget is None}
     for arm in arms.values():
         if arm.budget is not None:
             (part,) = parts[f"arms/{arm.name}"]
-            parts[f"arms/{arm.name}"] = [part.with_flops(totals[arm.budget])]
+            parts[f"arms/{arm.name}"] = [part.with_flops(totals[arm.budget] - caches[arm.name])]
     for arm in arms.values():
         beforehand = sum(flops[name] for name in _beforehand(f"arms/{arm.name}", phases) if name in _IN_WORDS)
         if arm.name in totals and beforehand:

@@ -127,14 +127,16 @@ def _read_arms(folder: RunFolder, seed: int, recipe: dict[str, Any]) -> dict[str
         if result["iid"] is None:
             raise _damaged(folder.arm(name, seed) / EVAL_RESULTS, "an arm needs an `iid` result")
         result["arm"] = arms[name].described()
-        if arms[name].source.phase == "dense":
-            _add_source(result, "dense", [_read_costs(folder.dense(seed))])
-        elif arms[name].is_modular:
+        made = {None: [], "dense": [folder.dense(seed)], "pairs": []}[arms[name].source.phase]
+        if arms[name].is_modular:
             num_pairs = len((recipe.get("student") or {}).get("depths") or [])
-            pairs = [_read_costs(pair) for pair in _pair_folders(folder, seed, num_pairs)]
-            if not pairs:
+            made = _pair_folders(folder, seed, num_pairs)
+            if not made:
                 raise RunError(f"There are no distilled pairs in {folder.pairs(seed)}. {RUN_AGAIN}")
-            _add_source(result, "distill", pairs)
+        caches = {read_results(path).get("cache") for path in [folder.arm(name, seed), *made]} - {None}
+        before = {"cache": [folder.cache(data) for data in sorted(caches)]}
+        before["distill" if arms[name].is_modular else "dense"] = made
+        _add_beforehand(result, {phase: [_read_costs(path) for path in paths] for phase, paths in before.items()})
     return results
 
 
@@ -164,21 +166,26 @@ def _read_hybrids(folder: RunFolder) -> Result | None:
     return {"stages": stages, **{name: measured[-1][name] for name in ("teacher", "chance", "n", "set")}}
 
 
-def _add_source(result: Result, phase: str, parts: list[Result]) -> None:
+def _add_beforehand(result: Result, before: dict[str, list[Result]]) -> None:
     """
-    Add the cost of the parts of a phase (the pairs, or the dense network) to an arm that starts from them; its own
-    cost is that of its end-to-end phase.
+    Add the cost of the parts of phases (stored targets, and the pairs or the dense network) to an arm that starts from
+    them; its own cost is that of its end-to-end phase.
     """
-    finetune = {name: result[name] for name in COSTS}
+    finetune, phases = {name: result[name] for name in COSTS}, {}
     total = ("train_seconds", "train_flops", "parameters")
-    distill = {name: (sum if name in total else max)(part[name] for part in parts) for name in COSTS}
-    for name in ("train_seconds", "train_flops", "train_samples_seen"):
-        result[name] += distill[name]
-    for name in ("images", "labels"):
-        result[name] = max(result[name], distill[name])
-    result["parallel_seconds"] += max(part["parallel_seconds"] for part in parts)
-    result["peak_memory"] = _largest([result, *parts])
-    result["phases"] = {phase: distill, "finetune": finetune}
+    for phase, parts in before.items():
+        if not parts:
+            continue
+        own = {name: (sum if name in total else max)(part[name] for part in parts) for name in COSTS}
+        for name in ("train_seconds", "train_flops", "train_samples_seen"):
+            result[name] += own[name]
+        for name in ("images", "labels"):
+            result[name] = max(result[name], own[name])
+        result["parallel_seconds"] += max(part["parallel_seconds"] for part in parts)
+        result["peak_memory"] = _largest([result, *parts])
+        phases[phase] = own
+    if phases:
+        result["phases"] = {**phases, "finetune": finetune}
 
 
 def _read_result(folder: Path) -> Result:

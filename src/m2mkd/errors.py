@@ -21,6 +21,10 @@ class PairFileError(M2MKDError, ValueError):
     """A pair's folder is missing, damaged, or belongs to another student."""
 
 
+class CacheError(M2MKDError, ValueError):
+    """A cache of targets is missing, damaged, or belongs to another teacher or data set."""
+
+
 class ConversionError(M2MKDError, ValueError):
     """An official checkpoint, or its configuration, is not what it should be."""
 

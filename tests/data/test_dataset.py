@@ -7,7 +7,14 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from m2mkd.data import DataConfig, ImageDataset, build_image_processor, random_affine, random_resized_crop_flip
+from m2mkd.data import (
+    DataConfig,
+    DataError,
+    ImageDataset,
+    build_image_processor,
+    random_affine,
+    random_resized_crop_flip,
+)
 from m2mkd.data.mixing import random_erasing
 from m2mkd.data.processing import PixelTransform
 from m2mkd.data.rand_augment import rand_augment
@@ -114,6 +121,49 @@ class TestEpoch:
         dataset = ImageDataset(noise_data, CONFIG, train=True)
         copy.copy(dataset).set_epoch(6)
         assert dataset.epoch == 6
+
+
+class TestViews:
+    def test_the_epochs_use_them_in_turn(self, noise_data):
+        new, views = (ImageDataset(noise_data, CONFIG.model_copy(update={"views": k}), True) for k in (None, 2))
+        for epoch, view in enumerate([0, 1, 0, 1]):
+            new.set_epoch(view)
+            views.set_epoch(epoch)
+            assert torch.equal(everything(views), everything(new))
+
+    def test_the_fingerprint_tells_other_views_apart(self, noise_data):
+        def fingerprint(data=noise_data, seed=0, **changes):
+            return ImageDataset(data, CONFIG.model_copy(update=changes), True, seed).fingerprint()
+
+        others = [
+            fingerprint(seed=1),
+            fingerprint(views=2),
+            fingerprint(image_size=8),
+            fingerprint(noise_data.select([1, 0, *range(2, 12)])),
+            fingerprint(noise_data.select(range(11))),
+        ]
+        assert fingerprint() == fingerprint()
+        assert all(other != fingerprint() for other in others)
+
+    def test_how_many_are_fixed(self):
+        assert DataConfig(source="x").fixed_views() == 1
+        assert DataConfig(source="x", views=3).fixed_views() == 1  # without augmentation, all are the same
+        assert DataConfig(source="x", augmentation="affine", views=3).fixed_views() == 3
+
+    @pytest.mark.parametrize(
+        "config, words",
+        [
+            ({"augmentation": "crop_flip"}, "set views to the number"),
+            ({"random_erasing": 0.1}, "set views to the number"),
+            ({"mixup": 0.8, "views": 2}, "mixup=0.8 .* set mixup to 0.0"),
+            ({"cutmix": 1.0, "views": 2}, "set cutmix to 0.0"),
+            ({"repeated": 3, "views": 2}, "set repeated to 1"),
+            ({"source": "user/set", "streaming": True}, "set streaming to false"),
+        ],
+    )
+    def test_new_samples_in_each_epoch_have_no_fixed_views(self, config, words):
+        with pytest.raises(DataError, match=words):
+            DataConfig(**{"source": "x", **config}).fixed_views()
 
 
 class TestMixing:
