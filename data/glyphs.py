@@ -41,7 +41,7 @@ SPLITS = {
 SIDE = 28  # pixels, as MNIST
 BOX = 20  # pixels of the longer side of a letter, as MNIST
 OVERSAMPLING = 4  # letters are drawn this much larger, then averaged
-FONT_SIZE = 240  # of the drawing that is scaled into the box, in pixels
+FONT_SIZE = 160  # of the drawing that is scaled into the box, in pixels
 SEED = 20402
 # Ranges that every letter draws from: factor on its size, slant (dx / dy), shift and extra width of strokes in pixels.
 SIZE, SLANT, SHIFT, WEIGHT = (0.8, 1.05), (-0.2, 0.2), (-1.0, 1.0), (0.0, 0.6)
@@ -79,11 +79,24 @@ def _draw(letter: str, font: ImageFont.FreeTypeFont, generator: np.random.Random
     stroke = round(weight / 2 * OVERSAMPLING * scale)  # older releases of Pillow have only whole pixels
     ink = Image.new("L", (ceil(stop_x - left) + 2 * stroke, ceil(stop_y - top) + 2 * stroke))
     ImageDraw.Draw(ink).text((stroke - left, stroke - top), letter, 255, font, stroke_width=stroke)
-    middle = SIDE * OVERSAMPLING / 2
-    x, y = middle + right * OVERSAMPLING, middle + down * OVERSAMPLING
-    # from a pixel of the oversampled image to one of the drawing
-    matrix = (scale, scale * slant, ink.width / 2 - scale * (x + slant * y), 0, scale, ink.height / 2 - scale * y)
-    large = ink.transform((SIDE * OVERSAMPLING,) * 2, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR)
+    side = SIDE * OVERSAMPLING
+    # From a pixel of the slanted letter, in the middle of a canvas with room for it, to one of the drawing.
+    matrix = (
+        scale,
+        scale * slant,
+        ink.width / 2 - scale * (1 + slant) * side,
+        0,
+        scale,
+        ink.height / 2 - scale * side,
+    )
+    slanted = ink.transform((2 * side, 2 * side), Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR)
+    slanted = slanted.crop(slanted.getbbox())
+    large = Image.new("L", (side, side))
+    corner = (
+        round((side - slanted.width) / 2 + right * OVERSAMPLING),
+        round((side - slanted.height) / 2 + down * OVERSAMPLING),
+    )
+    large.paste(slanted, corner)
     return large.reduce(OVERSAMPLING).convert("RGB")
 
 

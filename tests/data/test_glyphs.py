@@ -56,7 +56,7 @@ class TestGlyphs:
             np.stack([(turned.max(axis) > 40).argmax(1) for axis in (1, 2)])
             for turned in (arrays, arrays[:, ::-1, ::-1])
         )
-        assert np.abs(first - last).max() <= 2 * 2.5, "letters are centered"
+        assert np.abs(first - last).max() <= 3, "letters are centered but for their shift"
         longer = (28 - first - last).max(0)
         assert longer.min() >= 13 and longer.max() <= 25
         assert arrays.max((1, 2)).min() > 100, "no letter is too faint"
