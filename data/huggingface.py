@@ -66,7 +66,7 @@ def _open(config: DataConfig) -> "datasets.Dataset | datasets.DatasetDict":
         raise DataError(
             f"datasets cannot open source={config.source!r}, config_name={config.config_name!r}, "
             f"split={config.split!r} ({type(error).__name__}: {error}): check the id, the split and the network, or "
-            "use 'imagefolder:PATH', 'mnist5k', 'uci_digits' or a folder written by save_to_disk"
+            "use 'imagefolder:PATH', 'mnist5k', 'uci_digits', 'glyphs' or a folder written by save_to_disk"
         ) from error
 
 

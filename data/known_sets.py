@@ -67,7 +67,11 @@ KNOWN_SETS = {
     ),
 }
 # Of the sets that come with Python packages.
-PACKAGED_SPLITS = {"mnist5k": ("train", "test"), "uci_digits": ("test",)}
+PACKAGED_SPLITS = {
+    "mnist5k": ("train", "test"),
+    "uci_digits": ("test",),
+    "glyphs": ("train", "handwriting", "test"),
+}
 
 
 def known_set(source: str) -> KnownSet | None:

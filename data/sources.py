@@ -3,6 +3,7 @@
 from m2mkd.data.config import IMAGEFOLDER_PREFIX, DataConfig
 from m2mkd.data.corruption import without_corrupt
 from m2mkd.data.digits import load_mnist5k, load_uci_digits
+from m2mkd.data.glyphs import load_glyphs
 from m2mkd.data.huggingface import load_from_datasets
 from m2mkd.data.imagefolder import load_imagefolder
 from m2mkd.data.known_sets import known_set, load_known_set, splits_of
@@ -35,6 +36,9 @@ def _load_split(config: DataConfig) -> LabeledImages:
     if config.source == "uci_digits":
         _check_split(config, (*splits_of(config.source), None))
         return load_uci_digits()
+    if config.source == "glyphs":
+        _check_split(config, splits_of(config.source))
+        return load_glyphs(config.split)
     if config.source.startswith(IMAGEFOLDER_PREFIX):
         data = load_imagefolder(config.source.removeprefix(IMAGEFOLDER_PREFIX))
         if config.holdout:

@@ -33,6 +33,7 @@ def test_classes_are_known_without_images(name, count, first):
         ("cub-200", ("train", "test")),
         ("mnist5k", ("train", "test")),
         ("uci_digits", ("test",)),
+        ("glyphs", ("train", "handwriting", "test")),
         ("imagefolder:train", ()),
         ("somebody/images", ()),
     ],
