@@ -10,6 +10,8 @@ import evaluate
 import numpy as np
 from transformers import EvalPrediction
 
+from m2mkd.errors import DataError
+
 
 RANKED_AT_ONCE = 4096  # rows; bounds the memory of the sort
 
@@ -94,11 +96,11 @@ def effective_robustness(ood_accuracy: float, iid_accuracy: float, baselines: Se
         baselines: (IID, OOD) accuracies of other models, in (0, 1).
 
     Raises:
-        ValueError: no baselines, or an accuracy that is not inside (0, 1).
+        DataError: no baselines, or an accuracy that is not inside (0, 1).
     """
     values = [ood_accuracy, iid_accuracy, *(value for pair in baselines for value in pair)]
     if not baselines or not all(0 < value < 1 for value in values):
-        raise ValueError(
+        raise DataError(
             f"effective robustness needs at least one baseline, and accuracies between 0 and 1 (both excluded), not "
             f"{len(baselines)} baselines and accuracies {values}"
         )

@@ -3,9 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from transformers import (
-    PreTrainedConfig,
-)
+from transformers import PreTrainedConfig
 
 from m2mkd.distillation.split import stage_class_of
 from m2mkd.errors import StageError
