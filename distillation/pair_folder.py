@@ -141,8 +141,8 @@ def load_stage(stage: Stage, folder: str | Path, reinitialize: tuple[str, ...] =
         if contract.get(field) != ours[field]:
             raise PairFileError(
                 f"`{field}` is {contract.get(field)} in {folder / CONTRACT_FILE}, but {ours[field]} in stage "
-                f"{stage.index} of this student. Use the pair that was distilled for this stage, or cut the student into the depths "
-                "that the pair was distilled with."
+                f"{stage.index} of this student. Use the pair that was distilled for this stage, or cut the student "
+                "into the depths that the pair was distilled with."
             )
     ours, saved = stage.state_dict(), _read_tensors(folder / STAGE_FILE)
     missing, unexpected = sorted(ours.keys() - saved.keys()), sorted(saved.keys() - ours.keys())
