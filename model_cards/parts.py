@@ -1,10 +1,8 @@
 """Parts that all model cards share: facts, usage and citations."""
 
-from collections.abc import Iterable
 from importlib import resources
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
 from jinja2 import Template
 from transformers import PreTrainedConfig
 
@@ -40,54 +38,23 @@ CITATIONS = {
 }
 
 
-def card_data(model_type: str, name: str, license: str | None, tags: Iterable[str], **more: Any) -> ModelCardData:
-    """The metadata of a student's card. `tags` are added to those of every student."""
-    return ModelCardData(
-        model_name=name,
-        license=license,
-        library_name="transformers",
-        pipeline_tag="image-classification",
-        tags=list(dict.fromkeys(["m2mkd", model_type, *tags])),
-        **more,
-    )
+def model_facts(config: PreTrainedConfig, parameters: int) -> dict[str, Any]:
+    """Facts about a model that both templates state."""
+    return {
+        "architecture": ARCHITECTURES.get(config.model_type, f"A {config.model_type}"),
+        "parameters": f"{parameters:,}",
+        "num_labels": config.num_labels,
+        "image_size": config.image_size,
+    }
 
 
-def student_card(
-    name: str,
-    metadata: ModelCardData,
-    config: PreTrainedConfig,
-    parameters: int,
-    source: str,
-    with_code: bool,
-    **own: Any,
-) -> ModelCard:
-    """
-    Fill in a template.
-
-    Args:
-        name (`str`): File of the template.
-        metadata (`ModelCardData`): From [`card_data`].
-        config (`PreTrainedConfig`), parameters (`int`): Of the student.
-        source (`str`): What a reader gives to `from_pretrained`.
-        with_code (`bool`): Whether the model's code lies beside the weights.
-        own: What only this template states.
-    """
-    usage = Template(_template("usage.md")).render(source=source, with_code=with_code).strip("\n")
-    return ModelCard.from_template(
-        metadata,
-        template_str=_template(name),
-        title=metadata.model_name,
-        architecture=ARCHITECTURES.get(config.model_type, f"A {config.model_type}"),
-        parameters=f"{parameters:,}",
-        num_labels=config.num_labels,
-        image_size=config.image_size,
-        source=source,
-        usage=usage,
-        license=metadata.license,
-        citation="\n\n".join(CITATIONS[name] for name in ("m2mkd", config.model_type) if name in CITATIONS),
-        **own,
-    )
+def usage_section(source: str, with_code: bool) -> str:
+    return Template(template("usage.md")).render(source=source, with_code=with_code).strip("\n")
 
 
-def _template(name: str) -> str:
+def citation(model_type: str) -> str:
+    return "\n\n".join(CITATIONS[name] for name in ("m2mkd", model_type) if name in CITATIONS)
+
+
+def template(name: str) -> str:
     return resources.files("m2mkd.model_cards").joinpath(name).read_text(encoding="utf-8")

@@ -9,7 +9,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedConfig
 
 from m2mkd.data.config import IMAGEFOLDER_PREFIX, PackagedSource
-from m2mkd.model_cards.parts import card_data, student_card
+from m2mkd.model_cards.parts import citation, model_facts, template, usage_section
 from m2mkd.model_cards.tables import compute_section, markdown_table, results_section, teacher_text
 
 
@@ -47,18 +47,17 @@ def run_card(
     recipe = public_recipe(report["recipe"], run_name)
     name = PurePath(source).name
     # in a run's folder an arm is called only by its method
-    data = run_card_data(report, result, f"{recipe['name']}-{arm}" if name == arm else name, license)
-    return student_card(
-        "template.md",
+    data = card_data(report, result, f"{recipe['name']}-{arm}" if name == arm else name, license)
+    return ModelCard.from_template(
         data,
-        config,
-        result["parameters"],
-        source,
-        with_code,
+        template_str=template("template.md"),
+        title=data.model_name,
+        **model_facts(config, result["parameters"]),
         arm=arm,
         arm_text=_arm_text(result["arm"], report),
         recipe_name=recipe.get("name"),
         seed=seed,
+        usage=usage_section(source, with_code),
         pairs=pairs,
         last_pair=len(recipe["student"]["depths"]) - 1,
         results=results_section(report),
@@ -68,20 +67,24 @@ def run_card(
         compute=compute_section(report),
         recipe=yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True),
         limits=_limits(report, result),
+        license=license,
+        citation=citation(config.model_type),
     )
 
 
-def run_card_data(report: dict[str, Any], result: dict[str, Any], name: str, license: str) -> ModelCardData:
+def card_data(report: dict[str, Any], result: dict[str, Any], name: str, license: str) -> ModelCardData:
     """The metadata of a card; the results are those of the weights themselves, one seed."""
     recipe = report["recipe"]
+    model_type = recipe["student"]["model"]["model_type"]
     tests = {split: recipe["evaluation"].get(split) for split in ("iid", "ood")}
     sources = [recipe["data"][name]["source"] for name in _data_users(report).values()]
     ids = [source for source in sources if _kind(source) == "datasets"]
-    return card_data(
-        recipe["student"]["model"]["model_type"],
-        name,
-        license,
-        ("knowledge-distillation", "image-classification"),
+    return ModelCardData(
+        model_name=name,
+        license=license,
+        library_name="transformers",
+        pipeline_tag="image-classification",
+        tags=list(dict.fromkeys(["m2mkd", model_type, "knowledge-distillation", "image-classification"])),
         datasets=sorted(set(ids)) or None,
         metrics=["accuracy"],
         eval_results=[

@@ -5,10 +5,10 @@ from importlib import metadata
 from pathlib import PurePath
 
 import yaml
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, ModelCardData
 from transformers import PreTrainedConfig, TrainingArguments
 
-from m2mkd.model_cards.parts import card_data, student_card
+from m2mkd.model_cards.parts import citation, model_facts, template, usage_section
 from m2mkd.model_cards.tables import markdown_table
 
 
@@ -51,19 +51,28 @@ def render_trainer_card(
     evaluated = {name.removeprefix("eval_"): value for name, value in sorted(metrics.items()) if _is_metric(name)}
     rows = [[name, f"{value:.4f}"] for name, value in evaluated.items()]
     results = f"The last evaluation:\n\n{markdown_table(('Metric', 'Value'), rows)}" if rows else "Not evaluated."
-    tags = ("image-classification", *tags)
-    return student_card(
-        "trainer.md",
-        card_data(config.model_type, PurePath(source).name, license, tags, datasets=datasets),
-        config,
-        parameters,
-        source,
-        with_code=False,
+    data = ModelCardData(
+        model_name=PurePath(source).name,
+        license=license,
+        library_name="transformers",
+        pipeline_tag="image-classification",
+        tags=list(dict.fromkeys(["m2mkd", config.model_type, "image-classification", *tags])),
+        datasets=datasets,
+    )
+    return ModelCard.from_template(
+        data,
+        template_str=template("trainer.md"),
+        title=data.model_name,
+        **model_facts(config, parameters),
         method=method,
         is_whole=is_whole,
+        usage=usage_section(source, with_code=False),
+        source=source,
         arguments=yaml.safe_dump({name: value for name, value in arguments.items() if value is not None}),
         results=results,
         versions=", ".join(f"{name} {metadata.version(name)}" for name in ("torch", "transformers")),
+        license=license,
+        citation=citation(config.model_type),
     )
 
 
