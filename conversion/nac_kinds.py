@@ -105,7 +105,7 @@ def graph_loss_fields(criterion: Mapping[str, Any]) -> dict[str, Any]:
     options = loss.section("kwargs")
     if kind == "signature_hinge_repulsion":
         fields = {"signature_repulsion_coef": weight, "signature_repulsion_hinge": loss.need("hinge")}
-        options.require("reduction", "sum")
+        options.require(reduction="sum")
     elif kind == "stochastic_block_model_regularization":
         fields = {
             "block_model_coef": weight,
@@ -118,9 +118,8 @@ def graph_loss_fields(criterion: Mapping[str, Any]) -> dict[str, Any]:
                 raise ConversionError(
                     "our block model loss is computed on the mediators only, the official one is not."
                 )
-        options.require("clip", None)
+        options.require(clip=None)
     else:
         raise ConversionError(f"`criterion.graph_sparsity.type` {kind!r} is not known.")
-    options.end()
     loss.end()
     return fields

@@ -88,32 +88,50 @@ _EXPERT = re.compile(r"(.+\.mlp\.experts)\.(\d+)\.(\w+)")
 _STACKED = re.compile(r"(.+\.mlp\.experts)\.(\w+)")
 
 
-def convert_vit(official: Mapping[str, torch.Tensor], layer_offset: int = 0) -> dict[str, torch.Tensor]:
+def transformer_to_ours(
+    kind: str, official: Mapping[str, torch.Tensor], layer_offset: int = 0
+) -> dict[str, torch.Tensor]:
     """
-    Convert an incubated ViT (teacher, meta model, or one of its stages) to the names of `ViTForImageClassification`.
+    Convert an incubated ViT (teacher or meta model), a V-MoE or V-MoE student, or a stage of one, to the names of
+    `ViTForImageClassification` or `VMoEForImageClassification`. Stitches keep their place at the first and last layer
+    (see `VMoEConfig.pre_stitch_layers`).
 
     Args:
+        kind (`str`): `"vit"` or `"vmoe"`.
         official (`Mapping[str, torch.Tensor]`): `ckpt["model"]`, `ckpt["model_stages"][i]` or
             `ckpt["block_state_dict"]`.
         layer_offset (`int`): Number of layers before this stage; the file of a stage counts its blocks from 0.
 
     Returns:
-        `dict[str, torch.Tensor]`: The same tensors, with `qkv` cut in three.
+        `dict[str, torch.Tensor]`: The same tensors, with `qkv` cut in three and the experts of a layer stacked.
 
     Raises:
-        `ConversionError`: some names do not belong to an incubated ViT.
+        `ConversionError`: some names do not belong to such a model, or an expert is missing.
     """
-    return _convert(official, "vit", layer_offset)
-
-
-def convert_vmoe(official: Mapping[str, torch.Tensor], layer_offset: int = 0) -> dict[str, torch.Tensor]:
-    """
-    Convert an official V-MoE, V-MoE student or stage to the names of `VMoEForImageClassification`; the experts of a
-    layer are stacked. Stitches keep their place at the first and last layer (see `VMoEConfig.pre_stitch_layers`).
-
-    Args, returns and raises as [`convert_vit`].
-    """
-    return _convert(official, "vmoe", layer_offset)
+    converted: dict[str, torch.Tensor] = {}
+    experts: dict[str, dict[int, torch.Tensor]] = defaultdict(dict)
+    unknown = []
+    for name, tensor in without_aliases(official).items():
+        ours = _TABLES[kind].ours(_move(name, "blocks", layer_offset))
+        expert = _EXPERT.fullmatch(ours or "")
+        if ours is None:
+            unknown.append(name)
+        elif expert:
+            # FastMoE keeps a leading dimension of one expert
+            experts[f"{expert[1]}.{expert[3]}"][int(expert[2])] = tensor[0]
+        elif ".qkv_proj." in ours:
+            for part, projection in zip(tensor.chunk(3), ("q_proj", "k_proj", "v_proj"), strict=True):
+                converted[ours.replace("qkv_proj", projection)] = part.contiguous()
+        else:
+            converted[ours] = tensor
+    if unknown:
+        raise ConversionError(f"These tensors do not belong to an official {kind} checkpoint: {sorted(unknown)}.")
+    for name, by_index in experts.items():
+        siblings = [other for key, other in experts.items() if key.rpartition(".")[0] == name.rpartition(".")[0]]
+        if sorted(by_index) != list(range(max(max(other) for other in siblings) + 1)):
+            raise ConversionError(f"Some experts of {name} are missing; the checkpoint has only {sorted(by_index)}.")
+        converted[name] = torch.stack([by_index[index] for index in range(len(by_index))])
+    return converted
 
 
 def convert_vmoe_student(
@@ -130,43 +148,16 @@ def convert_vmoe_student(
         The stage's tensors with the model's names, and those of its stitches (`pre.*`, `post.*`).
 
     Raises:
-        `ConversionError`: as [`convert_vit`].
+        `ConversionError`: as [`transformer_to_ours`].
     """
     stage, stitches = {}, {}
-    for name, tensor in convert_vmoe(official, layer_offset).items():
+    for name, tensor in transformer_to_ours("vmoe", official, layer_offset).items():
         stitch = re.fullmatch(r"vmoe\.layers\.\d+\.(pre|post)_stitch\.(.+)", name)
         if stitch:
             stitches[f"{stitch[1]}.{stitch[2]}"] = tensor
         else:
             stage[name] = tensor
     return stage, stitches
-
-
-def _convert(official: Mapping[str, torch.Tensor], prefix: str, layer_offset: int) -> dict[str, torch.Tensor]:
-    converted: dict[str, torch.Tensor] = {}
-    experts: dict[str, dict[int, torch.Tensor]] = defaultdict(dict)
-    unknown = []
-    for name, tensor in without_aliases(official).items():
-        ours = _TABLES[prefix].ours(_move(name, "blocks", layer_offset))
-        expert = _EXPERT.fullmatch(ours or "")
-        if ours is None:
-            unknown.append(name)
-        elif expert:
-            # FastMoE keeps a leading dimension of one expert
-            experts[f"{expert[1]}.{expert[3]}"][int(expert[2])] = tensor[0]
-        elif ".qkv_proj." in ours:
-            for part, projection in zip(tensor.chunk(3), ("q_proj", "k_proj", "v_proj"), strict=True):
-                converted[ours.replace("qkv_proj", projection)] = part.contiguous()
-        else:
-            converted[ours] = tensor
-    if unknown:
-        raise ConversionError(f"These tensors do not belong to an official {prefix} checkpoint: {sorted(unknown)}.")
-    for name, by_index in experts.items():
-        siblings = [other for key, other in experts.items() if key.rpartition(".")[0] == name.rpartition(".")[0]]
-        if sorted(by_index) != list(range(max(max(other) for other in siblings) + 1)):
-            raise ConversionError(f"Some experts of {name} are missing; the checkpoint has only {sorted(by_index)}.")
-        converted[name] = torch.stack([by_index[index] for index in range(len(by_index))])
-    return converted
 
 
 def without_aliases(official: Mapping[str, Any]) -> dict[str, Any]:
@@ -211,14 +202,16 @@ def _move(name: str, container: str, offset: int) -> str:
     return re.sub(rf"^{container}\.(\d+)\.", lambda match: f"{container}.{int(match[1]) + offset}.", name)
 
 
-def vit_to_official(ours: Mapping[str, torch.Tensor], layer_offset: int = 0) -> dict[str, torch.Tensor]:
+def transformer_to_official(
+    kind: str, ours: Mapping[str, torch.Tensor], layer_offset: int = 0
+) -> dict[str, torch.Tensor]:
     """
-    The inverse of [`convert_vit`].
+    The inverse of [`transformer_to_ours`].
 
     Args:
-        ours (`Mapping[str, torch.Tensor]`): State dict of a `ViTForImageClassification` or of a stage of one, on the
-            meta device if only names and shapes matter.
-        layer_offset (`int`): Number of layers before this stage.
+        kind (`str`), layer_offset (`int`): As there.
+        ours (`Mapping[str, torch.Tensor]`): State dict of the model or stage, on the meta device if only names and
+            shapes matter.
 
     Returns:
         `dict[str, torch.Tensor]`: The same tensors with official names, without the aliases (see [`with_aliases`]).
@@ -226,19 +219,6 @@ def vit_to_official(ours: Mapping[str, torch.Tensor], layer_offset: int = 0) -> 
     Raises:
         `ConversionError`: some names do not belong to such a model.
     """
-    return _to_official(ours, "vit", layer_offset)
-
-
-def vmoe_to_official(ours: Mapping[str, torch.Tensor], layer_offset: int = 0) -> dict[str, torch.Tensor]:
-    """
-    The inverse of [`convert_vmoe`], for a `VMoEForImageClassification` or a stage of one.
-
-    Args, returns and raises as [`vit_to_official`].
-    """
-    return _to_official(ours, "vmoe", layer_offset)
-
-
-def _to_official(ours: Mapping[str, torch.Tensor], prefix: str, layer_offset: int) -> dict[str, torch.Tensor]:
     official: dict[str, torch.Tensor] = {}
     for name, tensor in ours.items():
         stacked = _STACKED.fullmatch(name)
@@ -253,9 +233,9 @@ def _to_official(ours: Mapping[str, torch.Tensor], prefix: str, layer_offset: in
         else:
             each = {name: tensor}
         for own, value in each.items():
-            theirs = _TABLES[prefix].official(own)
+            theirs = _TABLES[kind].official(own)
             if theirs is None:
-                raise ConversionError(f"{name} of our {prefix} has no official counterpart.")
+                raise ConversionError(f"{name} of our {kind} has no official counterpart.")
             official[_move(theirs, "blocks", -layer_offset)] = value
     return official
 
@@ -309,6 +289,7 @@ class OfficialArguments:
         if values is not None and not isinstance(values, Mapping):
             raise ConversionError(f"`{path.rstrip('.')}` must be a section of arguments, but is {values!r}.")
         self.values, self.path = dict(values or {}), path
+        self._sections: list[OfficialArguments] = []
 
     def take(self, name: str, default: Any) -> Any:
         """Take the value of an argument, or the official default."""
@@ -322,13 +303,21 @@ class OfficialArguments:
 
     def section(self, name: str) -> "OfficialArguments":
         """Take the arguments below a name; none if the name is missing."""
-        return OfficialArguments(self.values.pop(name, None), f"{self.path}{name}.")
+        self._sections.append(OfficialArguments(self.values.pop(name, None), f"{self.path}{name}."))
+        return self._sections[-1]
 
-    def require(self, name: str, value: Any) -> None:
-        """Take an argument of which only this value can be converted; it is also the official default."""
-        given = self.take(name, value)
-        if given != value:
-            raise ConversionError(f"`{self.path}{name}` is {given!r}; only {value!r} can be converted.")
+    def require(self, **values: Any) -> None:
+        """Take arguments of which only these values can be converted; they are also the official defaults."""
+        for name, value in values.items():
+            given = self.take(name, value)
+            if given != value:
+                raise ConversionError(f"`{self.path}{name}` is {given!r}; only {value!r} can be converted.")
+
+    def left(self) -> list[str]:
+        """The arguments that were not taken, also those of the sections."""
+        return [f"{self.path}{name}" for name in self.values] + [
+            name for part in self._sections for name in part.left()
+        ]
 
     def agree(self, name: str, value: Any) -> None:
         """Take an argument that the tensors show as well. If it is given, it must have their value."""
@@ -341,8 +330,8 @@ class OfficialArguments:
 
     def end(self) -> None:
         """Raise an error if any argument was not taken."""
-        if self.values:
-            left = sorted(f"{self.path}{name}" for name in self.values)
+        left = sorted(self.left())
+        if left:
             raise ConversionError(f"These arguments of the official code are not known: {left}.")
 
 
@@ -416,8 +405,7 @@ def _transformer_fields(arguments: OfficialArguments, norm_eps: float) -> dict[s
     hidden_size = arguments.take("embed_dim", 768)
     depths = arguments.need("divided_depths")
     arguments.take("depth", None)  # the official code uses `divided_depths`
-    for name, value in (("qk_scale", None), ("drop_rate", 0.0), ("attn_drop_rate", 0.0), ("hybrid_backbone", None)):
-        arguments.require(name, value)
+    arguments.require(qk_scale=None, drop_rate=0.0, attn_drop_rate=0.0, hybrid_backbone=None)
     return {
         "hidden_size": hidden_size,
         "num_hidden_layers": sum(depths),

@@ -298,35 +298,18 @@ def nac_config(kwargs: Mapping[str, Any], **overrides: Any) -> NACConfig:
     # where the official trainer finds weights, not what the model is
     for name in ("simplified_interface", "student_state_dict_dir", "student_type"):
         model.take(name, None)
-    model.require("input_tokenizer_type", "ConvNeXtImageTokenizer")
-    model.require("latent_graph_type", "LatentGraph")
+    model.require(input_tokenizer_type="ConvNeXtImageTokenizer", latent_graph_type="LatentGraph")
+    model.require(predefined_states_dir=None, stitch_ckpt_path=None, stitch_dim=None)
     fields.update(_tokenizer_fields(model.section("input_tokenizer_kwargs"), size))
     graph = model.section("latent_graph_kwargs")
-    graph.require("output_dim", num_labels)
+    graph.require(output_dim=num_labels)
     read_out = graph.section("read_out_kwargs")
     fields.update(_output_fields(model, "output_tokenizer", read_out, size, num_labels))
     fields.update(_graph_fields(graph, size))
-    fields.update(_read_out_fields(read_out, fields["drop_path_rate"]))
-    for name in ("predefined_states_dir", "stitch_ckpt_path", "stitch_dim"):
-        model.require(name, None)
+    fields["read_out_residual"] = read_out.take("include_residual_in_latent_attention", True)
+    fields["read_out_drop_path_rate"] = read_out.take("path_drop_prob", fields["drop_path_rate"])
     model.end()
     return NACConfig(**{**fields, **overrides})
-
-
-def nac_student_config(share: Mapping[str, Any], role: str, own: Mapping[str, Any], **overrides: Any) -> NACConfig:
-    """
-    The configuration of a NAC whose stage is an official student.
-
-    Args:
-        share (`Mapping[str, Any]`): `share_kwargs` of an official student configuration.
-        role (`str`): `"readin"`, `"mediator"` or `"readout"`.
-        own (`Mapping[str, Any]`): The arguments of that role.
-        overrides: Fields of [`NACConfig`] that differ, e.g. `num_hidden_layers`.
-
-    Raises:
-        `ConversionError`: as [`nac_config`].
-    """
-    return nac_students_config(share, {role: own}, **overrides)
 
 
 def nac_students_config(
@@ -361,15 +344,13 @@ def _student_fields(share: Mapping[str, Any], role: str, own: Mapping[str, Any])
     rate = mine.take("path_drop_prob", 0.0)
     if role == "readin":
         fields["num_channels"] = mine.take("input_dim", 3)
-        mine.require("tokenizer_type", "ConvNeXtImageTokenizer")
+        mine.require(tokenizer_type="ConvNeXtImageTokenizer")
         fields.update(_tokenizer_fields(mine.section("tokenizer_kwargs"), fields["hidden_size"]))
         fields["read_in_residual"] = mine.take("include_residual_in_read_in_attention", False)
         fields["read_in_drop_path_rate"] = rate
     elif role == "mediator":
         fields["drop_path_rate"] = rate
-        attention = mine.section("latent_attention_kwargs")
-        fields["share_layernorm"] = attention.take("share_layernorm", False)
-        attention.end()
+        fields["share_layernorm"] = mine.section("latent_attention_kwargs").take("share_layernorm", False)
     elif role == "readout":
         fields["read_out_drop_path_rate"] = rate
         fields["read_out_residual"] = mine.take("include_residual_in_latent_attention", False)
@@ -384,12 +365,10 @@ def _student_fields(share: Mapping[str, Any], role: str, own: Mapping[str, Any])
 def _tokenizer_fields(arguments: OfficialArguments, hidden_size: int) -> dict[str, Any]:
     num_stages = arguments.take("num_stages", 3)
     depths = _known(arguments, "capacity_preset", "tiny", _TOKENIZER_DEPTHS)
-    arguments.require("convnext_kwargs", None)
+    arguments.require(convnext_kwargs=None)
     grid = arguments.section("positional_grid_kwargs")
     size, grid_size = grid.take("dim", 0), grid.take("grid_size", [8, 8])
     stride = STEM_STRIDE * 2 ** (num_stages - 1)
-    grid.end()
-    arguments.end()
     sizes = [stride * side for side in grid_size]
     return {
         "tokenizer_depths": depths[:num_stages],
@@ -426,7 +405,6 @@ def _output_fields(
         )
     fields["latent_head_size"] = head_size if has_head else None
     fields["num_labels"] = pooling.take("output_dim", num_labels)
-    pooling.end()
     return fields
 
 
@@ -448,18 +426,14 @@ def _common_fields(arguments: OfficialArguments, hidden_size: int) -> dict[str, 
         "qkv_bias": arguments.take("qkv_bias_in_attention", True),
         "intermediate_size": round(arguments.take("ffn_capacity_factor", 1.0) * hidden_size),
     }
-    arguments.require("mod_fc_cls", "ModFC")
-    arguments.require("ffn_mod_fc_cls", None)
-    arguments.require("ffn_mod_fc_kwargs", None)
+    arguments.require(mod_fc_cls="ModFC", ffn_mod_fc_cls=None, ffn_mod_fc_kwargs=None)
     modulation = arguments.section("mod_fc_kwargs")
     fields["code_scale_gain"] = modulation.take("scale_gain", 1.0)
     fields["learnable_code_scale_gain"] = modulation.take("learnable_scale_gain", False)
     fields["add_one_to_code_scale"] = modulation.take("add_one_to_scale", False)
     normalizations = {"ln": "layer_norm", **{name: name for name in ("l2", "sigmoid", "tanh", "none")}}
     fields["code_scale_normalization"] = _known(modulation, "scale_normalization_type", "ln", normalizations)
-    modulation.require("scale_dropout", 0.0)
-    modulation.require("scale_times_input_normalization_type", "none")
-    modulation.end()
+    modulation.require(scale_dropout=0.0, scale_times_input_normalization_type="none")
     return fields
 
 
@@ -487,36 +461,28 @@ def _graph_fields(graph: OfficialArguments, hidden_size: int) -> dict[str, Any]:
     persistent = graph.take("enable_persistent_input_mediator_communication", True)
     never = graph.take("disable_input_mediator_communication", False)
     fields["input_to_mediator"] = "none" if never else "all" if persistent else "first"
-    for name, value in (
-        ("learnable_codes", True),
-        ("share_ffn_between_propagators", False),
-        ("read_in_cls", "AttentiveReadIn"),
-        ("propagator_layerwise_kwargs", None),
-        ("predefined_codes_dir", None),
-        ("stitch_ckpt_path", None),
-        ("stitch_dim", None),
-        ("student_state_dict_dir", None),
-    ):
-        graph.require(name, value)
-    graph.require("state_dim", hidden_size)
+    graph.require(learnable_codes=True, share_ffn_between_propagators=False, propagator_layerwise_kwargs=None)
+    graph.require(read_in_cls="AttentiveReadIn", input_latent_kwargs=None, output_latent_kwargs=None)
+    graph.require(predefined_codes_dir=None, stitch_ckpt_path=None, stitch_dim=None, student_state_dict_dir=None)
+    graph.require(state_dim=hidden_size)
     seeder = graph.section("latent_seeder_kwargs")
     fields["use_state_noise"] = seeder.take("use_state_noise", True)
-    seeder.require("use_code_as_mean_state", False)
-    seeder.end()
-    for name in ("input_latent_kwargs", "output_latent_kwargs"):
-        graph.require(name, None)
+    seeder.require(use_code_as_mean_state=False)
     fields.update(_prior_fields(graph.section("mediator_latent_kwargs"), fields["num_mediator_latents"]))
-    fields.update(_read_in_fields(graph.section("read_in_kwargs"), heads, rate, fields["layer_scale_init_value"]))
+    read_in = graph.section("read_in_kwargs")
+    read_in.require(num_heads=heads["num_attention_heads"], head_dim=heads["head_dim"])
+    read_in.require(ffn_layer_scale_initial_value=fields["layer_scale_init_value"])
+    fields["read_in_residual"] = read_in.take("include_residual_in_read_in_attention", False)
+    fields["read_in_drop_path_rate"] = read_in.take("path_drop_prob", rate)
+    fields["read_in_layer_scale_init_value"] = read_in.take("read_in_layer_scale_initial_value", 1.0)
     fields.update(_propagator_fields(graph.section("propagator_kwargs")))
-    graph.end()
     return fields
 
 
 def _prior_fields(latents: OfficialArguments, num_latents: int) -> dict[str, Any]:
     prior = _known(latents, "graph_preset", None, {None: None, **_GRAPH_PRIORS})
     generator = dict(latents.take("graph_generator_kwargs", None) or {})
-    latents.require("init_with_identical_codes", False)
-    latents.end()
+    latents.require(init_with_identical_codes=False)
     if generator.pop("n", num_latents) != num_latents:
         raise ConversionError(f"The graph's `n` is not the number of mediators, {num_latents}.")
     # the official fit has its truncation in the code
@@ -524,52 +490,26 @@ def _prior_fields(latents: OfficialArguments, num_latents: int) -> dict[str, Any
     return {"graph_prior": prior, "graph_prior_kwargs": generator, **truncation}
 
 
-def _read_in_fields(
-    read_in: OfficialArguments, heads: dict[str, int], rate: float, layer_scale_init_value: float
-) -> dict[str, Any]:
-    read_in.require("num_heads", heads["num_attention_heads"])
-    read_in.require("head_dim", heads["head_dim"])
-    read_in.require("ffn_layer_scale_initial_value", layer_scale_init_value)
-    fields = {
-        "read_in_residual": read_in.take("include_residual_in_read_in_attention", False),
-        "read_in_drop_path_rate": read_in.take("path_drop_prob", rate),
-        "read_in_layer_scale_init_value": read_in.take("read_in_layer_scale_initial_value", 1.0),
-    }
-    read_in.end()
-    return fields
-
-
 def _propagator_fields(propagator: OfficialArguments) -> dict[str, Any]:
     attention = propagator.section("latent_attention_kwargs")
-    propagator.require("include_residual_in_latent_attention", True)
-    attention.require("kernel_type", "DotProductKernel")
-    attention.require("mask_attn_scores_with_affinities", True)
-    attention.require("scale_attention_by_affinities_after_softmax", False)
+    propagator.require(include_residual_in_latent_attention=True)
+    attention.require(kernel_type="DotProductKernel", mask_attn_scores_with_affinities=True)
+    attention.require(scale_attention_by_affinities_after_softmax=False)
     # the softmax does not see it
     attention.take("normalize_kernel_along_keys", True)
-    fields: dict[str, Any] = {"share_layernorm": attention.take("share_layernorm", False)}
     kernel = attention.section("kernel_kwargs")
-    fields["kernel_truncation"] = kernel.take("truncation", None)
-    fields["kernel_truncation_type"] = kernel.take("truncation_implementation", "direct")
-    fields["kernel_bandwidth"] = kernel.take("initial_bandwidth", 1.0)
-    fields["learnable_bandwidth"] = kernel.take("learnable_bandwidth", True)
-    fields["stochastic_kernel"] = kernel.take("stochastic_kernel", False)
-    fields["kernel_temperature"] = kernel.take("stochastic_sampling_temperature", 1.0)
+    fields = {
+        "share_layernorm": attention.take("share_layernorm", False),
+        "kernel_truncation": kernel.take("truncation", None),
+        "kernel_truncation_type": kernel.take("truncation_implementation", "direct"),
+        "kernel_bandwidth": kernel.take("initial_bandwidth", 1.0),
+        "learnable_bandwidth": kernel.take("learnable_bandwidth", True),
+        "stochastic_kernel": kernel.take("stochastic_kernel", False),
+        "kernel_temperature": kernel.take("stochastic_sampling_temperature", 1.0),
+    }
     if fields["kernel_truncation_type"] == "masked":
-        kernel.require("straight_through", True)
+        kernel.require(straight_through=True)
     # without an effect on the other type: what is cut has no gradient either way
     kernel.take("straight_through", True)
-    kernel.require("use_gumbel_along_functions", False)
-    kernel.require("stochastic_eval_behaviour", "no_sample")
-    for section in (kernel, attention, propagator):
-        section.end()
-    return fields
-
-
-def _read_out_fields(read_out: OfficialArguments, rate: float) -> dict[str, Any]:
-    fields = {
-        "read_out_residual": read_out.take("include_residual_in_latent_attention", True),
-        "read_out_drop_path_rate": read_out.take("path_drop_prob", rate),
-    }
-    read_out.end()
+    kernel.require(use_gumbel_along_functions=False, stochastic_eval_behaviour="no_sample")
     return fields

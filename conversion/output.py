@@ -1,17 +1,15 @@
 """What a conversion makes of tensors: a folder with a whole model, or with one stage of it."""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from safetensors.torch import save_file
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from m2mkd.conversion.official_pixels import M2MKD_PIXELS, OfficialPixels
-from m2mkd.distillation.pair_folder import CONTRACT_FILE, STAGE_FILE, STITCHES_FILE, make_contract
+from m2mkd.distillation.pair_folder import make_contract, write_pair
 from m2mkd.errors import ConversionError
 
 
@@ -64,11 +62,8 @@ def stage_output(
     contract = make_contract(config, position.index, position.num_stages, position.layers, stitch_size, stitches)
 
     def write(folder: Path) -> None:
-        config.save_pretrained(folder)
+        write_pair(folder, config, contract, own_memory(tensors), own_memory(stitches))
         M2MKD_PIXELS.processor(config).save_pretrained(folder)
-        save_file(own_memory(tensors), folder / STAGE_FILE, metadata={"format": "pt"})
-        save_file(own_memory(stitches), folder / STITCHES_FILE, metadata={"format": "pt"})
-        (folder / CONTRACT_FILE).write_text(json.dumps(contract, indent=2) + "\n")
 
     size = sum(tensor.numel() for tensor in (*tensors.values(), *stitches.values())) / 1e6
     what = f"Stage {position.index} of {position.num_stages} of a {type(model).__name__}"

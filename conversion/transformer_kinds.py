@@ -2,8 +2,8 @@
 
 import re
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel, ViTForImageClassification
 
@@ -18,16 +18,14 @@ from m2mkd.conversion.kind import (
 )
 from m2mkd.conversion.official_models import (
     check_tensors,
-    convert_vit,
-    convert_vmoe,
     convert_vmoe_student,
     shapes_of,
     stitch_shapes,
+    transformer_to_official,
+    transformer_to_ours,
     vit_config,
-    vit_to_official,
     vmoe_config,
     vmoe_student_config,
-    vmoe_to_official,
     without_aliases,
 )
 from m2mkd.conversion.output import Output, Position, Tensors, model_output, on_meta, stage_output
@@ -38,9 +36,6 @@ from m2mkd.modeling.modeling_vmoe import VMoEForImageClassification
 
 class TransformerKind(ReversibleKind):
     """A ViT or V-MoE, whole or one stage of it."""
-
-    to_ours: ClassVar[Callable[..., Tensors]]
-    to_official: ClassVar[Callable[..., Tensors]]
 
     @abstractmethod
     def config(self, kwargs: dict[str, Any], norm_eps: float, official: Mapping[str, Any]) -> PreTrainedConfig:
@@ -62,7 +57,7 @@ class TransformerKind(ReversibleKind):
         model = self.described_model(request.content, official)
         if stage is None:
             check_tensors(official, shapes_of(self.official_tensors(model)), f"the {self.name}")
-            return model_output(model, self.to_ours(official))
+            return model_output(model, transformer_to_ours(self.name, official))
         if sum(depths) != model.config.num_hidden_layers:
             raise ConversionError(
                 f"the checkpoint's depths are {depths}, the configuration's {kwargs['divided_depths']}."
@@ -70,10 +65,14 @@ class TransformerKind(ReversibleKind):
         offset = sum(depths[:stage])
         part = split_into_stages(model, depths)[stage]
         check_tensors(
-            official, shapes_of(self.to_official(part.state_dict(), offset)), f"stage {stage} of the {self.name}"
+            official,
+            shapes_of(transformer_to_official(self.name, part.state_dict(), offset)),
+            f"stage {stage} of the {self.name}",
         )
         position = Position(stage, len(depths), list(range(offset, offset + depths[stage])))
-        return stage_output(model, position, self.to_ours(official, offset), {}, model.config.hidden_size)
+        return stage_output(
+            model, position, transformer_to_ours(self.name, official, offset), {}, model.config.hidden_size
+        )
 
     def described_model(self, content: dict[str, Any], official: Mapping[str, Any]) -> PreTrainedModel:
         """See [`ReversibleKind`]."""
@@ -82,7 +81,7 @@ class TransformerKind(ReversibleKind):
 
     def official_tensors(self, model: PreTrainedModel) -> Tensors:
         """See [`ReversibleKind`]."""
-        return self.to_official(model.state_dict())
+        return transformer_to_official(self.name, model.state_dict())
 
     def official_depths(self, content: dict[str, Any]) -> list[int] | None:
         """See [`ReversibleKind`]."""
@@ -94,7 +93,6 @@ class ViTKind(TransformerKind):
 
     name = "vit"
     model_class = ViTForImageClassification
-    to_ours, to_official = staticmethod(convert_vit), staticmethod(vit_to_official)
 
     def config(self, kwargs: dict[str, Any], norm_eps: float, official: Mapping[str, Any]) -> PreTrainedConfig:
         """See [`TransformerKind`]."""
@@ -106,7 +104,6 @@ class VMoEKind(TransformerKind):
 
     name = "vmoe"
     model_class = VMoEForImageClassification
-    to_ours, to_official = staticmethod(convert_vmoe), staticmethod(vmoe_to_official)
 
     def config(self, kwargs: dict[str, Any], norm_eps: float, official: Mapping[str, Any]) -> PreTrainedConfig:
         """See [`TransformerKind`]."""
@@ -136,7 +133,7 @@ class VMoEStudentKind(StudentKind):
         depth = sum(kwargs["divided_depths"])
         part = split_into_stages(model, [depth] * num_stages)[index]
         offset = index * depth
-        expected = shapes_of(vmoe_to_official(part.state_dict(), offset))
+        expected = shapes_of(transformer_to_official("vmoe", part.state_dict(), offset))
         official = without_aliases(request.checkpoint.model_of([depth]))
         names = (f"blocks.{depth - 1}.post_stitch.fc.weight", "blocks.0.pre_stitch.fc.weight")
         stitch_size = kwargs.get("stitch_dim") or stitch_size_of(official, *names)

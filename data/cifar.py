@@ -1,14 +1,13 @@
 """The Python files of CIFAR-10 and CIFAR-100, read without executing code that a pickle may contain."""
 
 import pickle
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from m2mkd.data.labeled_images import LabeledImages
+from m2mkd.data.labeled_images import LabeledImages, LazyImages
 from m2mkd.errors import DataError
 
 
@@ -38,27 +37,6 @@ _ALLOWED = {
     ("numpy._core.numeric", "_frombuffer"),
     ("_codecs", "encode"),
 }
-
-
-class ArrayImages(Sequence[Image.Image]):
-    """RGB images from an array.
-
-    Args:
-        pixels: uint8 (n, height, width, 3).
-    """
-
-    def __init__(self, pixels: np.ndarray) -> None:
-        self.pixels = pixels
-
-    def __len__(self) -> int:
-        return len(self.pixels)
-
-    @overload
-    def __getitem__(self, index: int) -> Image.Image: ...
-    @overload
-    def __getitem__(self, index: slice) -> "ArrayImages": ...
-    def __getitem__(self, index: int | slice) -> "Image.Image | ArrayImages":
-        return ArrayImages(self.pixels[index]) if isinstance(index, slice) else Image.fromarray(self.pixels[index])
 
 
 class _NumbersOnly(pickle.Unpickler):
@@ -109,7 +87,7 @@ def load_cifar(name: str, folder: Path, split: str) -> LabeledImages:
     class_names = [each.decode() for each in _read(folder / meta, (names_key,))[names_key]]
     names = [f"{name}:{split}[{index}]" for index in range(len(labels))]
     return LabeledImages(
-        ArrayImages(np.ascontiguousarray(np.concatenate(pixels))),
+        LazyImages(np.ascontiguousarray(np.concatenate(pixels)), Image.fromarray),
         np.array(labels, dtype=np.int64),
         class_names,
         names,

@@ -7,18 +7,19 @@ from PIL import Image, ImageOps
 from m2mkd.errors import DataError
 
 
-def decode_image(source: str | bytes, name: str) -> Image.Image:
+def decode_image(source: str | bytes, name: str | None = None) -> Image.Image:
     """Decode a whole image and convert it to mode RGB, rotated upright according to its EXIF orientation.
 
     Transparency is dropped, as `transformers.image_utils.load_image` (and so a pipeline) does.
 
     Args:
         source: path of the file, or its bytes.
-        name: name of the image in an error.
+        name: name of the image in an error. `None`: its path.
 
     Raises:
         DataError: the file is missing, is truncated, is not an image, or has more than 8 bits per channel.
     """
+    name = source if name is None else name
     try:
         with Image.open(BytesIO(source) if isinstance(source, bytes) else source) as image:
             mode = image.mode

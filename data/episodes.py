@@ -27,15 +27,9 @@ class Episode:
     train: np.ndarray
     validation: np.ndarray
 
-    @property
-    def train_labels(self) -> np.ndarray:
-        """The task's own labels of `train`, int64 (ways * shots,)."""
-        return np.repeat(np.arange(len(self.classes)), len(self.train) // len(self.classes))
-
-    @property
-    def validation_labels(self) -> np.ndarray:
-        """The task's own labels of `validation`, int64 (ways * 3 * shots,)."""
-        return np.repeat(np.arange(len(self.classes)), len(self.validation) // len(self.classes))
+    def own_labels(self, positions: np.ndarray) -> np.ndarray:
+        """The task's own labels of `train` or `validation`, of the same shape."""
+        return np.repeat(np.arange(len(self.classes)), len(positions) // len(self.classes))
 
 
 def draw_episodes(
@@ -63,8 +57,15 @@ def draw_episodes(
             raise DataError(f"{len(both)} images are in both sets, for example {min(both)}: choose two splits")
         if train.class_names != validation.class_names:
             raise DataError("training and validation images have different classes: choose two splits of the same set")
-    pools = [_members(train), _members(train if validation is None else validation)]
-    most = _most_shots(*pools, is_one=validation is None)
+    pools = [
+        [np.flatnonzero(data.labels == label) for label in range(len(data.class_names))]
+        for data in (train, train if validation is None else validation)
+    ]
+    # how many images of each class an episode can learn from, so that there are enough others to test on
+    if validation is None:
+        most = np.array([len(own) // (1 + VALIDATION_SHOTS) for own in pools[0]])
+    else:
+        most = np.array([min(len(own), len(others) // VALIDATION_SHOTS) for own, others in zip(*pools, strict=True)])
     eligible = np.flatnonzero(most >= shots)
     if len(eligible) < ways:
         raise DataError(_too_few(most, ways, shots, len(eligible)))
@@ -81,13 +82,6 @@ def draw_episodes(
         yield Episode(classes, np.concatenate(learnt), np.concatenate(tested))
 
 
-def _most_shots(train: dict[int, np.ndarray], validation: dict[int, np.ndarray], is_one: bool) -> np.ndarray:
-    """How many images of each class an episode can learn from, so that there are enough others to test on."""
-    if is_one:
-        return np.array([len(own) // (1 + VALIDATION_SHOTS) for own in train.values()])
-    return np.array([min(len(train[label]), len(validation[label]) // VALIDATION_SHOTS) for label in train])
-
-
 def _too_few(most: np.ndarray, ways: int, shots: int, eligible: int) -> str:
     if len(most) < ways:
         return f"ways is {ways}, but there are only {len(most)} classes: set ways to {len(most)} or fewer"
@@ -99,8 +93,3 @@ def _too_few(most: np.ndarray, ways: int, shots: int, eligible: int) -> str:
         f"{VALIDATION_SHOTS * shots} others to test on. {eligible} of {len(most)} classes have as many, but ways is "
         f"{ways}: {' or '.join(ways_out) or 'add images'}"
     )
-
-
-def _members(data: LabeledImages) -> dict[int, np.ndarray]:
-    """Positions of each label."""
-    return {label: np.flatnonzero(data.labels == label) for label in range(len(data.class_names))}

@@ -1,15 +1,15 @@
 """Images of the `datasets` library: a Hub id, a local path, or a folder written by `save_to_disk`."""
 
 import os
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, overload
+from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
 from m2mkd.data.config import DataConfig
 from m2mkd.data.decoding import decode_image
-from m2mkd.data.labeled_images import LabeledImages
+from m2mkd.data.labeled_images import LabeledImages, LazyImages
 from m2mkd.errors import DataError
 
 
@@ -17,38 +17,13 @@ if TYPE_CHECKING:
     import datasets
 
 
-class EncodedImages(Sequence[Image.Image]):
-    """Encoded images of a `datasets` column, decoded to RGB at access here, so that an error names the sample.
-
-    `images[i]` raises `DataError` with the name of the sample if it cannot be decoded.
-
-    Args:
-        encoded: data set whose rows have `{"bytes": bytes | None, "path": str | None}` in `column`.
-        column: the image column.
-        names: name of each row, for errors.
-    """
-
-    def __init__(self, encoded: "datasets.Dataset", column: str, names: list[str]) -> None:
-        self.encoded = encoded
-        self.column = column
-        self.names = names
-
-    def __len__(self) -> int:
-        return len(self.encoded)
-
-    @overload
-    def __getitem__(self, index: int) -> Image.Image: ...
-    @overload
-    def __getitem__(self, index: slice) -> "EncodedImages": ...
-    def __getitem__(self, index: int | slice) -> "Image.Image | EncodedImages":
-        if isinstance(index, slice):
-            rows = range(*index.indices(len(self)))
-            return EncodedImages(self.encoded.select(rows), self.column, self.names[index])
-        row = self.encoded[index][self.column]
-        source = row and (row["bytes"] or row["path"])
-        if not source:
-            raise DataError(f"{self.names[index]} has no image in column {self.column!r}: remove the row")
-        return decode_image(source, self.names[index])
+def _decode_row(encoded: "datasets.Dataset", column: str, names: list[str], index: int) -> Image.Image:
+    """Decode an image of a column of `{"bytes": bytes | None, "path": str | None}` here, so that an error names it."""
+    row = encoded[index][column]
+    source = row and (row["bytes"] or row["path"])
+    if not source:
+        raise DataError(f"{names[index]} has no image in column {column!r}: remove the row")
+    return decode_image(source, names[index])
 
 
 def _open(config: DataConfig) -> "datasets.Dataset | datasets.DatasetDict":
@@ -146,4 +121,5 @@ def load_from_datasets(config: DataConfig) -> LabeledImages:
     )
     where = config.source if config.split is None else f"{config.source}:{config.split}"
     names = [f"{where}[{index}]" for index in range(len(dataset))]
-    return LabeledImages(EncodedImages(encoded, config.image_column, names), labels, class_names, names)
+    decode = partial(_decode_row, encoded, config.image_column, names)
+    return LabeledImages(LazyImages(range(len(dataset)), decode), labels, class_names, names)

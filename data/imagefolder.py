@@ -1,14 +1,12 @@
 """Image folders with one sub-folder per class."""
 
 import os
-from collections.abc import Sequence
-from typing import overload
 
 import numpy as np
 from PIL import Image
 
 from m2mkd.data.decoding import decode_image
-from m2mkd.data.labeled_images import LabeledImages
+from m2mkd.data.labeled_images import LabeledImages, LazyImages
 from m2mkd.errors import DataError
 
 
@@ -16,31 +14,6 @@ JUNK = {"thumbs.db", "desktop.ini", "__macosx"}
 # What the parts of a data set are called, in lower case.
 SPLIT_NAMES = {"train", "training", "test", "testing", "val", "valid", "validation", "eval", "evaluation", "dev"}
 SPLIT_NAMES |= {"iid", "ood", "holdout"}
-
-
-class ImageFiles(Sequence[Image.Image]):
-    """Image files, decoded to RGB at access and never kept in memory, because there may be millions.
-
-    `files[i]` raises `DataError` with the path if the file cannot be decoded.
-
-    Args:
-        paths: paths of the files.
-    """
-
-    def __init__(self, paths: list[str]) -> None:
-        self.paths = paths
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    @overload
-    def __getitem__(self, index: int) -> Image.Image: ...
-    @overload
-    def __getitem__(self, index: slice) -> "ImageFiles": ...
-    def __getitem__(self, index: int | slice) -> "Image.Image | ImageFiles":
-        if isinstance(index, slice):
-            return ImageFiles(self.paths[index])
-        return decode_image(self.paths[index], self.paths[index])
 
 
 def is_junk(name: str) -> bool:
@@ -130,4 +103,4 @@ def load_imagefolder(path: str) -> LabeledImages:
     files = [class_files(os.path.join(root, name), extensions) for name in class_names]
     labels = np.repeat(np.arange(len(files), dtype=np.int64), [len(paths) for paths in files])
     paths = [path for class_paths in files for path in class_paths]
-    return LabeledImages(ImageFiles(paths), labels, class_names, paths)
+    return LabeledImages(LazyImages(paths, decode_image), labels, class_names, paths)

@@ -1,9 +1,9 @@
 """Images with their labels, regardless of their source."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import overload
+from typing import Any, overload
 
 import numpy as np
 from PIL import Image
@@ -11,29 +11,28 @@ from PIL import Image
 from m2mkd.errors import DataError
 
 
-class ImageView(Sequence[Image.Image]):
-    """View of some elements of a sequence of images. It decodes an image only at access, as the sequence does.
+class LazyImages(Sequence[Image.Image]):
+    """Images that are read at access and never kept in memory, because there may be millions.
 
     Args:
-        images: the underlying sequence.
-        indices: int64 array (n,) of positions in `images`.
+        items: one item per image, for example its path.
+        read: makes the image of an item; it must be picklable, because workers get copies.
     """
 
-    def __init__(self, images: Sequence[Image.Image], indices: np.ndarray) -> None:
-        self.images = images
-        self.indices = indices
+    def __init__(self, items: Sequence[Any] | np.ndarray, read: Callable[[Any], Image.Image]) -> None:
+        self.items = items
+        self.read = read
 
     def __len__(self) -> int:
-        return len(self.indices)
+        return len(self.items)
 
     @overload
     def __getitem__(self, index: int) -> Image.Image: ...
     @overload
-    def __getitem__(self, index: slice) -> "ImageView": ...
-    def __getitem__(self, index: int | slice) -> "Image.Image | ImageView":
-        if isinstance(index, slice):
-            return ImageView(self.images, self.indices[index])
-        return self.images[int(self.indices[index])]
+    def __getitem__(self, index: slice) -> "LazyImages": ...
+    def __getitem__(self, index: int | slice) -> "Image.Image | LazyImages":
+        found = self.items[index]
+        return LazyImages(found, self.read) if isinstance(index, slice) else self.read(found)
 
 
 @dataclass(frozen=True)
@@ -92,7 +91,7 @@ class LabeledImages:
                 f"0..{len(self) - 1}"
             )
         names = [self.names[index] for index in chosen.tolist()]
-        images = ImageView(self.images, chosen)
+        images = LazyImages(chosen, self.images.__getitem__)
         return LabeledImages(images, self.labels[chosen], self.class_names, names, self.possible)
 
     def of_classes(self, class_names: Sequence[str]) -> "LabeledImages":

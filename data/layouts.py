@@ -1,47 +1,24 @@
 """Loading of local copies of published data sets, in the folder layout of their archives."""
 
+import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import overload
 
 import numpy as np
 from PIL import Image
 
 from m2mkd.data.cifar import load_cifar
-from m2mkd.data.imagefolder import ImageFiles, class_files, image_extensions, is_junk
+from m2mkd.data.decoding import decode_image
+from m2mkd.data.imagefolder import class_files, image_extensions, is_junk
 from m2mkd.data.imagenet_classes import imagenet_classes
-from m2mkd.data.labeled_images import LabeledImages
+from m2mkd.data.labeled_images import LabeledImages, LazyImages
 from m2mkd.errors import DataError
 
 
 ARCHIVES = (".tar", ".gz", ".tgz", ".zip")
 TINY_SIDE = 64  # pixels
 NAMED_AT_MOST = 5  # names that an error lists
-
-
-class SquashedImages(Sequence[Image.Image]):
-    """Images resized to a square regardless of their aspect ratio, with Pillow's default filter (bicubic).
-
-    Args:
-        images: images of any size.
-        side: side of the square, in pixels.
-    """
-
-    def __init__(self, images: Sequence[Image.Image], side: int) -> None:
-        self.images = images
-        self.side = side
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    @overload
-    def __getitem__(self, index: int) -> Image.Image: ...
-    @overload
-    def __getitem__(self, index: slice) -> "SquashedImages": ...
-    def __getitem__(self, index: int | slice) -> "Image.Image | SquashedImages":
-        if isinstance(index, slice):
-            return SquashedImages(self.images[index], self.side)
-        return self.images[index].resize((self.side, self.side))
 
 
 def _some(names: Sequence[str]) -> str:
@@ -67,7 +44,7 @@ def _by_class(labels: dict[str, list[str]]) -> LabeledImages:
     """Build a set of labeled files from the paths of each class, in the order of the classes."""
     paths = [path for class_paths in labels.values() for path in class_paths]
     numbers = np.repeat(np.arange(len(labels), dtype=np.int64), [len(each) for each in labels.values()])
-    return LabeledImages(ImageFiles(paths), numbers, list(labels), paths)
+    return LabeledImages(LazyImages(paths, decode_image), numbers, list(labels), paths)
 
 
 def _class_folders(root: Path, classes: Sequence[str], partial: bool, inner: str = "") -> LabeledImages:
@@ -146,8 +123,12 @@ def _tiny_imagenet_r(root: Path, split: str, partial: bool) -> LabeledImages:
 
 
 def squashed(data: LabeledImages) -> LabeledImages:
-    """Resize images of ImageNet-R to 64 x 64 pixels regardless of their aspect ratio, as in Tiny-ImageNet-R."""
-    return LabeledImages(SquashedImages(data.images, TINY_SIDE), data.labels, data.class_names, data.names)
+    """
+    Resize images of ImageNet-R to 64 x 64 pixels regardless of their aspect ratio, with Pillow's default filter
+    (bicubic), as in Tiny-ImageNet-R.
+    """
+    squash = functools.partial(Image.Image.resize, size=(TINY_SIDE, TINY_SIDE))
+    return dataclasses.replace(data, images=LazyImages(data.images, squash))
 
 
 def _cub(root: Path, split: str, partial: bool) -> LabeledImages:
@@ -169,7 +150,7 @@ def _cub(root: Path, split: str, partial: bool) -> LabeledImages:
     chosen = [number for number in chosen if files[number] in here]
     paths = [str(images / files[number]) for number in chosen]
     numbers = np.array([labels[number] for number in chosen], dtype=np.int64)
-    return LabeledImages(ImageFiles(paths), numbers, classes, paths)
+    return LabeledImages(LazyImages(paths, decode_image), numbers, classes, paths)
 
 
 def _cifar(name: str) -> "Loader":

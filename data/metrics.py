@@ -3,11 +3,14 @@
 import math
 import tempfile
 from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import datasets
 import evaluate
 import numpy as np
 from transformers import EvalPrediction
+
+from m2mkd.errors import DataError
 
 
 RANKED_AT_ONCE = 4096  # rows; bounds the memory of the sort
@@ -16,10 +19,20 @@ RANKED_AT_ONCE = 4096  # rows; bounds the memory of the sort
 class _InMemoryMetric(evaluate.Metric):
     """A metric that writes no files, so that processes that evaluate at the same time do not share a cache folder."""
 
+    prediction: ClassVar[Any] = datasets.Value("int64")
+    form: ClassVar[str | None] = "numpy"
+
     def __init__(self) -> None:
         # The constructor creates a cache folder that a metric in memory never uses; delete it at once.
         with tempfile.TemporaryDirectory() as folder:
             super().__init__(keep_in_memory=True, cache_dir=folder)
+
+    def _info(self) -> evaluate.MetricInfo:
+        description, _, inputs = self.__doc__.partition("\n\n")
+        features = datasets.Features({"predictions": self.prediction, "references": datasets.Value("int64")})
+        return evaluate.MetricInfo(
+            description=description, citation="", inputs_description=inputs, features=features, format=self.form
+        )
 
 
 class Accuracy(_InMemoryMetric):
@@ -28,17 +41,6 @@ class Accuracy(_InMemoryMetric):
     `Accuracy().compute(predictions=…, references=…)` takes integers (n,) twice and returns `{"accuracy": float}` in
     [0, 1]. `add_batch` works as for every metric of `evaluate`.
     """
-
-    def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description="Fraction of the predicted classes that are correct.",
-            citation="",
-            inputs_description="predictions: integers (n,). references: integers (n,).",
-            features=datasets.Features(
-                {"predictions": datasets.Value("int64"), "references": datasets.Value("int64")}
-            ),
-            format="numpy",
-        )
 
     def _compute(self, predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:
         return {"accuracy": float(np.mean(predictions == references))}
@@ -55,14 +57,7 @@ class TopKAccuracy(_InMemoryMetric):
         ValueError: from `compute`, if k is not in 1..K.
     """
 
-    def _info(self) -> evaluate.MetricInfo:
-        ranked = datasets.Sequence(datasets.Value("int64"))
-        return evaluate.MetricInfo(
-            description="Fraction of the samples whose class is among the k best predictions.",
-            citation="",
-            inputs_description="predictions: ranked classes (n, K), best first. references: integers (n,). k: int.",
-            features=datasets.Features({"predictions": ranked, "references": datasets.Value("int64")}),
-        )
+    prediction, form = datasets.Sequence(datasets.Value("int64")), None  # numpy is only for plain values
 
     def _compute(self, predictions: list[list[int]], references: list[int], k: int = 5) -> dict[str, float]:
         ranked = np.asarray(predictions)
@@ -78,17 +73,6 @@ class PerClassAccuracy(_InMemoryMetric):
     `PerClassAccuracy().compute(predictions=…, references=…, num_classes=C)` takes integers (n,) twice and returns
     `{"accuracy": [float or None] * C, "n": [int] * C}`; a class without samples has `None`.
     """
-
-    def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description="Accuracy of each class.",
-            citation="",
-            inputs_description="predictions: integers (n,). references: integers (n,). num_classes: int.",
-            features=datasets.Features(
-                {"predictions": datasets.Value("int64"), "references": datasets.Value("int64")}
-            ),
-            format="numpy",
-        )
 
     def _compute(
         self, predictions: np.ndarray, references: np.ndarray, num_classes: int
@@ -112,11 +96,11 @@ def effective_robustness(ood_accuracy: float, iid_accuracy: float, baselines: Se
         baselines: (IID, OOD) accuracies of other models, in (0, 1).
 
     Raises:
-        ValueError: no baselines, or an accuracy that is not inside (0, 1).
+        DataError: no baselines, or an accuracy that is not inside (0, 1).
     """
     values = [ood_accuracy, iid_accuracy, *(value for pair in baselines for value in pair)]
     if not baselines or not all(0 < value < 1 for value in values):
-        raise ValueError(
+        raise DataError(
             f"effective robustness needs at least one baseline, and accuracies between 0 and 1 (both excluded), not "
             f"{len(baselines)} baselines and accuracies {values}"
         )
@@ -166,8 +150,14 @@ def compute_metrics(eval_prediction: EvalPrediction) -> dict[str, float]:
             f"logits of shape {logits.shape} and labels of shape {labels.shape}: accuracy needs the shapes "
             "(samples, classes) and (samples,), with at least one sample"
         )
-    k = min(5, logits.shape[1])
-    ranked = rank_classes(logits, k)
-    accuracy = Accuracy().compute(predictions=ranked[:, 0], references=labels)["accuracy"]
-    top_k = TopKAccuracy().compute(predictions=ranked, references=labels, k=k)[f"top{k}_accuracy"]
-    return {"accuracy": accuracy, "top5_accuracy": top_k}
+    return accuracies(rank_classes(logits, min(5, logits.shape[1])), labels)
+
+
+def accuracies(ranked: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """`accuracy` and `top5_accuracy` of ranked classes (n, k), best first, where k is 5 or, if smaller, C."""
+    k = ranked.shape[1]
+    top_k = TopKAccuracy().compute(predictions=ranked, references=labels, k=k)
+    return {
+        "accuracy": Accuracy().compute(predictions=ranked[:, 0], references=labels)["accuracy"],
+        "top5_accuracy": top_k[f"top{k}_accuracy"],
+    }

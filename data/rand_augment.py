@@ -21,36 +21,32 @@ SOLARIZE_ADD_BELOW = 128
 Operation = Callable[[Image.Image, float, int, Image.Resampling, tuple[int, ...]], Image.Image]
 
 
-def _affine(
-    image: Image.Image, inverse: tuple[float, ...], resample: Image.Resampling, fill: tuple[int, ...]
-) -> Image.Image:
-    return image.transform(image.size, Image.Transform.AFFINE, inverse, resample=resample, fillcolor=fill)
+def _affine(inverse: Callable[[Image.Image, float], tuple[float, ...]]) -> Operation:
+    """`inverse` gives the coefficients for an image and the signed fraction of the largest magnitude."""
+    return lambda image, share, sign, resample, fill: image.transform(
+        image.size, Image.Transform.AFFINE, inverse(image, sign * share), resample=resample, fillcolor=fill
+    )
 
 
 def _enhanced(kind: Callable[[Image.Image], ImageEnhance._Enhance]) -> Operation:
-    def enhance(
-        image: Image.Image, share: float, sign: int, resample: Image.Resampling, fill: tuple[int, ...]
-    ) -> Image.Image:
-        return kind(image).enhance(1 + sign * share * MAX_ENHANCEMENT)
-
-    return enhance
+    return lambda image, share, sign, resample, fill: kind(image).enhance(1 + sign * share * MAX_ENHANCEMENT)
 
 
-def _posterize(
-    image: Image.Image, share: float, sign: int, resample: Image.Resampling, fill: tuple[int, ...]
-) -> Image.Image:
+def _each_value(change: Callable[[int, float], int]) -> Operation:
+    return lambda image, share, sign, resample, fill: image.point(
+        [change(value, share) for value in range(256)] * len(image.getbands())
+    )
+
+
+def _posterize(value: int, share: float) -> int:
     """Keep 4 to 0 of 8 bits. Pillow's version does not accept 0 (a black image), which the largest magnitude needs."""
     dropped = 4 + int(share * 4)
-    return image.point([value >> dropped << dropped for value in range(256)] * len(image.getbands()))
+    return value >> dropped << dropped
 
 
-def _solarize_add(
-    image: Image.Image, share: float, sign: int, resample: Image.Resampling, fill: tuple[int, ...]
-) -> Image.Image:
+def _solarize_add(value: int, share: float) -> int:
     """Lighten the darker half of the values."""
-    added = int(share * 110)
-    table = [min(255, value + added) if value < SOLARIZE_ADD_BELOW else value for value in range(256)]
-    return image.point(table * len(image.getbands()))
+    return min(255, value + int(share * 110)) if value < SOLARIZE_ADD_BELOW else value
 
 
 # "inc1": the operations get stronger with the magnitude. Solarize inverts values above a threshold and Posterize keeps
@@ -62,25 +58,17 @@ OPERATIONS: dict[str, Operation] = {
     "rotate": lambda image, share, sign, resample, fill: image.rotate(
         sign * share * MAX_ROTATION, resample, fillcolor=fill
     ),
-    "posterize": _posterize,
+    "posterize": _each_value(_posterize),
     "solarize": lambda image, share, sign, resample, fill: ImageOps.solarize(image, 256 - int(share * 256)),
-    "solarize_add": _solarize_add,
+    "solarize_add": _each_value(_solarize_add),
     "color": _enhanced(ImageEnhance.Color),
     "contrast": _enhanced(ImageEnhance.Contrast),
     "brightness": _enhanced(ImageEnhance.Brightness),
     "sharpness": _enhanced(ImageEnhance.Sharpness),
-    "shear_x": lambda image, share, sign, resample, fill: _affine(
-        image, (1, sign * share * MAX_SHEAR, 0, 0, 1, 0), resample, fill
-    ),
-    "shear_y": lambda image, share, sign, resample, fill: _affine(
-        image, (1, 0, 0, sign * share * MAX_SHEAR, 1, 0), resample, fill
-    ),
-    "translate_x": lambda image, share, sign, resample, fill: _affine(
-        image, (1, 0, sign * share * MAX_SHIFT * image.width, 0, 1, 0), resample, fill
-    ),
-    "translate_y": lambda image, share, sign, resample, fill: _affine(
-        image, (1, 0, 0, 0, 1, sign * share * MAX_SHIFT * image.height), resample, fill
-    ),
+    "shear_x": _affine(lambda image, amount: (1, amount * MAX_SHEAR, 0, 0, 1, 0)),
+    "shear_y": _affine(lambda image, amount: (1, 0, 0, amount * MAX_SHEAR, 1, 0)),
+    "translate_x": _affine(lambda image, amount: (1, 0, amount * MAX_SHIFT * image.width, 0, 1, 0)),
+    "translate_y": _affine(lambda image, amount: (1, 0, 0, 0, 1, amount * MAX_SHIFT * image.height)),
 }
 _NAMES = tuple(OPERATIONS)
 

@@ -9,10 +9,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import (
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from m2mkd.distillation.split import new_network, stage_class
 from m2mkd.distillation.stage import Stage
@@ -52,19 +49,22 @@ def save_pair(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     stage, stitches = pair.stage, _on_cpu(pair.stitch_state_dict())
-    stage.config.save_pretrained(folder)
-    save_file(_on_cpu(stage.state_dict()), folder / STAGE_FILE, metadata={"format": "pt"})
+    place = (stage.config, stage.index, stage.num_stages, stage.layer_indices)
+    contract = make_contract(*place, stitch_size, stitches, teacher_sha256, meta_sha256)
+    write_pair(folder, stage.config, contract, _on_cpu(stage.state_dict()), stitches)
+
+
+def write_pair(
+    folder: Path,
+    config: PreTrainedConfig,
+    contract: Mapping[str, Any],
+    tensors: dict[str, torch.Tensor],
+    stitches: dict[str, torch.Tensor],
+) -> None:
+    """Write the files of [`save_pair`] into an existing folder."""
+    config.save_pretrained(folder)
+    save_file(tensors, folder / STAGE_FILE, metadata={"format": "pt"})
     save_file(stitches, folder / STITCHES_FILE, metadata={"format": "pt"})
-    contract = make_contract(
-        stage.config,
-        stage.index,
-        stage.num_stages,
-        stage.layer_indices,
-        stitch_size,
-        stitches,
-        teacher_sha256,
-        meta_sha256,
-    )
     write_json(folder / CONTRACT_FILE, contract)
 
 
@@ -136,12 +136,13 @@ def load_stage(stage: Stage, folder: str | Path, reinitialize: tuple[str, ...] =
     """
     folder, stage = Path(folder), stage.distilled()
     contract = read_contract(folder)
-    for field, ours in _contract(stage).items():
-        if contract.get(field) != ours:
+    ours = make_contract(stage.config, stage.index, stage.num_stages, stage.layer_indices, 0, {})
+    for field in ("index", "num_pairs", "layers", "model_type", "hidden_size"):
+        if contract.get(field) != ours[field]:
             raise PairFileError(
-                f"`{field}` is {contract.get(field)} in {folder / CONTRACT_FILE}, but {ours} in stage {stage.index} "
-                "of this student. Use the pair that was distilled for this stage, or cut the student into the depths "
-                "that the pair was distilled with."
+                f"`{field}` is {contract.get(field)} in {folder / CONTRACT_FILE}, but {ours[field]} in stage "
+                f"{stage.index} of this student. Use the pair that was distilled for this stage, or cut the student "
+                "into the depths that the pair was distilled with."
             )
     ours, saved = stage.state_dict(), _read_tensors(folder / STAGE_FILE)
     missing, unexpected = sorted(ours.keys() - saved.keys()), sorted(saved.keys() - ours.keys())
@@ -289,16 +290,6 @@ def read_contract(folder: str | Path) -> dict[str, Any]:
 
 def _read_json(folder: Path, name: str) -> dict[str, Any]:
     return read_json(folder / name, PairFileError, _REPEAT.format(folder=folder))
-
-
-def _contract(stage: Stage) -> dict[str, Any]:
-    return {
-        "index": stage.index,
-        "num_pairs": stage.num_stages,
-        "layers": list(stage.layer_indices),
-        "model_type": stage.config.model_type,
-        "hidden_size": stage.config.hidden_size,
-    }
 
 
 def _read_tensors(path: Path) -> dict[str, torch.Tensor]:

@@ -119,9 +119,9 @@ def _accuracy(
     seed: int,
 ) -> float:
     """Train a head on the features of an episode, and test it on the others."""
-    features, labels = _gather(learnt, episode.train), torch.from_numpy(episode.train_labels)
+    features, labels = _gather(learnt, episode.train), torch.from_numpy(episode.own_labels(episode.train))
     predicted = train_head(features, labels, ways, how, seed)(_gather(tested, episode.validation)).argmax(dim=-1)
-    return float((predicted.numpy() == episode.validation_labels).mean())
+    return float((predicted.numpy() == episode.own_labels(episode.validation)).mean())
 
 
 def _splits(

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
 from transformers.trainer_utils import PredictionOutput
 
-from m2mkd.data.metrics import Accuracy, TopKAccuracy
+from m2mkd.data.metrics import accuracies
 from m2mkd.distillation.losses import per_sample_cross_entropy
 
 
@@ -35,15 +35,8 @@ class Predictions:
 
     def summary(self) -> dict[str, float]:
         """`accuracy` and `top5_accuracy` in [0, 1] (of all classes, if there are fewer than 5), `loss`, and `n`."""
-        k = self.ranked.shape[1]
-        return {
-            "accuracy": Accuracy().compute(predictions=self.ranked[:, 0], references=self.labels)["accuracy"],
-            "top5_accuracy": TopKAccuracy().compute(predictions=self.ranked, references=self.labels, k=k)[
-                f"top{k}_accuracy"
-            ],
-            "loss": float(self.losses.mean(dtype=np.float64)),
-            "n": len(self.labels),
-        }
+        loss = float(self.losses.mean(dtype=np.float64))
+        return {**accuracies(self.ranked, self.labels), "loss": loss, "n": len(self.labels)}
 
 
 def predict(model: PreTrainedModel, dataset: Dataset, batch_size: int, use_cpu: bool) -> Predictions:

@@ -132,13 +132,6 @@ def evaluate_folder(
         if iid_accuracy is not None:
             result["accuracy_gap"] = result["accuracy"] - iid_accuracy
             if baselines:
-                result["effective_robustness"] = _robustness(result["accuracy"], iid_accuracy, baselines)
+                result["effective_robustness"] = effective_robustness(result["accuracy"], iid_accuracy, baselines)
         results[source] = result
     return results
-
-
-def _robustness(accuracy: float, iid_accuracy: float, baselines: Sequence[tuple[float, float]]) -> float:
-    try:
-        return effective_robustness(accuracy, iid_accuracy, baselines)
-    except ValueError as error:
-        raise DataError(str(error)) from error

@@ -92,7 +92,11 @@ def push(files: Files, repo_id: str, message: str, public: bool = False) -> str:
         if not is_private and not public:
             raise HubError(f"{url.repo_id} already exists and is public. Give --public, or another --repo-id.")
         # an operation can be used in one commit only
-        patiently(lambda: api.create_commit(url.repo_id, _operations(files), commit_message=message))
+        patiently(
+            lambda: api.create_commit(
+                url.repo_id, [CommitOperationAdd(*file) for file in files.items()], commit_message=message
+            )
+        )
     return f"{url} ({'private' if is_private else 'public'})"
 
 
@@ -122,10 +126,6 @@ def _model_files(folder: Path) -> Files:
     config.pop("auto_map", None)
     found = sorted(path for pattern in _PUSHED for path in folder.glob(pattern))
     return {"config.json": (json.dumps(config, indent=2) + "\n").encode(), **{path.name: path for path in found}}
-
-
-def _operations(files: Files) -> list[CommitOperationAdd]:
-    return [CommitOperationAdd(name, content) for name, content in files.items()]
 
 
 def _size(content: Path | bytes) -> int:

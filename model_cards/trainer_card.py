@@ -14,16 +14,8 @@ from m2mkd.model_cards.tables import markdown_table
 
 # Of a training without a recipe.
 SHOWN_ARGUMENTS = (
-    *(
-        "student_depths",
-        "teacher_depths",
-        "meta_depths",
-        "pairs",
-        "stitch",
-        "distillation_type",
-        "alpha",
-        "temperature",
-    ),
+    *("student_depths", "teacher_depths", "meta_depths", "pairs", "stitch"),
+    *("distillation_type", "alpha", "temperature"),
     *("learning_rate", "weight_decay", "num_train_epochs", "max_steps", "per_device_train_batch_size", "seed"),
 )
 

@@ -1,12 +1,18 @@
 """Networks of a few hundred parameters and the small data that the tests share."""
 
+import json
+import os
 import re
 import shlex
+import socket
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState
 from torch import nn
+from torch.multiprocessing import start_processes
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, ViTConfig, ViTForImageClassification
 
@@ -232,3 +238,25 @@ def commands(text: str) -> list[list[str]]:
         for command in line.split("&&")
         if shlex.split(command, comments=True)
     ]
+
+
+def in_two_processes(work: Callable[[Path], None], folder: Path) -> list[dict[str, Any]]:
+    """
+    What `work` writes to `rank_0.json` and `rank_1.json` of a folder, in two processes that train together. They are
+    forks of this one: by torchrun each of three would import torch and transformers again.
+    """
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    start_processes(_one_of_two, (work, folder, port), nprocs=2, start_method="fork")
+    return [json.loads((folder / f"rank_{rank}.json").read_text()) for rank in range(2)]
+
+
+def _one_of_two(rank: int, work: Callable[[Path], None], folder: Path, port: int) -> None:
+    # what torchrun sets
+    own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in own.items()})
+    # of the process before the fork
+    AcceleratorState._reset_state(reset_partial_state=True)
+    work(folder)
+    torch.distributed.destroy_process_group()

@@ -19,7 +19,7 @@ from m2mkd import NACConfig, NACForImageClassification, VMoEForImageClassificati
 from m2mkd.cli import app
 from m2mkd.conversion.convert import convert
 from m2mkd.conversion.nac_kinds import graph_loss_fields
-from m2mkd.conversion.official_models import convert_vit, without_aliases
+from m2mkd.conversion.official_models import transformer_to_ours, without_aliases
 from m2mkd.conversion.official_nac import convert_nac_student
 from m2mkd.conversion.official_pixels import M2MKD_PIXELS
 from m2mkd.data.processing import pixels_of_processor
@@ -400,7 +400,7 @@ class TestViT:
         stages = self.stages(case.state_dict)
         content = {"model": case.state_dict, "model_stages": stages} if layout == "model_stages" else stages[2]
         convert("vit", case.folder / "config.json", save(tmp_path / "meta.pth", content), out, stage=2)
-        assert_equal(load_file(out / "model.safetensors"), convert_vit(stages[2], layer_offset=3))
+        assert_equal(load_file(out / "model.safetensors"), transformer_to_ours("vit", stages[2], layer_offset=3))
 
     @pytest.mark.parametrize(
         "content, options, said",

@@ -1,5 +1,3 @@
-from collections.abc import Callable
-
 import pytest
 import torch
 from official_cases import Case
@@ -7,11 +5,9 @@ from testing_utils import assert_equal
 
 from m2mkd.conversion.official_models import (
     assemble_stages,
-    convert_vit,
-    convert_vmoe,
     cut_in_stages,
-    vit_to_official,
-    vmoe_to_official,
+    transformer_to_official,
+    transformer_to_ours,
     with_aliases,
     without_aliases,
 )
@@ -44,13 +40,13 @@ def experts(count: int = 3, layer: int = 0) -> dict[str, torch.Tensor]:
 class TestConvertViT:
     def test_names_change_and_tensors_do_not(self) -> None:
         official = block()
-        converted = convert_vit(official)
+        converted = transformer_to_ours("vit", official)
         assert torch.equal(converted["vit.layers.0.layernorm_before.weight"], official["blocks.0.norm1.weight"])
         assert torch.equal(converted["vit.layers.0.attention.o_proj.bias"], official["blocks.0.attn.proj.bias"])
         assert torch.equal(converted["vit.layers.0.mlp.fc1.weight"], official["blocks.0.mlp.fc1.weight"])
 
     def test_qkv_is_cut_in_three(self) -> None:
-        converted, official = convert_vit(block()), block()
+        converted, official = transformer_to_ours("vit", block()), block()
         for row, name in enumerate(("q_proj", "k_proj", "v_proj")):
             weight = official["blocks.0.attn.qkv.weight"][4 * row : 4 * row + 4]
             assert torch.equal(converted[f"vit.layers.0.attention.{name}.weight"], weight)
@@ -58,13 +54,13 @@ class TestConvertViT:
             assert converted[f"vit.layers.0.attention.{name}.bias"].tolist() == [4.0 * row + i for i in range(4)]
 
     def test_the_offset_moves_a_stage_to_its_layers(self) -> None:
-        converted = convert_vit({**block(0), **block(1)}, layer_offset=6)
+        converted = transformer_to_ours("vit", {**block(0), **block(1)}, layer_offset=6)
         assert {name.split(".")[2] for name in converted} == {"6", "7"}
 
     def test_stem_and_head_are_placed(self) -> None:
         official = {"cls_token": torch.rand(1), "pos_embed": torch.rand(1), "patch_embed.proj.bias": torch.rand(1)}
         official |= {"norm.weight": torch.rand(1), "head.weight": torch.rand(1)}
-        assert list(convert_vit(official)) == [
+        assert list(transformer_to_ours("vit", official)) == [
             "vit.embeddings.cls_token",
             "vit.embeddings.position_embeddings",
             "vit.embeddings.patch_embeddings.projection.bias",
@@ -75,24 +71,24 @@ class TestConvertViT:
     def test_the_second_name_of_each_block_is_left_out(self) -> None:
         official = block()
         twice = {**official, **{f"stages.0.{name}": value for name, value in official.items()}}
-        assert_equal(convert_vit(twice), convert_vit(official))
+        assert_equal(transformer_to_ours("vit", twice), transformer_to_ours("vit", official))
 
     @pytest.mark.parametrize(
         "name", ["rotary.weight", "blocks.0.mlp.fc3.weight", "blocks.x.norm1.weight", "fc_norm.bias"]
     )
     def test_an_unknown_tensor_is_named(self, name: str) -> None:
         with pytest.raises(ConversionError, match=f"do not belong to an official vit checkpoint.*{name}"):
-            convert_vit({**block(), name: torch.rand(1)})
+            transformer_to_ours("vit", {**block(), name: torch.rand(1)})
 
     def test_experts_are_no_part_of_a_vit(self) -> None:
         with pytest.raises(ConversionError, match="moe.experts.0.htoh4.weight"):
-            convert_vit(experts())
+            transformer_to_ours("vit", experts())
 
 
 class TestConvertVMoE:
     def test_the_experts_of_a_layer_are_stacked_in_order(self) -> None:
         official = experts(12)  # two digits: no order of strings
-        converted = convert_vmoe(dict(reversed(official.items())))
+        converted = transformer_to_ours("vmoe", dict(reversed(official.items())))
         assert converted["vmoe.layers.0.mlp.experts.up_proj"].shape == (12, 8, 4)
         for index in range(12):
             for theirs, ours in (("htoh4", "up_proj"), ("h4toh", "down_proj")):
@@ -104,23 +100,23 @@ class TestConvertVMoE:
     def test_a_missing_expert_is_named(self) -> None:
         official = {name: value for name, value in experts(3).items() if ".experts.1." not in name}
         with pytest.raises(ConversionError, match=r"vmoe.layers.0.mlp.experts.\w+ are missing.* only \[0, 2\]"):
-            convert_vmoe(official)
+            transformer_to_ours("vmoe", official)
 
     def test_one_missing_tensor_of_an_expert_is_named(self) -> None:
         official = experts(3)
         del official["blocks.0.moe.experts.0.h4toh.bias"]
         with pytest.raises(ConversionError, match=r"down_proj_bias are missing.* only \[1, 2\]"):
-            convert_vmoe(official)
+            transformer_to_ours("vmoe", official)
 
     def test_a_missing_last_tensor_is_named_too(self) -> None:
         official = experts(3)
         del official["blocks.0.moe.experts.2.h4toh.bias"]
         with pytest.raises(ConversionError, match="down_proj_bias"):
-            convert_vmoe(official)
+            transformer_to_ours("vmoe", official)
 
     def test_gates_and_stitches_keep_their_layer(self) -> None:
         names = ["moe.gate.gate.weight", "pre_stitch.ln.bias", "post_stitch.fc.weight"]
-        converted = convert_vmoe({f"blocks.1.{name}": torch.rand(1) for name in names}, layer_offset=3)
+        converted = transformer_to_ours("vmoe", {f"blocks.1.{name}": torch.rand(1) for name in names}, layer_offset=3)
         assert sorted(converted) == [
             "vmoe.layers.4.mlp.router.weight",
             "vmoe.layers.4.post_stitch.linear.weight",
@@ -129,11 +125,11 @@ class TestConvertVMoE:
 
     def test_an_unknown_tensor_is_named(self) -> None:
         with pytest.raises(ConversionError, match="official vmoe checkpoint.*blocks.0.moe.gate.noise"):
-            convert_vmoe({**experts(), "blocks.0.moe.gate.noise": torch.rand(1)})
+            transformer_to_ours("vmoe", {**experts(), "blocks.0.moe.gate.noise": torch.rand(1)})
 
     def test_every_number_of_an_official_checkpoint_is_there_once(self) -> None:
         official = {k: v for k, v in Case("vmoe_full").state_dict.items() if not k.startswith("stages.")}
-        converted = convert_vmoe(official)
+        converted = transformer_to_ours("vmoe", official)
         assert sum(v.numel() for v in converted.values()) == sum(v.numel() for v in official.values())
         total = sum(v.double().sum() for v in official.values())
         assert torch.allclose(sum(v.double().sum() for v in converted.values()), total)
@@ -142,17 +138,23 @@ class TestConvertVMoE:
 class TestToOfficial:
     def test_a_stage_of_a_vit_goes_there_and_back(self) -> None:
         official = {**block(0), **block(1)}
-        assert_equal(vit_to_official(convert_vit(official, layer_offset=6), layer_offset=6), official)
+        assert_equal(
+            transformer_to_official("vit", transformer_to_ours("vit", official, layer_offset=6), layer_offset=6),
+            official,
+        )
 
     def test_experts_are_taken_apart_in_their_order(self) -> None:
         official = {**experts(12), **block(1), "blocks.0.moe.gate.gate.bias": torch.rand(12)}
         official |= {"blocks.1.pre_stitch.fc.weight": torch.rand(4, 6), "head.bias": torch.rand(3)}
-        assert_equal(vmoe_to_official(convert_vmoe(official, layer_offset=3), layer_offset=3), official)
+        assert_equal(
+            transformer_to_official("vmoe", transformer_to_ours("vmoe", official, layer_offset=3), layer_offset=3),
+            official,
+        )
 
-    @pytest.mark.parametrize("back, prefix", [(vit_to_official, "vit"), (vmoe_to_official, "vmoe")])
-    def test_a_tensor_that_the_official_code_does_not_have_is_named(self, back: Callable, prefix: str) -> None:
-        with pytest.raises(ConversionError, match=f"pooler.weight of our {prefix} has no official counterpart"):
-            back({f"{prefix}.pooler.weight": torch.rand(1)})
+    @pytest.mark.parametrize("kind", ["vit", "vmoe"])
+    def test_a_tensor_that_the_official_code_does_not_have_is_named(self, kind: str) -> None:
+        with pytest.raises(ConversionError, match=f"pooler.weight of our {kind} has no official counterpart"):
+            transformer_to_official(kind, {f"{kind}.pooler.weight": torch.rand(1)})
 
     def test_stages_and_aliases_go_there_and_back(self) -> None:
         official = {name: torch.rand(2) for name in ("cls_token", "patch_embed.proj.bias", "norm.bias", "head.weight")}

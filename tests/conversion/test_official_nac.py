@@ -11,20 +11,17 @@ from transformers import ViTForImageClassification
 from m2mkd import NACConfig, NACForImageClassification, VMoEForImageClassification, split_into_stages
 from m2mkd.conversion.official_models import (
     check_tensors,
-    convert_vit,
-    convert_vmoe,
     shapes_of,
+    transformer_to_official,
+    transformer_to_ours,
     vit_config,
-    vit_to_official,
     vmoe_config,
-    vmoe_to_official,
     without_aliases,
 )
 from m2mkd.conversion.official_nac import (
     convert_nac,
     convert_nac_student,
     nac_config,
-    nac_student_config,
     nac_student_shapes,
     nac_students_config,
     nac_to_official,
@@ -265,7 +262,7 @@ class TestOutput:
             default = {} if tokenizer and "output_dim" in tokenizer and not head["use_head"] else {"output_dim": 200}
             own = {**ROLES["readout"], "tokenizer_type": kind, "tokenizer_kwargs": tokenizer}
             del own["output_dim"]
-            config = nac_student_config(SHARE, "readout", {**own, **default, **head})
+            config = nac_students_config(SHARE, {"readout": {**own, **default, **head}})
         else:
             changes = {f"{GRAPH}.read_out_kwargs.{name}": value for name, value in head.items()}
             changes |= {"output_tokenizer_type": kind, "output_tokenizer_kwargs": tokenizer}
@@ -280,7 +277,7 @@ class TestStudentConfig:
         assert (config.drop_path_rate, config.read_in_drop_path_rate, config.read_out_drop_path_rate) == (0.1, 0, 0)
         assert config.graph_prior is None
         for role, own in ROLES.items():
-            alone = nac_student_config(SHARE, role, own)
+            alone = nac_students_config(SHARE, {role: own})
             assert (alone.hidden_size, alone.intermediate_size, alone.num_attention_heads) == (384, 768, 6)
 
     def test_roles_that_no_single_nac_has_are_refused(self) -> None:
@@ -301,7 +298,7 @@ class TestStudentConfig:
     )
     def test_what_is_not_known_is_named(self, role: str, own: dict[str, Any], said: str) -> None:
         with pytest.raises(ConversionError, match=said):
-            nac_student_config(SHARE, role, own)
+            nac_students_config(SHARE, {role: own})
 
 
 # Every form of an official NAC that has other tensors.
@@ -393,7 +390,9 @@ class TestConvertStudent:
     @pytest.mark.parametrize("role, index", [("readin", 0), ("mediator", 1), ("readout", 2)])
     def test_a_student_is_what_distillation_trains_and_its_stitches(self, role: str, index: int) -> None:
         case = nac_case(f"nac_student_{role}")
-        config = nac_student_config(case.config["share_kwargs"], role, case.config["role_kwargs"], num_hidden_layers=1)
+        config = nac_students_config(
+            case.config["share_kwargs"], {role: case.config["role_kwargs"]}, num_hidden_layers=1
+        )
         model = on_meta(config)
         check_tensors(case.state_dict, nac_student_shapes(model.state_dict(), config, index, 3, 56), role)
         stage, stitches = convert_nac_student(case.state_dict, index, 3)
@@ -519,11 +518,17 @@ class TestSizesOfThePaper:
         prefix = name.split("_")[0]
         with torch.device("meta"):
             if prefix == "vit":
-                model, converted = ViTForImageClassification(vit_config(kwargs, norm_eps)), convert_vit(given)
-                back = vit_to_official(model.state_dict())
+                model, converted = (
+                    ViTForImageClassification(vit_config(kwargs, norm_eps)),
+                    transformer_to_ours("vit", given),
+                )
+                back = transformer_to_official("vit", model.state_dict())
             else:
-                model, converted = VMoEForImageClassification(vmoe_config(kwargs, norm_eps)), convert_vmoe(given)
-                back = vmoe_to_official(model.state_dict())
+                model, converted = (
+                    VMoEForImageClassification(vmoe_config(kwargs, norm_eps)),
+                    transformer_to_ours("vmoe", given),
+                )
+                back = transformer_to_official("vmoe", model.state_dict())
         check_tensors(given, shapes_of(back), name)
         assert {k: v.shape for k, v in converted.items()} == {k: v.shape for k, v in model.state_dict().items()}
         assert sum(p.numel() for p in model.parameters()) == count

@@ -28,8 +28,10 @@ class TestDrawEpisodes:
             learnt = {TRAIN.names[index] for index in episode.train}
             assert learnt.isdisjoint(pool.names[index] for index in episode.validation)
             # the task's own labels
-            assert np.array_equal(episode.classes[episode.train_labels], TRAIN.labels[episode.train])
-            assert np.array_equal(episode.classes[episode.validation_labels], pool.labels[episode.validation])
+            assert np.array_equal(episode.classes[episode.own_labels(episode.train)], TRAIN.labels[episode.train])
+            assert np.array_equal(
+                episode.classes[episode.own_labels(episode.validation)], pool.labels[episode.validation]
+            )
 
     def test_every_class_and_image_has_its_turn(self):
         episodes = list(draw_episodes(TRAIN, None, ways=5, shots=2, episodes=200, seed=0))

@@ -9,7 +9,7 @@ import torch
 from official_cases import FOLDER, Case, assert_close, assert_gradients_close, vit, vit_stage
 
 from m2mkd import NACConfig, NACForImageClassification, split_into_stages
-from m2mkd.conversion.official_nac import convert_nac_student, nac_student_config
+from m2mkd.conversion.official_nac import convert_nac_student, nac_students_config
 from m2mkd.distillation.frozen_networks import FrozenNetworks
 from m2mkd.distillation.losses import hard_distillation_loss, per_sample_cross_entropy, soft_distillation_loss
 from m2mkd.distillation.pair_folder import load_stage, load_stitches, save_pair
@@ -37,7 +37,7 @@ def student_names(official: dict[str, torch.Tensor], role: str) -> dict[str, tor
 def official_student(spec: dict[str, Any], case: Case) -> StitchedNACStage:
     role = spec["role"]
     sizes = {"num_hidden_layers": 1, "num_input_latents": 4, "num_mediator_latents": 6, "num_output_latents": 4}
-    config = nac_student_config(spec["share_kwargs"], role, spec["role_kwargs"], **sizes)
+    config = nac_students_config(spec["share_kwargs"], {role: spec["role_kwargs"]}, **sizes)
     stage = split_into_stages(NACForImageClassification(config), [1, 1, 1])[INDEX[role]]
     pair = StitchedNACStage(stage, spec["stitch_dim"]).train()
     kept = {name: tensor for name, tensor in pair.state_dict().items() if name in FIXED}

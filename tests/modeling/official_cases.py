@@ -11,9 +11,8 @@ from transformers import PreTrainedModel, ViTConfig, ViTForImageClassification
 from m2mkd import VMoEForImageClassification, split_into_stages
 from m2mkd.conversion import official_models
 from m2mkd.conversion.official_models import (
-    convert_vit,
-    convert_vmoe,
     convert_vmoe_student,
+    transformer_to_ours,
     vmoe_config,
     vmoe_student_config,
 )
@@ -69,7 +68,7 @@ def vit_config(kwargs: dict[str, Any], norm_eps: float) -> ViTConfig:
 
 def vit(kwargs: dict[str, Any], norm_eps: float, official: dict[str, torch.Tensor]) -> ViTForImageClassification:
     model = ViTForImageClassification(vit_config(kwargs, norm_eps)).eval()
-    model.load_state_dict(convert_vit(official), strict=True)
+    model.load_state_dict(transformer_to_ours("vit", official), strict=True)
     return model
 
 
@@ -79,13 +78,13 @@ def vit_stage(kwargs: dict[str, Any], norm_eps: float, index: int, official: dic
         model = ViTForImageClassification(vit_config(kwargs, norm_eps))
     depths = kwargs["divided_depths"]
     stage = split_into_stages(model, depths)[index].to_empty(device="cpu")
-    stage.load_state_dict(convert_vit(official, layer_offset=sum(depths[:index])), strict=True)
+    stage.load_state_dict(transformer_to_ours("vit", official, layer_offset=sum(depths[:index])), strict=True)
     return stage.eval()
 
 
 def vmoe(case: Case, **overrides: Any) -> VMoEForImageClassification:
     model = VMoEForImageClassification(vmoe_config(case.config["kwargs"], case.config["norm_eps"], **overrides)).eval()
-    model.load_state_dict(convert_vmoe(case.state_dict), strict=True)
+    model.load_state_dict(transformer_to_ours("vmoe", case.state_dict), strict=True)
     return model
 
 

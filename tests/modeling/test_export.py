@@ -24,7 +24,7 @@ Build = Callable[[], PreTrainedModel]
 
 def many_experts() -> VMoEForImageClassification:
     """Five tokens per image and one expert per token, so an image uses at most five of the eight experts."""
-    return vmoe(num_experts=8, num_experts_per_tok=1)
+    return vmoe(num_experts=8, num_experts_per_tok=1, num_hidden_layers=2, moe_layers=[1])
 
 
 def graph_of_latents() -> PreTrainedModel:

@@ -17,7 +17,7 @@ from official_cases import (
 )
 
 from m2mkd import split_into_stages
-from m2mkd.conversion.official_models import convert_vit, convert_vmoe, vmoe_config
+from m2mkd.conversion.official_models import transformer_to_ours, vmoe_config
 from m2mkd.distillation.frozen_networks import FrozenNetworks
 from m2mkd.distillation.losses import hard_distillation_loss, per_sample_cross_entropy, soft_distillation_loss
 from m2mkd.distillation.stitched_student import StitchedStage
@@ -39,7 +39,7 @@ def test_vmoe(experts: str) -> None:
         chosen = router_logits.topk(2).indices.sort().values
         assert torch.equal(chosen, case.outputs[f"gate_top_k_idx.{layer}"].sort().values)
     (outputs.logits * case.inputs["probe"]).sum().backward()
-    assert_gradients_close(dict(model.named_parameters()), convert_vmoe(case.gradients()))
+    assert_gradients_close(dict(model.named_parameters()), transformer_to_ours("vmoe", case.gradients()))
 
 
 @pytest.mark.parametrize("name", ["vmoe_student_first", "vmoe_student_middle", "vmoe_student_last"])
@@ -63,7 +63,7 @@ def test_stitches_kept_in_the_model_compute_what_they_do_beside_it() -> None:
     assert (config.stitch_size, config.pre_stitch_layers, config.post_stitch_layers) == (40, [0], [1])
     config._attn_implementation, config._experts_implementation = "eager", "eager"
     layers = torch.nn.ModuleList([VMoELayer(config, index) for index in range(2)]).eval()
-    converted = convert_vmoe(case.state_dict)
+    converted = transformer_to_ours("vmoe", case.state_dict)
     layers.load_state_dict({k.removeprefix("vmoe.layers."): v for k, v in converted.items()}, strict=True)
     assert_close(layers[1](layers[0](case.inputs["input"])), case.outputs["output"], "output")
 
@@ -76,7 +76,7 @@ def test_incubated_vit() -> None:
     loss = per_sample_cross_entropy(logits, case.inputs["soft_targets"]).mean()
     assert_close(loss, case.outputs["loss"], "loss")
     loss.backward()
-    assert_gradients_close(dict(model.named_parameters()), convert_vit(case.gradients()))
+    assert_gradients_close(dict(model.named_parameters()), transformer_to_ours("vit", case.gradients()))
 
 
 @pytest.mark.parametrize("start, end", Case("incubated_vit").config["partials"])

@@ -1,15 +1,10 @@
 """Two processes share a training set with repeats, and an evaluation."""
 
-import json
-import os
-import subprocess
-import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
-from distributed_data import COUNT, grey_images
-from testing_utils import vit
+from distributed_data import COUNT, grey_images, main
+from testing_utils import in_two_processes, vit
 
 from m2mkd.data import RepeatedSampler
 from m2mkd.evaluation.predict import predict
@@ -17,18 +12,7 @@ from m2mkd.evaluation.predict import predict
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory) -> list[dict]:
-    folder = tmp_path_factory.mktemp("distributed")
-    here = Path(__file__).parent
-    paths = [str(here), str(here.parent), *sys.path]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
-    command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
-    run = subprocess.run(
-        [*command, str(here / "distributed_data.py"), str(folder)],
-        check=False, env=environment, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-6000:]
-    return [json.loads((folder / f"rank_{rank}.json").read_text()) for rank in range(2)]
+    return in_two_processes(main, tmp_path_factory.mktemp("distributed"))
 
 
 class TestRepeatedSampling:

@@ -1,11 +1,9 @@
 import json
 import math
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
+import distributed_script
 import numpy as np
 import pytest
 import torch
@@ -22,6 +20,7 @@ from testing_utils import (
     changed,
     distillation_trainer,
     images,
+    in_two_processes,
     meta_model,
     nac,
     on_meta,
@@ -920,21 +919,7 @@ class TestDistributed:
     def outcome(tmp_path_factory) -> dict:
         """What two processes report; see distributed_script.py."""
         folder = tmp_path_factory.mktemp("distributed")
-        here = Path(__file__).parent
-        paths = [str(here.parent), *sys.path]
-        environment = {
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join(path for path in paths if path),
-        }
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
-        command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
-        run = subprocess.run(
-            [*command, str(here / "distributed_script.py"), str(folder)],
-            check=False, env=environment, capture_output=True, text=True, timeout=300,
-        )  # fmt: skip
-        assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-6000:]
-        ranks = [json.loads((folder / f"rank_{rank}.json").read_text()) for rank in range(2)]
-        return {"folder": folder, "ranks": ranks}
+        return {"folder": folder, "ranks": in_two_processes(distributed_script.main, folder)}
 
     def test_two_processes_are_one_with_twice_the_batch(self, outcome, tmp_path) -> None:
         # the script trains on the same images in the same order
