@@ -16,6 +16,8 @@ from m2mkd.experiment.runner import run
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+# read from the environment when it was imported, above
+constants.HF_HUB_OFFLINE = True
 # the networks are tiny: threads that wait for each other cost more than they compute, in other processes too
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)

@@ -1,6 +1,7 @@
 """The command line, run as a user runs it, where it matters in a process of its own."""
 
 import json
+import runpy
 import shutil
 import signal
 import subprocess
@@ -94,11 +95,16 @@ class TestTrain:
         assert "image folder (miniature)" in done.stdout
         assert [path.name for path in tmp_path.iterdir()] == ["mine-miniature"]
 
-    def test_what_a_user_can_mend_ends_in_one_message_without_a_traceback(self, tmp_path: Path) -> None:
-        done = train("--sede", "1", "--output_dir", str(tmp_path / "run"))
-        assert done.returncode == 1
-        assert done.stderr.strip().splitlines()[-1].startswith(("Error:", " ")), done.stderr
-        assert "sede: there is no such key" in done.stderr and "Traceback" not in done.stderr
+    def test_what_a_user_can_mend_ends_in_one_message_without_a_traceback(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setattr(sys, "argv", ["train.py", "--sede", "1", "--output_dir", str(tmp_path / "run")])
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+        said = capsys.readouterr().err
+        assert end.value.code == 1
+        assert said.strip().splitlines()[-1].startswith(("Error:", " ")), said
+        assert "sede: there is no such key" in said and "Traceback" not in said
 
     @pytest.mark.parametrize(
         "arguments, message",
@@ -169,9 +175,8 @@ class TestReport:
     def test_the_report_is_written_again_from_the_folders(self, tmp_path: Path, finished_run: Path) -> None:
         shutil.copytree(finished_run, tmp_path / "run")
         (tmp_path / "run" / "report.md").unlink()
-        command = [sys.executable, "-m", "m2mkd.cli", "report", str(tmp_path / "run")]
-        again = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-        assert again.returncode == 0, again.stderr
+        again = CliRunner().invoke(app, ["report", str(tmp_path / "run")])
+        assert again.exit_code == 0, again.stderr
         assert (tmp_path / "run" / "report.md").is_file()
 
     @pytest.mark.parametrize("command", [["report"], ["push", "--repo-id", "user/name"]])

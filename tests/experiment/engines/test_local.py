@@ -1,5 +1,6 @@
 """Which task runs when and where, and what becomes of the others when one fails."""
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -22,6 +23,13 @@ def is_alive(process: int) -> bool:
         return False
     # one that ended and that nobody has asked about yet
     return Path(f"/proc/{process}/stat").read_text().split()[2] != "Z" if Path("/proc").is_dir() else True
+
+
+@pytest.fixture
+def forks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers that need not import torch again. The tests without this fixture start them as a run does."""
+    context = multiprocessing.get_context("fork")
+    monkeypatch.setattr(multiprocessing, "get_context", lambda method: context)
 
 
 class TestInOneProcess:
@@ -60,6 +68,7 @@ class TestInOneProcess:
 
 
 class TestSideBySide:
+    @pytest.mark.usefixtures("forks")
     def test_of_those_that_wait_for_nothing_the_first_is_next(self, tmp_path: Path) -> None:
         """One worker is kept busy until the other has done the rest."""
         tasks = [
@@ -91,6 +100,7 @@ class TestSideBySide:
         assert capsys.readouterr().out.splitlines()[-1] == "third begins"
         assert not any(is_alive(int(process)) for process, _ in found.values())
 
+    @pytest.mark.usefixtures("forks")
     @pytest.mark.parametrize(
         "name, error, message",
         [
