@@ -176,7 +176,7 @@ def _position_embedding_type(arrays: Tensors, position: OfficialArguments) -> st
         raise ConversionError(
             f"`{position.path}name` is {name!r}, but the tree has no `{POSITIONS}`: it must be 'sincos2d'."
         )
-    position.require("temperature", 10000)
+    position.require(temperature=10000)
     return "sincos2d"
 
 

@@ -15,7 +15,8 @@ from m2mkd.distillation.checks import pair, patch_grid
 from m2mkd.distillation.split import count_layers, split_into_stages
 from m2mkd.distillation.stage import Stage
 from m2mkd.errors import StageError
-from m2mkd.modeling.modeling_vmoe import VMoEForImageClassification, VMoERouter
+from m2mkd.modeling.modeling_vmoe import VMoEForImageClassification
+from m2mkd.modeling.vmoe_routers import VMoELinearRouter
 
 
 # The experts' tensors, and those of a dense MLP that they are copies of.
@@ -215,8 +216,8 @@ def init_routers_from_centroids(student: VMoEForImageClassification, pixel_value
     """
     from scipy.cluster.vq import ClusterError, kmeans2
 
-    routers = [module for module in student.modules() if isinstance(module, VMoERouter)]
-    seen: dict[VMoERouter, list[torch.Tensor]] = {router: [] for router in routers}
+    routers = [module for module in student.modules() if isinstance(module, VMoELinearRouter)]
+    seen: dict[VMoELinearRouter, list[torch.Tensor]] = {router: [] for router in routers}
     hooks = [
         router.register_forward_pre_hook(lambda router, args: seen[router].append(args[0].flatten(0, -2).float()))
         for router in routers
@@ -239,7 +240,8 @@ def init_routers_from_centroids(student: VMoEForImageClassification, pixel_value
         centroids = F.normalize(torch.from_numpy(found), dim=-1).to(tokens)
         spread = (tokens @ centroids.T).std(dim=-1, correction=0).mean()
         router.weight.copy_(centroids / spread if len(centroids) > 1 else centroids)
-        router.bias.zero_()
+        if router.bias is not None:
+            router.bias.zero_()
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from testing_utils import assert_equal
 from transformers import PreTrainedModel, ViTConfig, ViTForImageClassification
 
 from m2mkd import VMoEConfig, VMoEForImageClassification
-from m2mkd.conversion.vmoe_jax import convert_vmoe_jax, plain_names
+from m2mkd.conversion.jax_tree import converted_tree
+from m2mkd.conversion.vmoe_jax import VMOE_JAX_TABLE
 from m2mkd.distillation.upcycling import resample_positions, upcycle_into
 
 
@@ -40,7 +41,7 @@ def tree(arrays: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor
             for theirs, ours in VIT_NAMES.items():
                 name = re.sub(theirs, ours, name)
             found[name] = array
-    return convert_vmoe_jax(plain_names(found))
+    return converted_tree(found, VMOE_JAX_TABLE)
 
 
 def vmoe_of(model: dict[str, Any], image_size: int) -> VMoEForImageClassification:
@@ -58,6 +59,7 @@ def vmoe_of(model: dict[str, Any], image_size: int) -> VMoEForImageClassificatio
         num_experts_per_tok=moe["router"]["num_selected_experts"],
         norm_topk_prob=False,
         num_labels=model["num_classes"],
+        router_bias=False,
     )
     return VMoEForImageClassification(config).eval()
 
