@@ -206,7 +206,7 @@ def named_specs(given: Any) -> dict[str, Any]:
                 raise ValueError(f"the arm {name!r} is given twice")
             if not isinstance(name, str) or not name.replace("_", "").replace("-", "").isalnum():
                 raise ValueError(f"{name!r} cannot name an arm's folder; use letters, digits, _ and -")
-            if name not in PRESETS and not words:
+            if name not in PRESETS and words is None:
                 raise ValueError(
                     f"{name!r} is not a preset ({', '.join(PRESETS)}); define it, e.g. "
                     f"{{{name}: {{init: random, supervision: teacher, data: train}}}}"

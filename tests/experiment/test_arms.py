@@ -149,3 +149,9 @@ class TestWords:
         compared = reference(arms)
         assert compared is not None and compared.name == "m2mkd_kd"
         assert reference(arms[:1]) is None
+
+
+def test_an_arm_with_only_default_words_survives_being_written_down(tmp_path: Path) -> None:
+    recipe = parse_recipe(content(tmp_path, arms=[{"plain": {"init": "random"}}]), "plain")
+    again = parse_recipe(recipe.model_dump(mode="json"), "plain again")
+    assert again.arms == recipe.arms == {"plain": ArmSpec()}
