@@ -64,12 +64,18 @@ def _points(log: list[dict[str, Any]], name: str) -> Points:
 
 
 def _arm_curves(report: Report, histories: Histories) -> dict[str, dict[str, Points]]:
-    """`{arm: {seed: points}}` of the arms and seeds that were trained themselves and evaluated during training."""
+    """
+    `{arm: {seed: points}}` of the arms and seeds that were trained themselves and evaluated during training: TFLOPs
+    spent so far, those before the end-to-end phase included, and accuracy.
+    """
     curves: dict[str, dict[str, Points]] = {}
-    for arm in (arm for arm, result in report["arms"].items() if not result.get("same_as")):
-        for seed, log in histories.get("arms", {}).get(arm, {}).items():
-            if (points := _points(log, "eval_accuracy"))[0]:
-                curves.setdefault(arm, {})[str(seed)] = points
+    for arm, result in report["arms"].items():
+        for seed, log in histories.get("arms", {}).get(arm, {}).items() if not result.get("same_as") else ():
+            epochs, values = _points(log, "eval_accuracy")
+            own = result.get("phases", {}).get("finetune", result)
+            if epochs and own["epochs"]:
+                before, an_epoch = result["train_flops"] - own["train_flops"], own["train_flops"] / own["epochs"]
+                curves.setdefault(arm, {})[str(seed)] = [(before + x * an_epoch) / 1e12 for x in epochs], values
     return curves
 
 
@@ -77,7 +83,10 @@ def _pair_curves(histories: Histories) -> tuple[dict[int, Points], str]:
     """Points by pair, and what they show: the test set, or training batches if nothing was evaluated."""
     logs = sorted((int(index), log) for index, log in histories.get("pairs", {}).items())
     test, training = "IID accuracy", "accuracy on training batches"
-    for name, kind in (("eval_pair_{}_accuracy", test), ("eval_accuracy", test), ("pair_{}_accuracy", training)):
+    error = "squared error of hidden states, of their variance"
+    kinds = {"eval_pair_{}_boundary_error": error, "pair_{}_boundary_error": error}
+    kinds |= {"eval_pair_{}_accuracy": test, "eval_accuracy": test, "pair_{}_accuracy": training}
+    for name, kind in kinds.items():
         curves = {index: _points(log, name.format(index)) for index, log in logs}
         curves = {index: points for index, points in curves.items() if points[0]}
         if curves:
@@ -119,12 +128,12 @@ def _draw_curves(axes: Axes, report: Report, curves: dict[str, dict[str, Points]
     color = _colors(report)
     for arm, seeds in curves.items():
         line = "-" if report["arms"][arm]["arm"]["budget"] is None else "--"
-        for seed, (epochs, values) in seeds.items():
+        for seed, (flops, values) in seeds.items():
             first = seed == str(report["seed"])
             style: dict[str, Any] = {"linewidth": 2.2, "label": arm, "zorder": 3} if first else {"linewidth": 0.8}
-            marker = "o" if len(epochs) <= 5 and first else None
-            axes.plot(epochs, values, color=color[arm], linestyle=line, marker=marker, **style)
-    _finish_curves(axes, "end-to-end epochs", "IID accuracy (%)", 1)
+            marker = "o" if len(flops) <= 5 and first else None
+            axes.plot(flops, values, color=color[arm], linestyle=line, marker=marker, **style)
+    _finish_curves(axes, "training compute (TFLOPs), with that before the end-to-end phase", "IID accuracy (%)", 1)
     note = f" (bold: seed {report['seed']}, thin: the other seeds)" if len(report["seeds"]) > 1 else ""
     return f"End-to-end training{note}"
 
@@ -135,13 +144,15 @@ def _draw_pairs(axes: Axes, report: Report, pairs: dict[int, Points], kind: str)
         marker: dict[str, Any] = {"marker": "osv^D"[place % 5], "markevery": max(len(epochs) // 8, 1), "markersize": 5}
         axes.plot(epochs, values, color=color, linewidth=1.8, label=f"pair {index}", **marker)
     _finish_curves(axes, "epochs of distillation", f"{kind} (%)", math.ceil(len(pairs) / 5))
-    return f"Distillation: one student stage inside the meta model (seed {report['seed']})"
+    context = (report["recipe"].get("distill") or {}).get("context", "meta")
+    around = "teacher" if context == "teacher" else "meta model"
+    return f"Distillation: one student stage inside the {around} (seed {report['seed']})"
 
 
 def _finish_curves(axes: Axes, x_label: str, y_label: str, columns: int) -> None:
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
-    if axes.get_xlim()[1] > 2:
+    if "epochs" in x_label and axes.get_xlim()[1] > 2:
         axes.xaxis.set_major_locator(MaxNLocator(10, integer=True))
     axes.grid(alpha=0.3)
     axes.legend(fontsize=9, frameon=False, loc="lower right", ncols=columns)

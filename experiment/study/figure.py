@@ -6,6 +6,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from m2mkd.experiment.arms import colors
 from m2mkd.experiment.report.collect import arms_of
@@ -63,6 +64,9 @@ def _draw(axes: Axes, study: Results, split: str, unit: str, color: dict[str, st
     if teacher is not None:
         axes.axhline(100 * teacher, color="black", linestyle="--", linewidth=1, label="teacher")
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel(label)
     axes.set_ylabel(f"{split.upper()} accuracy (%)")
     axes.grid(alpha=0.3, which="both")

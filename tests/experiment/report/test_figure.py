@@ -26,7 +26,12 @@ def report() -> dict[str, Any]:
         "seeds": {"0": {}},
         "teacher": {"iid": {"accuracy": 0.9}, "ood": None},
         "arms": {
-            name: {"arm": arm.described(), "expert_load": load if name == "m2mkd" else None}
+            name: {
+                "arm": arm.described(),
+                "expert_load": load if name == "m2mkd" else None,
+                **{"train_flops": 8e12, "epochs": 2.0},
+                "phases": {"distill": {"train_flops": 5e12}, "finetune": {"train_flops": 3e12, "epochs": 2.0}},
+            }
             for name, arm in arms.items()
         },
         "summary": {name: {"iid": {"mean": 0.5, "std": None}, "ood": None} for name in arms},
@@ -57,11 +62,19 @@ class TestCurves:
     def test_an_arm_that_another_stands_for_has_none_of_its_own(self) -> None:
         content = report()
         content["arms"]["e2e"]["same_as"] = "m2mkd"
-        assert _arm_curves(content, HISTORIES) == {"m2mkd": {"0": ([1.0, 2.0], [30.0, 40.0])}}
+        # after one of two epochs: the 5 TFLOPs of the distillation, and half of the 3 of the end-to-end phase
+        assert _arm_curves(content, HISTORIES) == {"m2mkd": {"0": ([6.5, 8.0], [30.0, 40.0])}}
 
     def test_training_accuracy_of_pairs_that_were_not_evaluated(self) -> None:
         logs = {"10": [{"epoch": 1.0, "pair_10_accuracy": 0.5}], "9": [{"epoch": 2.0, "pair_9_accuracy": math.nan}]}
         assert _pair_curves({"pairs": logs}) == ({10: ([1.0], [50.0])}, "accuracy on training batches")
+
+    def test_pairs_without_logits_show_the_error_of_their_hidden_states(self) -> None:
+        log = [{"epoch": 1.0, "pair_0_boundary_error": 0.2, "eval_accuracy": 0.5}]
+        assert _pair_curves({"pairs": {"0": log}}) == (
+            {0: ([1.0], [20.0])},
+            "squared error of hidden states, of their variance",
+        )
 
     def test_a_test_set_comes_before_training_batches(self) -> None:
         log = [{"epoch": 1.0, "pair_0_accuracy": 0.5}, {"epoch": 1.0, "eval_pair_0_accuracy": 0.25}]
