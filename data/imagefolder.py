@@ -46,7 +46,7 @@ def class_files(folder: str, extensions: set[str]) -> list[str]:
     for path in paths:
         _check_extension(path, extensions)
     if not paths:
-        raise DataError(f"the class folder {folder} has no images: add some or remove it")
+        raise DataError(f"the folder {folder} has no images: add some or remove it")
     return sorted(paths)
 
 
@@ -69,6 +69,22 @@ def _check_no_splits(root: str, class_names: list[str], extensions: set[str]) ->
             f"imagefolder {root} holds splits, not classes: there are class folders in {' and '.join(splits)}. Give "
             f"one of them as `source`: {sources}. If it is a class, put its images directly into its folder"
         )
+
+
+def load_unlabeled(path: str) -> LabeledImages:
+    """Every image below `path`, in the order of the paths, without labels: all have label 0 of one nameless class.
+
+    Args:
+        path: the folder; `~` is expanded.
+
+    Raises:
+        DataError: the folder does not exist, it has no images, or a file is not an image.
+    """
+    root = os.path.expanduser(path)
+    if not os.path.isdir(root):
+        raise DataError(f"{root} is not a folder: give the path of a folder with images")
+    paths = class_files(root, image_extensions())
+    return LabeledImages(LazyImages(paths, decode_image), np.zeros(len(paths), dtype=np.int64), [""], paths)
 
 
 def load_imagefolder(path: str) -> LabeledImages:

@@ -1,11 +1,11 @@
 """Loading of labeled images from the `source` of a configuration."""
 
-from m2mkd.data.config import IMAGEFOLDER_PREFIX, DataConfig
+from m2mkd.data.config import IMAGEFOLDER_PREFIX, UNLABELED_PREFIX, DataConfig
 from m2mkd.data.corruption import without_corrupt
 from m2mkd.data.digits import load_mnist5k, load_uci_digits
 from m2mkd.data.glyphs import load_glyphs
 from m2mkd.data.huggingface import load_from_datasets
-from m2mkd.data.imagefolder import load_imagefolder
+from m2mkd.data.imagefolder import load_imagefolder, load_unlabeled
 from m2mkd.data.known_sets import known_set, load_known_set, splits_of
 from m2mkd.data.labeled_images import LabeledImages
 from m2mkd.data.splits import holdout_indices, sample_per_class
@@ -39,6 +39,8 @@ def _load_split(config: DataConfig) -> LabeledImages:
     if config.source == "glyphs":
         _check_split(config, splits_of(config.source))
         return load_glyphs(config.split)
+    if not config.is_labeled:
+        return load_unlabeled(config.source.removeprefix(UNLABELED_PREFIX))
     if config.source.startswith(IMAGEFOLDER_PREFIX):
         data = load_imagefolder(config.source.removeprefix(IMAGEFOLDER_PREFIX))
         if config.holdout:

@@ -33,7 +33,7 @@ def training_flops_per_image(trainer: M2MKDTrainer, networks: list[PreTrainedMod
     finally:
         trainer.model.zero_grad(set_to_none=True)
         trainer.model.train(was_training)
-    return counter.get_total_flops() / len(batch["labels"])
+    return counter.get_total_flops() / len(next(iter(batch.values())))
 
 
 @torch.no_grad()

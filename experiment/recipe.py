@@ -369,6 +369,32 @@ class Recipe(Section):
                 except DataError as error:
                     raise ValueError(f"`{key}`: data.{name}: {error}") from error
 
+    def _reads_labels(self) -> dict[str, str]:
+        """The names of the data sets whose labels are read, by the recipe key that makes it so."""
+        alpha = {"distill": self.distill.training.get("alpha", 0.5), "kd": self.kd.training.get("alpha", 0.5)}
+        found = {"evaluation.iid": self.evaluation.iid, "evaluation.ood": self.evaluation.ood}
+        if self.meta is not None and not self.is_aligned:
+            found["meta.data"] = self.meta.data
+        found["teacher.data"] = self.teacher.data
+        if any(arm.init == "modules" for arm in self.arms.values()) and alpha["distill"] < 1:
+            found["distill.data"] = self.distill.data
+        for name, arm in self.arms.items():
+            if arm.supervision == "labels" or arm.training.get("alpha", alpha["kd"]) < 1:
+                found["finetune.data" if arm.data is None else f"arms.{name}.data"] = arm.data or self.finetune.data
+        return {key: name for key, name in found.items() if name is not None}
+
+    @model_validator(mode="after")
+    def _check_labels(self) -> "Recipe":
+        """Check that no phase reads labels of a set that has none."""
+        for key, name in self._reads_labels().items():
+            if name in self.data and not self.data[name].is_labeled:
+                raise ValueError(
+                    f"`{key}` is {name!r}, a set without labels ({self.data[name].source}), but labels are read "
+                    "there. Learn only from the teacher (`alpha: 1.0` in distill.training and kd.training, and arms "
+                    "with `supervision: teacher`), or give a labelled set"
+                )
+        return self
+
     @model_validator(mode="after")
     def _check(self) -> "Recipe":
         for key, name in self._uses().items():

@@ -53,7 +53,7 @@ class RunData:
         """Number of images and class names of a data set as the recipe uses it."""
         config = self.config(name)
         data = self._stream(name, config, train=False) if config.streaming else self.images(name)
-        return len(data), data.class_names
+        return len(data), data.class_names if config.is_labeled else []
 
     def config(self, name: str) -> DataConfig:
         """The recipe's section about a data set."""
@@ -76,11 +76,13 @@ class RunData:
 
     def class_names(self, name: str) -> list[str]:
         """
-        The label space of a training set.
+        The label space of a training set; for one without labels, that of the IID test set.
 
         Raises:
             `DataError`: a class has no image, so it could not be learned.
         """
+        if not self.config(name).is_labeled:
+            return self.images(self.recipe.evaluation.iid).class_names
         if self.config(name).streaming:
             if name not in self._streamed_classes:
                 self._streamed_classes[name] = self._stream(name, self.config(name), train=False).class_names
@@ -136,6 +138,8 @@ class RunData:
 
 def describe_set(name: str, images: int | None, class_names: Sequence[str]) -> str:
     """Describe a data set in one line: number of images (`None`: not published) and classes."""
+    if not class_names:
+        return f"data.{name}: {images:,} images without labels"
     classes = ", ".join([*class_names[:3], *(["…"] if len(class_names) > 3 else [])])
     count = "an unknown number of" if images is None else f"{images:,}"
     return f"data.{name}: {count} images of {len(class_names):,} classes ({classes})"

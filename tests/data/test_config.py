@@ -40,6 +40,10 @@ class TestDataConfig:
             DataConfig(**{"source": "mnist5k", **wrong})
 
     def test_options_that_the_source_would_ignore(self):
+        with pytest.raises(ValidationError, match="mixup=0.8 needs labels, which 'unlabeled:x' does not have"):
+            DataConfig(source="unlabeled:x", mixup=0.8)
+        with pytest.raises(ValidationError, match="source 'unlabeled:' has no path"):
+            DataConfig(source="unlabeled:")
         with pytest.raises(ValidationError, match="holdout=0.2 is only for imagefolder"):
             DataConfig(source="mnist5k", holdout=0.2)
         with pytest.raises(ValidationError, match="config_name='full'"):

@@ -1,9 +1,12 @@
+import os
+from pathlib import Path
+
 import numpy as np
 import pytest
 from PIL import Image
 
 from m2mkd.data import DataConfig, DataError, ImageDataset, class_counts, load_images
-from m2mkd.data.imagefolder import load_imagefolder
+from m2mkd.data.imagefolder import load_imagefolder, load_unlabeled
 
 
 class TestLoadImagefolder:
@@ -38,7 +41,7 @@ class TestLoadImagefolder:
             load_imagefolder(str(tmp_path))
 
     def test_empty_class(self, make_folder):
-        with pytest.raises(DataError, match="class folder .*bee has no images"):
+        with pytest.raises(DataError, match="the folder .*bee has no images"):
             load_imagefolder(str(make_folder({"ant": 1, "bee": 0})))
 
     @pytest.mark.parametrize("names", [["train", "test", "ood"], ["Training", "val"]])
@@ -100,3 +103,18 @@ class TestHoldout:
         assert class_counts(part) == {"ant": 3, "bee": 3} and {*part.names} < {*train.names}
         with pytest.raises(DataError, match="class 'bee' has 3 images, but samples_per_class asks for 4"):
             load_images(DataConfig(**config, samples_per_class=4))
+
+
+class TestUnlabeled:
+    def test_all_images_below_a_folder_in_the_order_of_their_paths(self, tmp_path: Path) -> None:
+        for name in ("b.png", "a.png", "deep/er/c.png"):
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (4, 4)).save(tmp_path / name)
+        data = load_unlabeled(str(tmp_path))
+        assert [os.path.relpath(name, tmp_path) for name in data.names] == ["a.png", "b.png", "deep/er/c.png"]
+
+    def test_a_folder_without_images_is_named(self, tmp_path: Path) -> None:
+        with pytest.raises(DataError, match="has no images"):
+            load_unlabeled(str(tmp_path))
+        with pytest.raises(DataError, match="nowhere is not a folder"):
+            load_unlabeled(str(tmp_path / "nowhere"))

@@ -1,5 +1,6 @@
 """Recipes whose images come from streams and from published sets, with the paper's augmentation."""
 
+import json
 from pathlib import Path
 
 import datasets
@@ -8,7 +9,7 @@ from published_sets import imagenet, renditions
 from tiny_run import CLASS_NAMES, recipe_content, tiny_recipe
 
 from m2mkd.data.imagenet_classes import imagenet_classes
-from m2mkd.errors import DataError
+from m2mkd.errors import DataError, RecipeError
 from m2mkd.experiment import runner
 from m2mkd.experiment.artifact import EVAL_RESULTS, read_results
 from m2mkd.experiment.run_data import RunData, describe_set
@@ -108,3 +109,43 @@ class TestPublishedSets:
         results = read_results(tmp_path / "run" / "arms" / "e2e", EVAL_RESULTS)
         assert results["ood"]["n"] == 4 and results["ood"]["top5_accuracy"] == 1.0  # of two classes
         assert results["iid"]["n"] == 24
+
+
+class TestUnlabelledImages:
+    """A student learns from the teacher on images that have no labels."""
+
+    @staticmethod
+    def changes(folder: Path, **words) -> dict:
+        content = recipe_content(folder)
+        pixels = {"image_size": 8, "resample": "bilinear", "augmentation": "affine"}
+        data = {**content["data"], "unlabelled": {"source": f"unlabeled:{folder / 'train'}", **pixels}}
+        distill = {"data": "unlabelled", "context": "teacher", "match": "boundary", "training": {"alpha": 1.0}}
+        return {
+            "data": data,
+            "distill": distill,
+            "finetune": {"data": "unlabelled"},
+            "kd": {"training": {"alpha": 1.0}},
+            "arms": ["kd", "m2mkd_kd"],
+            **words,
+        }
+
+    def test_a_run_reads_no_label(self, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+        runner.run(tiny_recipe(tmp_path, **self.changes(tmp_path)))
+        assert "data.unlabelled: 24 images without labels" in capsys.readouterr().out
+        report = json.loads((tmp_path / "run" / "report.json").read_text())
+        for name in ("kd", "m2mkd_kd"):
+            assert report["arms"][name]["labels"] == 0 and report["arms"][name]["images"] == 24
+            assert report["arms"][name]["iid"]["n"] == 9
+
+    @pytest.mark.parametrize(
+        ("words", "message"),
+        [
+            ({"kd": {}}, "`finetune.data` is 'unlabelled', a set without labels"),
+            ({"arms": ["e2e"]}, "`finetune.data` is 'unlabelled', a set without labels"),
+            ({"arms": [{"e2e": {"data": "unlabelled"}}]}, "`arms.e2e.data` is 'unlabelled', a set without labels"),
+            ({"evaluation": {"iid": "unlabelled"}}, "`evaluation.iid` is 'unlabelled', a set without labels"),
+        ],
+    )
+    def test_a_phase_that_reads_labels_is_refused(self, tmp_path: Path, words: dict, message: str) -> None:
+        with pytest.raises(RecipeError, match=message):
+            tiny_recipe(tmp_path, **self.changes(tmp_path, **words))

@@ -29,7 +29,8 @@ def report() -> dict[str, Any]:
             name: {
                 "arm": arm.described(),
                 "expert_load": load if name == "m2mkd" else None,
-                **{"train_flops": 8e12, "epochs": 2.0},
+                "train_flops": 8e12,
+                "epochs": 2.0,
                 "phases": {"distill": {"train_flops": 5e12}, "finetune": {"train_flops": 3e12, "epochs": 2.0}},
             }
             for name, arm in arms.items()
