@@ -12,7 +12,7 @@ from tiny_run import recipe_content
 from m2mkd import NACForImageClassification
 from m2mkd.errors import RecipeError
 from m2mkd.experiment.recipe_file import parse_recipe
-from m2mkd.experiment.report.graph import density, draw_graphs, signature_affinity
+from m2mkd.evaluation.graph import density, draw_graphs, signature_affinity
 from m2mkd.experiment.runner import run
 
 
