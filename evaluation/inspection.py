@@ -63,8 +63,8 @@ def inspect_folder(
     model, pixels = load_for_evaluation(folder)
     if type(model) not in DRAWN:
         raise StageError(
-            f"{folder} holds a {type(model).__name__}, which has no experts and no graph. Only a V-MoE or a NAC can be "
-            "inspected."
+            f"{folder} holds a {type(model).__name__}, which has no experts and no graph. Give the folder of a V-MoE "
+            "or of a NAC."
         )
     model = model.to(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu").eval()
     dataset = None

@@ -135,7 +135,7 @@ def _draw_classes(
     panels = part.subplots(1, len(shares), squeeze=False, sharey=True)[0]
     largest = max(share.nan_to_num().max().item() for share in shares.values())
     for panel, (layer, share) in zip(panels, shares.items(), strict=True):
-        image = panel.imshow(100 * share, vmin=0, vmax=100 * largest, cmap="cividis", aspect="auto")
+        image = panel.imshow(100 * share.numpy(), vmin=0, vmax=100 * largest, cmap="cividis", aspect="auto")
         panel.set_title(f"layer {layer}", fontsize=9)
         panel.set_xlabel("expert", fontsize=8)
         panel.set_xticks(range(0, share.shape[1], 1 + share.shape[1] // 16))
