@@ -16,8 +16,8 @@ from m2mkd.configuration.configuration_vmoe import VMoEConfig
 from m2mkd.evaluation.picture import Pictures, draw_below, draw_picture
 
 
-# Okabe and Ito's colors for the color-blind, without black
-COLORS = ("#e69f00", "#56b4e9", "#009e73", "#cc79a7", "#0072b2", "#d55e00", "#f0e442", "#999999")
+# Okabe and Ito's colors for the color-blind, but for black and grey, which the images have
+COLORS = ("#e69f00", "#56b4e9", "#009e73", "#cc79a7", "#0072b2", "#d55e00", "#f0e442", "#882255")
 OPACITY = (0.2, 0.85)  # from weight 0 to the largest weight of a layer
 # What a patch shows, by the kind of router.
 SHOWN = {
@@ -49,9 +49,12 @@ def draw_routing(
         note (`str`, *optional*): A line below the title.
     """
     columns = 1 + len(config.moe_layers)
-    heights = [1.9 * len(pictures) + 1.1] * bool(pictures)
+    # cells of a readable size, up to a panel of 3.4 inches
+    cells = max((_num_choices(config) * of_layer.shape[1] ** 0.5 for of_layer in weights.values()), default=0)
+    side = min(max(1.9, 0.12 * cells), 3.4)
+    heights = [side * len(pictures) + 1.1] * bool(pictures)
     heights += [1.3 + min(0.22 * len(class_names) + 0.3, 8.0)] * bool(shares)
-    figure = Figure(figsize=(max(1.9 * columns, 6.5), sum(heights)), layout="constrained", dpi=110)
+    figure = Figure(figsize=(max(side * columns, 6.5), sum(heights)), layout="constrained", dpi=110)
     parts = iter(figure.subfigures(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0])
     if pictures:
         _draw_patches(next(parts), config, pictures, weights, note)
@@ -65,7 +68,6 @@ def draw_routing(
 def _draw_patches(
     part: SubFigure, config: VMoEConfig, pictures: Pictures, weights: Mapping[int, torch.Tensor], note: str
 ) -> None:
-    num_choices = config.num_experts_per_tok if config.router_type == "token_choice" else 1
     lines = [f"Routing: each patch shows {SHOWN[config.router_type]}", "(more opaque: larger weight)", note]
     part.suptitle("\n".join(filter(None, lines)), fontsize=9)
     panels = part.subplots(len(pictures), 1 + len(weights), squeeze=False)
@@ -74,7 +76,7 @@ def _draw_patches(
     for row, (pixels, title) in enumerate(zip(pictures.pixels, pictures.titles, strict=True)):
         draw_picture(panels[row, 0], pixels, title)
     for column, (layer, of_layer) in enumerate(weights.items(), start=1):
-        top, experts = of_layer.topk(num_choices, dim=-1)
+        top, experts = of_layer.topk(_num_choices(config), dim=-1)
         dropped = (top == 0).float().mean().item()
         has_dropped |= dropped > 0
         panels[0, column].set_title(
@@ -85,6 +87,11 @@ def _draw_patches(
         for panel, pixels, chosen, opaque in zip(panels[:, column], pictures.pixels, experts, opacity, strict=True):
             _draw_cells(panel, pixels, chosen.numpy(), opaque.numpy(), config)
     _draw_legend(part, config, has_dropped)
+
+
+def _num_choices(config: VMoEConfig) -> int:
+    """Experts that a patch shows."""
+    return config.num_experts_per_tok if config.router_type == "token_choice" else 1
 
 
 def _draw_cells(panel: Axes, pixels: np.ndarray, chosen: np.ndarray, opacity: np.ndarray, config: VMoEConfig) -> None:
