@@ -113,6 +113,17 @@ class VMoERouter(nn.Module):
         """
         raise NotImplementedError
 
+    def weights_by_expert(self, noisy_logits: torch.Tensor, dropped_mask: torch.Tensor | None) -> torch.Tensor:
+        """
+        Weight of each expert's output for each token, of shape `(num_groups, group_size, num_experts)`. It is 0 where
+        the expert does not see the token, or has no room for it.
+
+        Args:
+            noisy_logits (`torch.Tensor`): Of `forward`.
+            dropped_mask (`torch.Tensor`, *optional*): Of `dispatch`.
+        """
+        raise NotImplementedError
+
     def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """
         Args:
@@ -190,6 +201,13 @@ class VMoETokenChoiceRouter(VMoELinearRouter):
             index = index + (member * noisy_logits.shape[-1])[:, None]
         return weights, index
 
+    def weights_by_expert(self, noisy_logits: torch.Tensor, dropped_mask: torch.Tensor | None) -> torch.Tensor:
+        """The softmax of each token's choices; 0 for the others and for what is dropped."""
+        weights, index = self.choose(noisy_logits)
+        if dropped_mask is not None:
+            weights = weights.masked_fill(dropped_mask, 0)
+        return weights.new_zeros(*weights.shape[:-1], self.num_experts).scatter(-1, index, weights)
+
     def load(self, choice: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]) -> torch.Tensor:
         """Number of choices of each expert, also of those that are dropped."""
         return torch.bincount(choice[3].flatten(), minlength=self.num_experts)
@@ -260,6 +278,12 @@ class VMoEExpertChoiceRouter(VMoELinearRouter):
         index = order_by(gates.detach())[..., :capacity]
         return gates.gather(-1, index), index
 
+    def weights_by_expert(self, noisy_logits: torch.Tensor, dropped_mask: torch.Tensor | None) -> torch.Tensor:
+        """The softmax over the experts, where the expert has taken the token."""
+        weights, index = self.choose(noisy_logits)
+        taken = weights.new_zeros(noisy_logits.transpose(-1, -2).shape)
+        return taken.scatter(-1, index, weights).transpose(-1, -2)
+
     def dispatch(
         self,
         experts: nn.Module,
@@ -294,6 +318,11 @@ class VMoESoftRouter(VMoERouter):
         """Weights of the slots for each token (combine), and of the tokens for each slot (dispatch)."""
         combine, dispatch = (F.softmax(noisy_logits, dim=dim, dtype=torch.float32) for dim in (-1, -2))
         return combine, dispatch
+
+    def weights_by_expert(self, noisy_logits: torch.Tensor, dropped_mask: torch.Tensor | None) -> torch.Tensor:
+        """The sum of the combine weights of an expert's slots."""
+        combine, _ = self.choose(noisy_logits)
+        return combine.unflatten(-1, (self.num_experts, -1)).sum(dim=-1)
 
     def dispatch(
         self,

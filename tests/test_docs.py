@@ -111,7 +111,7 @@ def test_the_commands_that_train_nothing_run(folder: Path) -> None:
             assert done.exit_code == 0, f"{words}: {done.output}"
             ran.add(words[1])
             shutil.rmtree("student", ignore_errors=True)
-    assert ran == {"assemble", "convert", "evaluate", "few-shot", "push", "report"}
+    assert ran == {"assemble", "convert", "evaluate", "few-shot", "inspect", "push", "report"}
 
 
 def test_the_recipes_and_overrides_of_the_others_are_valid() -> None:

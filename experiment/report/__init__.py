@@ -5,12 +5,12 @@ from pathlib import Path
 from accelerate import PartialState
 
 from m2mkd.distillation.split import stage_class_of_type
+from m2mkd.evaluation.graph import density, draw_graphs, read_graphs
 from m2mkd.experiment.machine import device_in_words
 from m2mkd.experiment.recipe import Recipe
 from m2mkd.experiment.report.cards import write_cards
 from m2mkd.experiment.report.collect import Histories, Report, collect, plain, read_histories
 from m2mkd.experiment.report.figure import render_figure
-from m2mkd.experiment.report.graph import density, draw_graphs, read_graphs
 from m2mkd.experiment.report.markdown import to_markdown
 from m2mkd.experiment.report.terminal import print_report
 from m2mkd.experiment.run_folder import RunFolder

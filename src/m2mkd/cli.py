@@ -381,6 +381,35 @@ def few_shot_command(
     _explained(work)
 
 
+@app.command("inspect")
+def inspect_command(
+    model: Annotated[str, typer.Argument(metavar="FOLDER", help="A saved V-MoE or NAC, or its id on the Hub.")],
+    out: Annotated[Path, typer.Option(help="The PNG file to write.")],
+    images: Annotated[list[str] | None, typer.Argument(metavar="IMAGE...", help="Image files.")] = None,
+    data: Annotated[str | None, typer.Option(help="A source as in a recipe: the experts of each class.")] = None,
+    split: Annotated[str | None, typer.Option(help="Split of the data. Default: the test split.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images per batch of the data.")] = 64,
+) -> None:
+    """
+    Draw what a model does with images.
+
+    m2mkd inspect runs/vmoe/arms/m2mkd cat.jpg dog.jpg --out routing.png
+
+    For a V-MoE: the experts of each patch, their weights and what is dropped, in each sparse layer.
+    With --data: the fraction of a class's patches that each expert sees. The images can then be left out.
+
+    For a NAC: where its input latents look, and the graph of its mediators.
+    """
+
+    def work() -> None:
+        from m2mkd.evaluation.inspection import inspect_folder
+
+        inspect_folder(model, images or [], out, data, split, batch_size)
+        print(f"The picture is in {out}.")
+
+    _explained(work)
+
+
 def _accuracy_pair(text: str) -> tuple[float, float]:
     iid, _, ood = text.partition(":")
     try:

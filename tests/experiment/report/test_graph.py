@@ -1,18 +1,13 @@
-"""The picture of a NAC's graph, and a whole run with a NAC."""
+"""A whole run with a NAC, and its picture of the graph."""
 
-import io
 import json
 
 import pytest
-import torch
-from PIL import Image
-from testing_utils import nac
 from tiny_run import recipe_content
 
 from m2mkd import NACForImageClassification
 from m2mkd.errors import RecipeError
 from m2mkd.experiment.recipe_file import parse_recipe
-from m2mkd.experiment.report.graph import density, draw_graphs, signature_affinity
 from m2mkd.experiment.runner import run
 
 
@@ -37,31 +32,6 @@ NAC = {
 def nac_recipe(tmp_path, **changes):
     student = {"model": {"model_type": "nac", "config": NAC}, "depths": [2, 1]}
     return parse_recipe(recipe_content(tmp_path, student=student, **changes), "the tiny NAC recipe")
-
-
-def test_affinity_follows_the_signatures() -> None:
-    model = nac(kernel_truncation=0.9, kernel_bandwidth=0.5)
-    affinity = signature_affinity(model)
-    signatures = torch.nn.functional.normalize(
-        torch.cat((model.nac.input_latents.signatures, model.nac.mediator_latents.signatures)), dim=-1
-    )
-    distance = 1 - signatures[3:] @ signatures.T
-    expected = torch.where(distance <= 0.9, (-distance / 0.5).exp(), 0.0)
-    torch.testing.assert_close(affinity, expected.detach(), atol=1e-6, rtol=1e-5)
-
-
-def test_density_leaves_out_inputs_and_the_latents_themselves() -> None:
-    affinity = torch.tensor([[1.0, 1.0, 0.5, 0.0], [1.0, 0.0, 1.0, 0.0], [1.0, 0.2, 0.3, 1.0]])
-    assert density(affinity) == pytest.approx(3 / 6)
-
-
-def test_one_panel_a_model() -> None:
-    one, three = (
-        Image.open(io.BytesIO(draw_graphs({str(index): signature_affinity(nac(index)) for index in range(count)})))
-        for count in (1, 3)
-    )
-    assert three.width > 2 * one.width
-    assert len(three.convert("RGB").getcolors(maxcolors=2**20)) > 10
 
 
 def test_a_whole_run(tmp_path) -> None:

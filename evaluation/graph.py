@@ -6,11 +6,16 @@ from pathlib import Path
 
 import matplotlib
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 
 from m2mkd.distillation.load import load_network
 from m2mkd.distillation.split import new_network
 from m2mkd.modeling.modeling_nac import NACForImageClassification
+
+
+AFFINITY = "affinity exp(−distance / bandwidth)"
 
 
 @torch.no_grad()
@@ -47,9 +52,22 @@ def read_graphs(arms: Mapping[str, Path], depths: Sequence[int], seed: int) -> d
     return {name: signature_affinity(model) for name, model in {"before training": before, **models}.items()}
 
 
+def draw_graph(panel: Axes, title: str, affinity: torch.Tensor) -> AxesImage:
+    """Draw a signature-kernel adjacency (see [`signature_affinity`]); what is not connected stays grey."""
+    num_mediators, num_senders = affinity.shape
+    shown = affinity.masked_fill(affinity == 0, torch.nan)
+    image = panel.imshow(shown.numpy(), vmin=0, vmax=1, cmap="viridis_r", interpolation="nearest", aspect="auto")
+    panel.set_facecolor("#f3f3f3")
+    if num_senders > num_mediators:
+        panel.axvline(num_senders - num_mediators - 0.5, color="#888888", linewidth=0.8)
+    panel.set_title(f"{title}: {100 * density(affinity):.0f} % connected", fontsize=10)
+    panel.set_xlabel("senders: input latents | mediators" if num_senders > num_mediators else "mediators")
+    return image
+
+
 def draw_graphs(affinities: Mapping[str, torch.Tensor]) -> bytes:
     """
-    Draw the signature-kernel adjacency as PNG, with one panel per model.
+    Draw the graphs of several models as PNG, one panel each.
 
     Args:
         affinities (`Mapping[str, torch.Tensor]`): By title, see [`signature_affinity`].
@@ -59,17 +77,8 @@ def draw_graphs(affinities: Mapping[str, torch.Tensor]) -> bytes:
         figure = Figure(figsize=(3.1 * len(affinities) + 0.8, 3.3), layout="constrained", dpi=130)
         panels = figure.subplots(1, len(affinities), squeeze=False)[0]
         for panel, (title, affinity) in zip(panels, affinities.items(), strict=True):
-            num_mediators, num_senders = affinity.shape
-            shown = affinity.masked_fill(affinity == 0, torch.nan)
-            image = panel.imshow(
-                shown.numpy(), vmin=0, vmax=1, cmap="viridis_r", interpolation="nearest", aspect="auto"
-            )
-            panel.set_facecolor("#f3f3f3")
-            if num_senders > num_mediators:
-                panel.axvline(num_senders - num_mediators - 0.5, color="#888888", linewidth=0.8)
-            panel.set_title(f"{title}: {100 * density(affinity):.0f} % connected", fontsize=10)
-            panel.set_xlabel("senders: input latents | mediators" if num_senders > num_mediators else "mediators")
+            image = draw_graph(panel, title, affinity)
         panels[0].set_ylabel("mediators")
-        figure.colorbar(image, ax=panels, label="affinity exp(−distance / bandwidth)", shrink=0.9)
+        figure.colorbar(image, ax=panels, label=AFFINITY, shrink=0.9)
         figure.savefig(picture, format="png")
     return picture.getvalue()
