@@ -52,6 +52,12 @@ _LOSSES = ("router_importance_loss_coef", "router_load_loss_coef", "router_gshar
     the MLP ([Scaling Vision with Sparse Mixture of Experts](https://huggingface.co/papers/2106.05974)). The defaults
     are V-MoE-Base as distilled in [m2mKD](https://huggingface.co/papers/2402.16918): 12 layers, all of them sparse,
     8 experts, top-2.
+
+    Processes that `torchrun` starts can share a model, by `distributed_config=DistributedConfig(...)` in
+    `from_pretrained`: `tp_size` (attention and dense MLPs) or `fsdp_size` (shards of everything), and with it
+    `ep_size` (whole experts; it must divide `num_experts`). Limits of transformers 5.23 and torch: `ep_size` without
+    `tp_size` or `fsdp_size` is refused; a `Trainer` saves no optimizer for such a model and asks for
+    `save_only_model=True`; FSDP2 refuses the scalar parameter of `router_type="soft"`.
     """
 )
 @strict
@@ -155,6 +161,29 @@ class VMoEConfig(BackboneConfigMixin, PreTrainedConfig):
         "dropped",
         "member_logits",
     ]
+    # the experts are split by expert only: the sum of split experts would add the bias of `down_proj` once a process
+    base_model_tp_plan = {
+        "layers.*.attention.q_proj": "colwise",
+        "layers.*.attention.k_proj": "colwise",
+        "layers.*.attention.v_proj": "colwise",
+        "layers.*.attention.q_norm": "replicated_with_grad_allreduce",
+        "layers.*.attention.k_norm": "replicated_with_grad_allreduce",
+        "layers.*.attention.o_proj": "rowwise",
+        "layers.*.mlp.fc1": "colwise",
+        "layers.*.mlp.fc2": "rowwise",
+    }
+    base_model_ep_plan = {
+        "layers.*.mlp.experts.up_proj": "grouped_gemm",
+        "layers.*.mlp.experts.up_proj_bias": "grouped_gemm",
+        "layers.*.mlp.experts.down_proj": "grouped_gemm",
+        "layers.*.mlp.experts.down_proj_bias": "grouped_gemm",
+        "layers.*.mlp.experts": "ep_dispatch_experts",
+    }
+    base_model_fsdp_plan = {
+        "embeddings": "free_full_weight",
+        "layers.*": "free_full_weight",
+        "layernorm": "keep_full_weight",
+    }
 
     hidden_size: int = 768
     num_hidden_layers: int = 12
