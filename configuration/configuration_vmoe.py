@@ -353,6 +353,11 @@ class VMoEConfig(BackboneConfigMixin, PreTrainedConfig):
                 f"`num_ensemble_members` {members} needs `router_type` 'token_choice' and a sparse layer, but "
                 f"`router_type` is '{self.router_type}' and `moe_layers` {self.moe_layers}."
             )
+        if self.problem_type not in (None, "single_label_classification"):
+            raise ValueError(
+                f"`num_ensemble_members` {members} averages the members' softmax over the classes, but `problem_type` "
+                f"is '{self.problem_type}'. Set it to 'single_label_classification', or use one member."
+            )
         if self.num_experts_per_tok > self.num_experts // members:
             raise ValueError(
                 f"`num_experts_per_tok` is {self.num_experts_per_tok}, but each of the {members} members "
