@@ -286,7 +286,7 @@ class VMoEConfig(BackboneConfigMixin, PreTrainedConfig):
 
     def validate_experts(self) -> None:
         """Check the indices of the sparse layers and the routing in them."""
-        self._validate_layer_indices("moe_layers")
+        _check_layer_indices(self, "moe_layers")
         if not 1 <= self.num_experts_per_tok <= self.num_experts:
             raise ValueError(
                 "`num_experts >= num_experts_per_tok >= 1` is required, but `num_experts` is "
@@ -383,21 +383,22 @@ class VMoEConfig(BackboneConfigMixin, PreTrainedConfig):
 
     def validate_stitches(self) -> None:
         """Check that stitches kept in the model have a width and are at existing layers."""
-        self._validate_layer_indices("pre_stitch_layers")
-        self._validate_layer_indices("post_stitch_layers")
+        _check_layer_indices(self, "pre_stitch_layers")
+        _check_layer_indices(self, "post_stitch_layers")
         if (self.pre_stitch_layers or self.post_stitch_layers) and self.stitch_size is None:
             raise ValueError(
                 f"`pre_stitch_layers` {self.pre_stitch_layers} and `post_stitch_layers` {self.post_stitch_layers} "
                 "need `stitch_size`, the width outside the stitches."
             )
 
-    def _validate_layer_indices(self, field: str) -> None:
-        indices = getattr(self, field) or []
-        if len(set(indices)) != len(indices) or any(not 0 <= i < self.num_hidden_layers for i in indices):
-            raise ValueError(
-                f"`{field}` must be different layer indices from 0 to {self.num_hidden_layers - 1} "
-                f"(`num_hidden_layers` is {self.num_hidden_layers}), but is {indices}."
-            )
+
+def _check_layer_indices(config: VMoEConfig, field: str) -> None:
+    indices = getattr(config, field) or []
+    if len(set(indices)) != len(indices) or any(not 0 <= i < config.num_hidden_layers for i in indices):
+        raise ValueError(
+            f"`{field}` must be different layer indices from 0 to {config.num_hidden_layers - 1} "
+            f"(`num_hidden_layers` is {config.num_hidden_layers}), but is {indices}."
+        )
 
 
 def _pair(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
