@@ -52,6 +52,12 @@ _LOSSES = ("router_importance_loss_coef", "router_load_loss_coef", "router_gshar
     the MLP ([Scaling Vision with Sparse Mixture of Experts](https://huggingface.co/papers/2106.05974)). The defaults
     are V-MoE-Base as distilled in [m2mKD](https://huggingface.co/papers/2402.16918): 12 layers, all of them sparse,
     8 experts, top-2.
+
+    Processes that `torchrun` starts can share a model, by `distributed_config=DistributedConfig(...)` in
+    `from_pretrained`: `tp_size` (attention and dense MLPs) or `fsdp_size` (shards of everything), and with it
+    `ep_size` (whole experts; it must divide `num_experts`). Limits of transformers 5.23 and torch: `ep_size` without
+    `tp_size` or `fsdp_size` is refused; a `Trainer` saves no optimizer for such a model and asks for
+    `save_only_model=True`; FSDP2 refuses the scalar parameter of `router_type="soft"`.
     """
 )
 @strict
@@ -155,6 +161,29 @@ class VMoEConfig(BackboneConfigMixin, PreTrainedConfig):
         "dropped",
         "member_logits",
     ]
+    # the experts are split by expert only: the sum of split experts would add the bias of `down_proj` once a process
+    base_model_tp_plan = {
+        "layers.*.attention.q_proj": "colwise",
+        "layers.*.attention.k_proj": "colwise",
+        "layers.*.attention.v_proj": "colwise",
+        "layers.*.attention.q_norm": "replicated_with_grad_allreduce",
+        "layers.*.attention.k_norm": "replicated_with_grad_allreduce",
+        "layers.*.attention.o_proj": "rowwise",
+        "layers.*.mlp.fc1": "colwise",
+        "layers.*.mlp.fc2": "rowwise",
+    }
+    base_model_ep_plan = {
+        "layers.*.mlp.experts.up_proj": "grouped_gemm",
+        "layers.*.mlp.experts.up_proj_bias": "grouped_gemm",
+        "layers.*.mlp.experts.down_proj": "grouped_gemm",
+        "layers.*.mlp.experts.down_proj_bias": "grouped_gemm",
+        "layers.*.mlp.experts": "ep_dispatch_experts",
+    }
+    base_model_fsdp_plan = {
+        "embeddings": "free_full_weight",
+        "layers.*": "free_full_weight",
+        "layernorm": "keep_full_weight",
+    }
 
     hidden_size: int = 768
     num_hidden_layers: int = 12
@@ -257,7 +286,7 @@ class VMoEConfig(BackboneConfigMixin, PreTrainedConfig):
 
     def validate_experts(self) -> None:
         """Check the indices of the sparse layers and the routing in them."""
-        self._validate_layer_indices("moe_layers")
+        _check_layer_indices(self, "moe_layers")
         if not 1 <= self.num_experts_per_tok <= self.num_experts:
             raise ValueError(
                 "`num_experts >= num_experts_per_tok >= 1` is required, but `num_experts` is "
@@ -324,6 +353,11 @@ class VMoEConfig(BackboneConfigMixin, PreTrainedConfig):
                 f"`num_ensemble_members` {members} needs `router_type` 'token_choice' and a sparse layer, but "
                 f"`router_type` is '{self.router_type}' and `moe_layers` {self.moe_layers}."
             )
+        if self.problem_type not in (None, "single_label_classification"):
+            raise ValueError(
+                f"`num_ensemble_members` {members} averages the members' softmax over the classes, but `problem_type` "
+                f"is '{self.problem_type}'. Set it to 'single_label_classification', or use one member."
+            )
         if self.num_experts_per_tok > self.num_experts // members:
             raise ValueError(
                 f"`num_experts_per_tok` is {self.num_experts_per_tok}, but each of the {members} members "
@@ -349,21 +383,22 @@ class VMoEConfig(BackboneConfigMixin, PreTrainedConfig):
 
     def validate_stitches(self) -> None:
         """Check that stitches kept in the model have a width and are at existing layers."""
-        self._validate_layer_indices("pre_stitch_layers")
-        self._validate_layer_indices("post_stitch_layers")
+        _check_layer_indices(self, "pre_stitch_layers")
+        _check_layer_indices(self, "post_stitch_layers")
         if (self.pre_stitch_layers or self.post_stitch_layers) and self.stitch_size is None:
             raise ValueError(
                 f"`pre_stitch_layers` {self.pre_stitch_layers} and `post_stitch_layers` {self.post_stitch_layers} "
                 "need `stitch_size`, the width outside the stitches."
             )
 
-    def _validate_layer_indices(self, field: str) -> None:
-        indices = getattr(self, field) or []
-        if len(set(indices)) != len(indices) or any(not 0 <= i < self.num_hidden_layers for i in indices):
-            raise ValueError(
-                f"`{field}` must be different layer indices from 0 to {self.num_hidden_layers - 1} "
-                f"(`num_hidden_layers` is {self.num_hidden_layers}), but is {indices}."
-            )
+
+def _check_layer_indices(config: VMoEConfig, field: str) -> None:
+    indices = getattr(config, field) or []
+    if len(set(indices)) != len(indices) or any(not 0 <= i < config.num_hidden_layers for i in indices):
+        raise ValueError(
+            f"`{field}` must be different layer indices from 0 to {config.num_hidden_layers - 1} "
+            f"(`num_hidden_layers` is {config.num_hidden_layers}), but is {indices}."
+        )
 
 
 def _pair(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:

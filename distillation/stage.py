@@ -65,6 +65,11 @@ class Stage(nn.Module):
         return modules
 
     @classmethod
+    def classifiers_of(cls, model: PreTrainedModel) -> list[nn.Module]:
+        """The heads of a model."""
+        return [model.classifier]
+
+    @classmethod
     def count_layers(cls, model: PreTrainedModel) -> int:
         """Count the layers of a model, which the depths of its stages must add up to."""
         raise NotImplementedError

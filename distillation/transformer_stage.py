@@ -104,6 +104,11 @@ class TransformerStage(Stage):
         self._head = tuple(self._attach(model, *head))
 
     @classmethod
+    def classifiers_of(cls, model: PreTrainedModel) -> list[nn.Module]:
+        """The heads of a model: a distilled DeiT has two."""
+        return [model.get_submodule(name) for name in _ARCHITECTURES[type(model).__name__].classifiers]
+
+    @classmethod
     def count_layers(cls, model: PreTrainedModel) -> int:
         """Count the transformer layers of a model."""
         return len(model.get_submodule(_ARCHITECTURES[type(model).__name__].layers))

@@ -143,18 +143,27 @@ def _features(
     batch_size: int,
     screen: Screen,
 ) -> dict[int, torch.Tensor]:
-    """Input of the model's classifier for each image that an episode needs, `(hidden_size,)`, by position."""
+    """
+    What the model's classifiers read of each image that an episode needs, side by side for several heads and for the
+    members of an ensemble, `(width,)`, by position.
+    """
     needed = np.unique(np.concatenate(indices)).tolist()
+    rows: list[torch.Tensor] = []
     seen: list[torch.Tensor] = []
-    hook = model.classifier.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    classifiers = stage_class(type(model)).classifiers_of(model)
+    hooks = [each.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0])) for each in classifiers]
     try:
         batches = DataLoader(Subset(dataset, needed), batch_size=batch_size)
         for batch in screen.track(f"features of {len(needed):,} images", batches, len(batches)):
-            model(batch["pixel_values"].to(model.device))
+            pixels = batch["pixel_values"].to(model.device)
+            model(pixels)
+            # a NAC without pooling reads the first of its output latents; the members of an image are neighbours
+            read = [states[:, 0] if states.ndim == 3 else states.reshape(len(pixels), -1) for states in seen]
+            rows.extend(torch.cat(read, dim=1).float().cpu())
+            seen.clear()
     finally:
-        hook.remove()
-    # a NAC without pooling reads the first of its output latents
-    rows = torch.cat([states[:, 0] if states.ndim == 3 else states for states in seen]).float().cpu()
+        for hook in hooks:
+            hook.remove()
     return dict(zip(needed, rows, strict=True))
 
 

@@ -110,7 +110,7 @@ class VMoEAttention(nn.Module):
             scaling=self.scaling,
             **kwargs,
         )
-        return self.o_proj(attn_output.reshape(query_states.shape).contiguous()), attn_weights
+        return self.o_proj(attn_output.flatten(-2).contiguous()), attn_weights
 
 
 class VMoEMLP(nn.Module):
@@ -169,13 +169,15 @@ class VMoEExperts(nn.Module):
             rows (`torch.Tensor` of shape `(num_groups, num_experts * num_rows, hidden_size)`): Of each group, the rows
                 of the first expert, then those of the second one, and so on.
         """
-        groups = rows.unflatten(1, (self.num_experts, -1))
+        # with expert parallelism `self.num_experts` counts those of this process
+        num_experts = self.config.num_experts
+        groups = rows.unflatten(1, (num_experts, -1))
         hidden = groups.transpose(0, 1).flatten(1, 2)
         backend = EXPERTS_INTERFACE.get_interface(self.config._experts_implementation, None)
-        if backend is not None:
-            expert = torch.arange(self.num_experts, device=rows.device).repeat_interleave(hidden.shape[1])[:, None]
-            hidden = backend(self, hidden.flatten(0, 1), expert, torch.ones_like(expert, dtype=rows.dtype))
-            hidden = hidden.unflatten(0, (self.num_experts, -1))
+        if backend is not None or self._is_expert_parallel:
+            expert = torch.arange(num_experts, device=rows.device).repeat_interleave(hidden.shape[1])[:, None]
+            hidden = self(hidden.flatten(0, 1), expert, torch.ones_like(expert, dtype=rows.dtype))
+            hidden = hidden.unflatten(0, (num_experts, -1))
         else:
             hidden = torch.baddbmm(self.up_proj_bias[:, None], hidden, self.up_proj.transpose(1, 2))
             hidden = torch.baddbmm(self.down_proj_bias[:, None], self.act_fn(hidden), self.down_proj.transpose(1, 2))

@@ -194,7 +194,10 @@ def _read_result(folder: Path) -> Result:
     load = evaluation.get("expert_load")
     if load is not None and not _is_load(load):
         raise _damaged(path, "`expert_load` does not give the fraction of each expert by layer")
-    return {**{split: _scores(evaluation, split, path) for split in ("iid", "ood")}, **costs, "expert_load": load}
+    # a run of an older version does not say
+    dropped = None if evaluation.get("dropped") is None else _number(evaluation, "dropped", path, highest=1)
+    scores = {split: _scores(evaluation, split, path) for split in ("iid", "ood")}
+    return {**scores, **costs, "expert_load": load, "dropped": dropped}
 
 
 def _read_costs(folder: Path) -> Result:

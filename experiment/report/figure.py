@@ -180,4 +180,6 @@ def _draw_load(axes: Axes, report: Report, named: tuple[str, dict[str, list[floa
     bar = axes.figure.colorbar(image, ax=axes, ticks=[0, 0.5, 1, top], format="%.2g")
     bar.set_label("fraction relative to uniform (1 = balanced)")
     uniform = f", uniform: {100 / width:.3g} %" if len({len(row) for row in relative}) == 1 else ""
-    return f"Expert load of {arm}, seed {report['seed']} (% of the tokens' choices{uniform})"
+    dropped = report["arms"][arm].get("dropped")
+    lost = "" if dropped is None else f", dropped: {100 * dropped:.3g} %"
+    return f"Expert load of {arm}, seed {report['seed']} (% of the tokens' choices{uniform}{lost})"

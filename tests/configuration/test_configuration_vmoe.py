@@ -112,6 +112,12 @@ class TestVMoEConfig:
                 {"num_ensemble_members": 2, "moe_layers": []}, "num_ensemble_members", "a sparse layer", id="dense_e3"
             ),
             pytest.param(
+                {"num_ensemble_members": 2, "problem_type": "multi_label_classification"},
+                "problem_type",
+                "softmax over the classes",
+                id="e3_labels",
+            ),
+            pytest.param(
                 {"num_ensemble_members": 2, "router_group_size": 5},
                 "router_group_size",
                 "a multiple of",

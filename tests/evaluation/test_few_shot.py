@@ -1,4 +1,5 @@
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -6,7 +7,8 @@ import pytest
 import torch
 from published_sets import picture
 from scipy import stats
-from testing_utils import nac, snapshot, vit, vmoe
+from testing_utils import NoiseImages, nac, snapshot, vit, vit_config, vmoe
+from transformers import DeiTConfig, DeiTForImageClassificationWithTeacher
 from typer.testing import CliRunner
 
 from m2mkd.cli import app
@@ -41,6 +43,19 @@ class TestFewShot:
         assert result["head"]["optimizer"] == ("sgd" if model is nac else "adamw")
         assert few_shot(folder, images, ways=4, shots=2, episodes=5) == result
         assert few_shot(folder, images, ways=4, shots=2, episodes=2)["episodes"] == result["episodes"][:2]
+
+    @pytest.mark.parametrize("name", ["ensemble", "two heads"])
+    def test_a_head_reads_all_members_or_all_tokens(self, tmp_path, images, name):
+        if name == "ensemble":
+            model = vmoe(num_ensemble_members=2, num_experts_per_tok=1)
+        else:
+            model = DeiTForImageClassificationWithTeacher(DeiTConfig(**vit_config().to_dict())).eval()
+        dataset = NoiseImages(6)
+        features = few_shot_module._features(model, dataset, [np.arange(6)], 4, Screen(sys.stderr))
+        states = model.base_model(dataset.pixel_values).last_hidden_state
+        read = states[:, 0].unflatten(0, (6, 2)) if name == "ensemble" else states[:, :2]
+        torch.testing.assert_close(torch.stack(list(features.values())), read.flatten(1).detach())
+        assert len(few_shot(saved(tmp_path / "model", model), images, ways=4, shots=2, episodes=2)["episodes"]) == 2
 
     def test_features_are_computed_once_and_the_model_stays(self, tmp_path, images, monkeypatch):
         folder = saved(tmp_path / "model", vit())

@@ -43,7 +43,7 @@ class TestTestSets:
         assert other_classes.has_test_set("iid", "labelled") and not other_classes.has_test_set("iid", "train")
 
     def test_a_model_of_other_classes_has_no_results(self, other_classes: Session) -> None:
-        assert other_classes.evaluate(None, "train") == {"iid": None, "ood": None, "expert_load": None}
+        assert set(other_classes.evaluate(None, "train").values()) == {None}
 
 
 def test_the_log_has_no_clocks_and_nothing_that_is_not_finite() -> None:

@@ -219,6 +219,15 @@ class TestErrors:
         with pytest.raises(RunError, match="expert_load"):
             collect_all(run_folder)
 
+    @pytest.mark.parametrize("dropped", [None, 0.25])
+    def test_dropped_choices(self, run_folder, dropped):
+        path = run_folder / "arms" / "e2e" / "eval_results.json"
+        write(path, {**json.loads(path.read_text()), "dropped": dropped})
+        assert collect_all(run_folder)["arms"]["e2e"]["dropped"] == dropped
+        write(path, {**json.loads(path.read_text()), "dropped": 1.5})
+        with pytest.raises(RunError, match="`dropped` should be a number of at least 0 and at most 1"):
+            collect_all(run_folder)
+
     @pytest.mark.parametrize("index", [0, 1])
     def test_a_missing_pair_is_not_passed_over(self, run_folder, index):
         (run_folder / "pairs" / str(index) / "train_results.json").unlink()
