@@ -1,0 +1,77 @@
+"""The figures of README that come from the committed studies, as README writes them."""
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+
+STUDIES = Path(__file__).resolve().parents[1] / "docs" / "studies"
+PASSES = (
+    "distill.training.num_train_epochs",
+    "upcycle.training.num_train_epochs",
+    "finetune.training.num_train_epochs",
+)
+
+
+def read(name: str) -> dict[str, Any]:
+    return json.loads((STUDIES / name / "study.json").read_text())
+
+
+def accuracies(point: dict[str, Any]) -> list[str]:
+    """IID and OOD: mean ± standard deviation in %."""
+    columns = [[100 * own[split] for own in point["seeds"].values()] for split in ("iid", "ood")]
+    return [f"{statistics.fmean(values):.1f} ± {statistics.stdev(values):.1f}" for values in columns]
+
+
+def passes(point: dict[str, Any]) -> str:
+    return " + ".join(str(point["values"][key]) for key in PASSES if point["values"].get(key))
+
+
+def row(name: str, point: dict[str, Any]) -> str:
+    own = list(point["seeds"].values())
+    tera = statistics.fmean(result["train_flops"] for result in own) / 1e12
+    return f"| `{name}` | {passes(point)} | {' | '.join(accuracies(point))} | {tera:.2f} | {own[0]['labels']:,} |"
+
+
+def rows(name: str) -> list[str]:
+    """The rows of README's table of a study."""
+    header = ["| arm | passes | IID % | OOD % | TFLOPs | labels |", "|---|---|---:|---:|---:|---:|"]
+    return header + [row(arm, point) for arm, curve in read(name)["curves"].items() for point in curve["points"]]
+
+
+def short(name: str, arm: str, number: str) -> str:
+    """The accuracies of one point, of a number of passes."""
+    point = next(point for point in read(name)["curves"][arm]["points"] if passes(point) == number)
+    iid, ood = (text.split(" ")[0] for text in accuracies(point))
+    return f"{iid} / {ood}"
+
+
+def difference(name: str, arm: str, number: str, split: str) -> str:
+    """The difference of one point from the baseline, with its interval."""
+    entry = next(e for e in read(name)["comparisons"] if e["curve"] == arm and passes(e) == number)[split]
+    mean, low, high = (f"{100 * value:+.1f}".replace("-", "−") for value in (entry["mean"], *entry["interval"]))
+    return f"{mean} [{low}, {high}]"
+
+
+def facts() -> dict[str, str]:
+    """The figures in README's text, by their place."""
+    v, n = "vmoe_digits", "nac_digits"
+    own = [entry for entry in read(v)["comparisons"] if entry["curve"] == "m2mkd_kd_own"]
+    worst = max(0.0, *(-100 * entry[split]["mean"] for entry in own for split in ("iid", "ood")))
+    return {
+        "d20": difference(v, "m2mkd_kd_own", "5 + 15", "ood"),
+        "worst": f"{worst:.1f}",
+        "only": f"{difference(v, 'modules_only', '20', 'iid')} IID, {difference(v, 'modules_only', '20', 'ood')} OOD",
+        "e2e40": short(v, "e2e_all", "40"),
+        "kd40": short(v, "kd", "40"),
+        "own20": short(v, "m2mkd_kd_own", "5 + 15"),
+        "kd20": short(v, "kd", "20"),
+        "only20": short(v, "modules_only", "20"),
+        "up20": short(v, "upcycle_kd", "10 + 10"),
+        "nac": f"10 passes: {short(n, 'm2mkd_kd', '3 + 7')}, `kd`: {short(n, 'kd', '10')}",
+        "n10i": difference(n, "m2mkd_kd", "3 + 7", "iid"),
+        "n10o": difference(n, "m2mkd_kd", "3 + 7", "ood"),
+        "n20i": difference(n, "m2mkd_kd", "5 + 15", "iid"),
+        "n20o": difference(n, "m2mkd_kd", "5 + 15", "ood"),
+    }
