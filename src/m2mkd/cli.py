@@ -31,6 +31,7 @@ def main_options(
     """Modular vision models, distilled module by module."""
 
 
+_TAKE_OVER = "Take over what a process on another host was making, if it has ended there."
 # Everything that is not a parameter of a command is a value of the recipe.
 _OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
 
@@ -46,6 +47,10 @@ def run_command(
         str, typer.Option(help="TFLOP/s per GPU for --plan. 'measured': measure this machine.")
     ] = "",
     gpus: Annotated[int | None, typer.Option(help="GPUs for --plan. Default: one per process.")] = None,
+    phase: Annotated[
+        str | None, typer.Option(help="Run only this phase: meta, teacher, pairs/3, arms/kd, seeds/5/arms/kd, …")
+    ] = None,
+    take_over: Annotated[bool, typer.Option("--take-over", help=_TAKE_OVER)] = False,
     is_list: Annotated[
         bool, typer.Option("--list", help="List the embedded recipe and those in the folder recipes; run nothing.")
     ] = False,
@@ -84,7 +89,7 @@ def run_command(
             return
         from m2mkd.experiment.runner import run
 
-        report = run(recipe)
+        report = run(recipe, phase, take_over)
         if report is not None:
             _print_once(f"The report is in {report} (report.json and report.png are in the same folder).")
 
@@ -98,6 +103,7 @@ def study_command(
     plan: Annotated[bool, typer.Option("--plan", help="Print what it would cost; train nothing.")] = False,
     only_report: Annotated[bool, typer.Option("--report", help="Report the finished seeds; train nothing.")] = False,
     processes: Annotated[int | None, typer.Option(min=1, help="Phases at once. Default: as in a run.")] = None,
+    take_over: Annotated[bool, typer.Option("--take-over", help=_TAKE_OVER)] = False,
 ) -> None:
     """
     Run a study: every arm with every value and seed, then accuracy against compute, with intervals.
@@ -118,7 +124,7 @@ def study_command(
             print_study_plan(spec, points)
             return
         if not only_report:
-            run_study(points, processes)
+            run_study(points, processes, take_over)
         _print_once(f"The study is in {report_study(spec, points)} (study.json and study.png are in the same folder).")
 
     _explained(work, "Finished phases are kept; run the same command again to go on.")
