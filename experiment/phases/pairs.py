@@ -147,6 +147,10 @@ class PairsPhase(Phase):
 
             write_folder(self._folder(index), write)
 
+    def costs_of_own(self, costs: list["PhaseCost"]) -> list["PhaseCost"]:
+        """The cost of the pair, if it is one; otherwise of all together, which comes last."""
+        return [costs[self.asked[0]] if len(self.asked) == 1 else costs[-1]]
+
     def cost(self, costs: "Costs") -> list["PhaseCost"]:
         """Cost of `pair <i>`, each alone in its own process, and of `pairs`, all together."""
         spec = self.recipe.distill

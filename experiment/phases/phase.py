@@ -83,6 +83,10 @@ class Phase(ABC):
     def cost(self, costs: "Costs") -> list["PhaseCost"]:
         """Cost of running it, part by part, counted on the meta device."""
 
+    def costs_of_own(self, costs: list["PhaseCost"]) -> list["PhaseCost"]:
+        """Of its costs, part by part, those of what this run makes."""
+        return costs
+
     def tested_on(self) -> tuple[str, ...]:
         """Names of the recipe's test sets."""
         evaluation = self.recipe.evaluation

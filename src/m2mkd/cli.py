@@ -76,9 +76,7 @@ def run_command(
             for name, sentence in list_recipes().items():
                 _print_once(f"{name}: {sentence}")
             return
-        # not a parameter of the command: click would take the value of the first override for it
-        has_recipe = bool(context.args) and not context.args[0].startswith("--")
-        path, options = (context.args[0], context.args[1:]) if has_recipe else (None, context.args)
+        path, options = _recipe_and_options(context.args)
         recipe = load_recipe(path, _overrides(options))
         if miniature:
             from m2mkd.experiment.miniature import make_miniature
@@ -94,6 +92,30 @@ def run_command(
             _print_once(f"The report is in {report} (report.json and report.png are in the same folder).")
 
     _explained(work, "Finished phases are kept; run the same command again to go on.")
+
+
+@app.command("slurm", context_settings=_OVERRIDES, options_metavar="[RECIPE.yaml] [--key.sub value]...")
+def slurm_command(
+    context: typer.Context,
+    gpus: Annotated[int, typer.Option(min=0, help="GPUs of each job.")] = 1,
+    throughput: Annotated[float, typer.Option(min=1e-6, help="TFLOP/s per GPU, for the time limits.")] = 100.0,
+) -> None:
+    """
+    Print a script that submits the unfinished phases of a recipe to Slurm, each after those that it reads.
+
+    m2mkd slurm RECIPE.yaml --gpus 1 > submit.sh && bash submit.sh
+
+    Pairs and arms are job arrays. Time and memory come from the plan. All nodes must see the recipe and output_dir.
+    """
+
+    def work() -> None:
+        from m2mkd.experiment.recipe_file import load_recipe
+        from m2mkd.experiment.slurm import slurm_script
+
+        path, options = _recipe_and_options(context.args)
+        print(slurm_script(load_recipe(path, _overrides(options)), context.args, gpus, throughput), end="")
+
+    _explained(work)
 
 
 @app.command("study", context_settings=_OVERRIDES)
@@ -436,6 +458,12 @@ def _print_plan(recipe: Any, throughput: str, gpus: int | None) -> None:
     with Console(stderr=True).status("Counting a step of each phase"):
         plan = make_plan(recipe, gpus or processes)
     print_plan(plan, value, how)
+
+
+def _recipe_and_options(arguments: list[str]) -> tuple[str | None, list[str]]:
+    # not a parameter of the command: click would take the value of the first override for it
+    has_recipe = bool(arguments) and not arguments[0].startswith("--")
+    return (arguments[0], arguments[1:]) if has_recipe else (None, arguments)
 
 
 def _overrides(arguments: list[str]) -> dict[str, Any]:
