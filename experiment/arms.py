@@ -63,8 +63,8 @@ PRESETS = {
     "upcycle_kd": ArmSpec(init="upcycled", supervision="teacher"),
 }
 DEFAULT_ARMS = ("e2e", "kd", "m2mkd")
-# The arm that `m2mkd push` takes if none is named.
-PUSHED = "m2mkd"
+# The arm whose compute the baselines of old results have.
+_COMPARED = "m2mkd"
 # Okabe and Ito's colors, which color-blind readers can distinguish. A recipe's own arms take the further ones in turn.
 _COLORS = {
     "e2e": "#0072B2",
@@ -278,7 +278,7 @@ def arm_of_folder(
     base = name.removesuffix(_EQUAL_COMPUTE)
     if base not in PRESETS:
         return None
-    return resolve({base: PRESETS[base], PUSHED: PRESETS[PUSHED]}, base != name, recipe).get(name)
+    return resolve({base: PRESETS[base], _COMPARED: PRESETS[_COMPARED]}, base != name, recipe).get(name)
 
 
 def reference(arms: Sequence[Arm]) -> Arm | None:

@@ -11,6 +11,7 @@ from m2mkd.errors import RecipeError, RunError
 from m2mkd.experiment.arms import Arm, arm_of_folder
 from m2mkd.experiment.artifact import is_finished, read_noted_recipe, read_results
 from m2mkd.experiment.dependence import TRAINING, depends, is_free
+from m2mkd.experiment.one_writer import other_writers
 from m2mkd.experiment.phases import Phase, phases_of
 from m2mkd.experiment.recipe import Recipe
 from m2mkd.experiment.recipe_file import parse_recipe
@@ -28,7 +29,8 @@ def claim_folder(recipe: Recipe) -> None:
     data changed are deleted.
 
     Raises:
-        `RunError`: a finished phase depends on a key that changed, or the folder cannot be written.
+        `RunError`: a finished phase, or one that another process makes, depends on a key that changed, or the folder
+            cannot be written.
     """
     folder = RunFolder(recipe.output_dir, recipe.seed)
     path = folder.recipe
@@ -73,6 +75,12 @@ def _check_changes(folder: RunFolder, changes: dict[str, str], recipe: Recipe) -
             dropped.append(key)
     if refused:
         raise RunError(_advice(folder.path, refused))
+    if changes and (others := other_writers(folder)):
+        raise RunError(
+            f"{folder.path} has a run of another recipe, which {others[0].in_words()}, is at work on. Wait until it "
+            "ends, or choose another --output_dir. Changes (old → new):\n  "
+            + "\n  ".join(f"{key}: {line}" for key, line in changes.items())
+        )
     for work in list(folder.work_folders()) if dropped else []:
         shutil.rmtree(work)
 

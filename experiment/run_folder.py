@@ -45,6 +45,10 @@ class RunFolder:
         """The teacher's stored targets for a training set."""
         return self.path / "cache" / data
 
+    def name_of(self, artifact: Path) -> str:
+        """Name of an artifact: its path in this folder."""
+        return artifact.relative_to(self.path).as_posix()
+
     def of_seed(self, seed: int) -> Path:
         """The folder with the pairs and arms of a seed."""
         return self.path if seed == self.seed else self.path / "seeds" / str(seed)
@@ -84,7 +88,16 @@ class RunFolder:
         """Find the folders with the checkpoints of all unfinished phases."""
         return self.path.rglob(".*.work")
 
+    def locks(self) -> Iterator[Path]:
+        """Find the locks of all artifacts that are being made."""
+        return self.path.rglob(".*.lock")
+
 
 def work_folder(artifact: Path) -> Path:
     """Folder of a phase's checkpoints until `artifact` is finished."""
     return artifact.parent / f".{artifact.name}.work"
+
+
+def lock_file(artifact: Path) -> Path:
+    """File that names the process that makes `artifact`."""
+    return artifact.parent / f".{artifact.name}.lock"

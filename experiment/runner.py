@@ -5,11 +5,13 @@ from pathlib import Path
 
 import transformers
 
-from m2mkd.errors import RunError, WriteError
+from m2mkd.errors import RecipeError, RunError, WriteError
+from m2mkd.experiment.artifact import is_finished
 from m2mkd.experiment.check import check_arguments
 from m2mkd.experiment.claim import claim_folder
 from m2mkd.experiment.engines.local import Task, run_tasks
 from m2mkd.experiment.machine import num_processes, use_all_cores
+from m2mkd.experiment.one_writer import one_writer
 from m2mkd.experiment.phases import Phase, phases_of
 from m2mkd.experiment.recipe import Recipe
 from m2mkd.experiment.recipe_networks import RecipeNetworks
@@ -19,26 +21,31 @@ from m2mkd.experiment.session import Session
 from m2mkd.screen import Screen
 
 
-def run(recipe: Recipe) -> Path | None:
+def run(recipe: Recipe, phase: str | None = None, take_over: bool = False) -> Path | None:
     """
-    Run all phases of a recipe that are not finished yet.
+    Run all phases of a recipe that are not finished yet, or one of them.
 
     Args:
         recipe (`Recipe`)
+        phase (`str`, *optional*): Run only this phase, named as its artifact in the run's folder: `"meta"`,
+            `"pairs/3"`, `"arms/kd"`, `"seeds/5/arms/kd"`; `"pairs"` is all pairs in one process.
+        take_over (`bool`, *optional*, defaults to `False`): See `one_writer`.
 
     Returns:
-        Path of the report (`report.md`); `None` if pairs that other processes train are still missing.
+        Path of the report (`report.md`); `None` if phases are still missing that other processes run.
 
     Raises:
-        `RunError`: the folder has a run of another recipe, or cannot be written.
+        `RecipeError`: the recipe has no such phase.
+        `RunError`: the folder has a run of another recipe or cannot be written, another process makes an artifact, or
+            what `phase` reads is not finished.
     """
     try:
-        return _run(recipe)
+        return _run(recipe, phase, take_over)
     except WriteError as error:
         raise RunError(f"{error} Finished phases are kept.") from error
 
 
-def _run(recipe: Recipe) -> Path | None:
+def _run(recipe: Recipe, name: str | None, take_over: bool) -> Path | None:
     quieten()
     use_all_cores()
     processes = num_processes(recipe)
@@ -46,29 +53,57 @@ def _run(recipe: Recipe) -> Path | None:
     data.check()
     for line in data.describe():
         screen.say(line)
-    phases = _all_phases(recipe, data, screen)
+    phases = all_phases(recipe, data, screen)
     RecipeNetworks(recipe, data.class_names)
     check_arguments(phases)
-    claim_folder(recipe)
-    for phase in phases:
+    if name is not None:
+        _run_one(_named(name, phases), phases, recipe, data, take_over)
+        return make_report(recipe) if all(phase.is_finished() for phase in phases) else None
+    # other processes run the remaining parts; the one that finds all parts goes on
+    shared_out = [phase for phase in phases if phase.missing()]
+    own = _with_what_they_read(shared_out, phases) if shared_out else phases
+    with one_writer([path for phase in own for path in phase.to_make()], take_over):
+        claim_folder(recipe)
+        for phase in phases:
+            if phase.is_finished():
+                screen.say(f"{phase.title}: finished, skipped")
+        run_tasks(_tasks(own, phases), partial(_work, recipe, data), processes)
+    if not shared_out:
+        return make_report(recipe)
+    for phase in shared_out:
+        if missing := phase.missing():
+            phase.session.say(
+                f"{phase.name} {missing} are not distilled yet: set distill.pairs to them and run the recipe again"
+            )
+    return None if any(phase.missing() for phase in shared_out) else _run(recipe, None, take_over)
+
+
+def _run_one(phase: Phase, phases: list[Phase], recipe: Recipe, data: RunData, take_over: bool) -> None:
+    with one_writer(phase.to_make(), take_over):
+        claim_folder(recipe)
+        unread = [path for other in read_by(phase, phases) for path in other.artifacts if not is_finished(path)]
+        if unread and not phase.is_finished():
+            names = [phase.session.folder.name_of(path) for path in unread]
+            raise RunError(
+                f"{phase.title} reads {', '.join(names)}, which {phase.session.folder.path} does not have yet. Run "
+                f"{'it' if len(names) == 1 else 'them'} first: --phase {names[0]}"
+            )
         if phase.is_finished():
-            screen.say(f"{phase.title}: finished, skipped")
-    work = partial(_work, recipe, data)
-    if shared_out := [phase for phase in phases if phase.missing()]:
-        # other processes run the remaining parts; the one that finds all parts goes on
-        run_tasks(_tasks(_with_what_they_read(shared_out, phases), phases), work, processes)
-        for phase in shared_out:
-            if missing := phase.missing():
-                phase.session.say(
-                    f"{phase.name} {missing} are not distilled yet: set distill.pairs to them and run the recipe again"
-                )
-        if any(phase.missing() for phase in shared_out):
-            return None
-    run_tasks(_tasks(phases, phases), work, processes)
-    return make_report(recipe)
+            phase.session.screen.say(f"{phase.title}: finished, skipped")
+        run_tasks(_tasks([phase], phases), partial(_work, phase.recipe, data))
 
 
-def _all_phases(recipe: Recipe, data: RunData, screen: Screen) -> list[Phase]:
+def _named(name: str, phases: list[Phase]) -> Phase:
+    """The phase that makes an artifact; of several, the one that makes only it."""
+    known: dict[str, Phase] = {}
+    for phase in phases:
+        known |= phase.by_name()
+    if name not in known:
+        raise RecipeError(f"--phase is {name!r}, but the recipe has only {', '.join(known)}")
+    return known[name]
+
+
+def all_phases(recipe: Recipe, data: RunData, screen: Screen) -> list[Phase]:
     """The phases of all seeds; phases that the seeds share are those of the first seed."""
     phases: dict[str, Phase] = {}
     for seed in [recipe.seed, *recipe.repeat_seeds]:
@@ -77,7 +112,7 @@ def _all_phases(recipe: Recipe, data: RunData, screen: Screen) -> list[Phase]:
     return list(phases.values())
 
 
-def _read_by(phase: Phase, phases: list[Phase]) -> list[Phase]:
+def read_by(phase: Phase, phases: list[Phase]) -> list[Phase]:
     """The phases whose artifacts a phase reads."""
     return [
         other
@@ -87,7 +122,7 @@ def _read_by(phase: Phase, phases: list[Phase]) -> list[Phase]:
 
 
 def _with_what_they_read(chosen: list[Phase], phases: list[Phase]) -> list[Phase]:
-    needed = [other for phase in chosen for other in _with_what_they_read(_read_by(phase, phases), phases)]
+    needed = [other for phase in chosen for other in _with_what_they_read(read_by(phase, phases), phases)]
     return [phase for phase in phases if phase in chosen or phase in needed]
 
 
@@ -97,7 +132,7 @@ def _tasks(chosen: list[Phase], phases: list[Phase]) -> list[Task]:
         Task(
             phase.title,
             (phase.session.seed, phase.name),
-            tuple(other.title for other in _read_by(phase, phases)),
+            tuple(other.title for other in read_by(phase, phases)),
         )
         for phase in sorted(chosen, key=lambda phase: phase.rank)
         if not phase.is_finished()

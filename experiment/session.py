@@ -72,6 +72,12 @@ class Session:
         """Print a line that starts with the seed."""
         self.screen.say(f"[seed {self.seed}] {text}")
 
+    def with_pairs(self, pairs: list[int]) -> "Session":
+        """The same seed in a run that distils only some pairs."""
+        distill = self.recipe.distill.model_copy(update={"pairs": pairs})
+        recipe = self.recipe.model_copy(update={"distill": distill})
+        return Session(recipe, self.data, self.seed, self.screen)
+
     # ---- Networks ----
 
     def new_network(

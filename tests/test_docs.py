@@ -54,8 +54,8 @@ def runs() -> list[list[str]]:
 
 
 def trainings() -> list[list[str]]:
-    """Those of them that train as long as the recipe says."""
-    return [words for words in runs() if SWITCHES.isdisjoint(words)]
+    """Those of them that train as long as the recipe says, all phases."""
+    return [words for words in runs() if SWITCHES.isdisjoint(words) and "--phase" not in words]
 
 
 def recipe_arguments(words: list[str]) -> list[str]:
@@ -68,6 +68,7 @@ def folder(finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     """A working folder with what the blocks read: runs, a picture, checkpoints, a recipe's images."""
     for name in ("digits", "nac_digits", "mine"):
         shutil.copytree(finished_run, tmp_path / "runs" / name)
+        shutil.copytree(finished_run / "arms" / "m2mkd", tmp_path / "runs" / name / "arms" / "m2mkd_kd")
     for seed, name in enumerate(("test", "sketches")):
         write_images(tmp_path / name, seed=seed)
     Image.new("RGB", (8, 8), "red").save(tmp_path / "image.png")
@@ -100,18 +101,19 @@ def test_the_python_blocks_run_one_after_the_other(document: Path, folder: Path)
         with torch.no_grad():
             assert torch.equal(names["hidden_states"], names["model"](names["pixel_values"]).logits)
         assert names["trainer"].state.global_step > 0
-        assert (folder / "runs" / "digits" / "arms" / "m2mkd" / "modeling_vmoe.py").is_file()
+        assert (folder / "runs" / "digits" / "arms" / "m2mkd_kd" / "modeling_vmoe.py").is_file()
 
 
 def test_the_commands_that_train_nothing_run(folder: Path) -> None:
     ran = set()
     for words in all_commands():
         if words[0] == "m2mkd" and words[1] != "run":
-            done = CliRunner().invoke(app, words[1:])
+            # where a shell writes the output does not matter
+            done = CliRunner().invoke(app, words[1 : words.index(">") if ">" in words else None])
             assert done.exit_code == 0, f"{words}: {done.output}"
             ran.add(words[1])
             shutil.rmtree("student", ignore_errors=True)
-    assert ran == {"assemble", "convert", "evaluate", "few-shot", "inspect", "push", "report"}
+    assert ran == {"assemble", "convert", "evaluate", "few-shot", "inspect", "push", "report", "slurm"}
 
 
 def test_the_recipes_and_overrides_of_the_others_are_valid() -> None:
@@ -194,3 +196,14 @@ def test_the_commands_that_train_run(words: list[str], tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "run" / "recipe.json").is_file()
+
+
+@pytest.mark.slow
+def test_the_phases_by_hand_run_one_after_the_other(tmp_path: Path) -> None:
+    by_hand = [words for words in runs() if "--phase" in words]
+    assert len(by_hand) > 3
+    for words in by_hand:
+        command = [sys.executable, "-m", "m2mkd.cli", *words[1:], *QUICK, *DIGITS[2:], "--output_dir", str(tmp_path)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 0 and (tmp_path / words[-1] / "train_results.json").is_file(), done.stderr[-3000:]
+    assert (tmp_path / "report.md").is_file()

@@ -55,6 +55,17 @@ class PairsPhase(Phase):
         """The training set."""
         return (self.recipe.distill.data,)
 
+    def by_name(self) -> dict[str, Phase]:
+        """All pairs in one process, and each alone; not alone if the student feeds them."""
+        folder, seed = self.session.folder, self.session.seed
+        found: dict[str, Phase] = {folder.name_of(folder.pairs(seed)): self}
+        if self.recipe.distill.feed == "student":
+            return found
+        return found | {
+            folder.name_of(path): PairsPhase(self.session.with_pairs([index]))
+            for index, path in enumerate(self.artifacts)
+        }
+
     def training_arguments(self) -> dict[str, Training]:
         """The training arguments of `distill`."""
         return {"distill.training": self.recipe.distill.training}
@@ -65,9 +76,9 @@ class PairsPhase(Phase):
     def _unfinished(self) -> list[int]:
         return [index for index in range(len(self.session.depths)) if not is_finished(self._folder(index))]
 
-    def is_finished(self) -> bool:
-        """Whether all pairs to distil in this run exist."""
-        return not set(self.asked) & set(self._unfinished())
+    def to_make(self) -> list[Path]:
+        """The pairs to distil in this run that do not exist yet."""
+        return [self._folder(index) for index in self._unfinished() if index in self.asked]
 
     def missing(self) -> list[int]:
         """The pairs that are not distilled yet and not to be distilled in this run."""
@@ -115,9 +126,9 @@ class PairsPhase(Phase):
         self._write(work, trained[0], {**results, "hybrids": hybrids})
         session.remove_work(work)
         if not self._unfinished() and PartialState().is_main_process:
-            # left by a run that was killed between two pairs
+            # left by a run that was killed between two pairs; that of another run may vanish meanwhile
             for leftover in session.folder.pairs(session.seed).glob(".work-*.work"):
-                shutil.rmtree(leftover)
+                shutil.rmtree(leftover, ignore_errors=True)
 
     def _write(self, work: Path, trainer: M2MKDTrainer, results: Results) -> None:
         pairs, unfinished = trainer.trained_pairs(), self._unfinished()
@@ -135,6 +146,10 @@ class PairsPhase(Phase):
                 keep_tracker_files(work_folder(work), temporary)
 
             write_folder(self._folder(index), write)
+
+    def costs_of_own(self, costs: list["PhaseCost"]) -> list["PhaseCost"]:
+        """The cost of the pair, if it is one; otherwise of all together, which comes last."""
+        return [costs[self.asked[0]] if len(self.asked) == 1 else costs[-1]]
 
     def cost(self, costs: "Costs") -> list["PhaseCost"]:
         """Cost of `pair <i>`, each alone in its own process, and of `pairs`, all together."""

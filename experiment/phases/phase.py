@@ -55,13 +55,21 @@ class Phase(ABC):
     def artifacts(self) -> list[Path]:
         """The folders that it creates."""
 
+    def by_name(self) -> dict[str, "Phase"]:
+        """Phases that can run on their own, by the name of what they make: its path in the run's folder."""
+        return {self.session.folder.name_of(path): self for path in self.artifacts}
+
     def training_arguments(self) -> dict[str, Training]:
         """The recipe's arguments for its trainings, by their key in the recipe."""
         return {}
 
+    def to_make(self) -> list[Path]:
+        """The artifacts that this run makes and that do not exist yet."""
+        return [folder for folder in self.artifacts if not is_finished(folder)]
+
     def is_finished(self) -> bool:
-        """Whether all its artifacts exist."""
-        return all(is_finished(folder) for folder in self.artifacts)
+        """Whether all artifacts that this run makes exist."""
+        return not self.to_make()
 
     def missing(self) -> list[int]:
         """Parts that other processes have to make before a phase that reads this one can start."""
@@ -74,6 +82,10 @@ class Phase(ABC):
     @abstractmethod
     def cost(self, costs: "Costs") -> list["PhaseCost"]:
         """Cost of running it, part by part, counted on the meta device."""
+
+    def costs_of_own(self, costs: list["PhaseCost"]) -> list["PhaseCost"]:
+        """Of its costs, part by part, those of what this run makes."""
+        return costs
 
     def tested_on(self) -> tuple[str, ...]:
         """Names of the recipe's test sets."""

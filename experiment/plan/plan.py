@@ -21,18 +21,23 @@ class Plan:
 
     Args:
         name (`str`): Name of the recipe.
-        phases (`list[PhaseCost]`): `pair 0`, `pair 1`, … are single pairs, each in its own process; `pairs` is all
-            pairs that the recipe trains together.
+        parts (`dict[str, list[PhaseCost]]`): Costs by name of the phase. Those of `pairs` are `pair 0`, `pair 1`, …,
+            single pairs, each in its own process, and `pairs`, all pairs together.
         totals (`dict[str, float]`): FLOPs by arm, with and without the networks that the arm needs beforehand.
         gpus (`int`): Number of GPUs that steps and memory refer to.
         data (`list[str]`): One line per data set: its images and classes.
     """
 
     name: str
-    phases: list[PhaseCost]
+    parts: dict[str, list[PhaseCost]]
     totals: dict[str, float]
     gpus: int
     data: list[str] = field(default_factory=list)
+
+    @property
+    def phases(self) -> list[PhaseCost]:
+        """All parts in order."""
+        return [part for own in self.parts.values() for part in own]
 
 
 def make_plan(recipe: Recipe, gpus: int = 1) -> Plan:
@@ -66,7 +71,7 @@ def make_plan(recipe: Recipe, gpus: int = 1) -> Plan:
         if arm.name in totals and beforehand:
             what = " and ".join(_IN_WORDS[name] for name in arm.extra)
             totals[f"{arm.name}, {what} included"] = totals[arm.name] + beforehand
-    return Plan(recipe.name, [part for own in parts.values() for part in own], totals, gpus, costs.sets)
+    return Plan(recipe.name, parts, totals, gpus, costs.sets)
 
 
 def _total(arm: Arm, flops: Mapping[str, float]) -> float:

@@ -29,6 +29,13 @@ def read_report(run_folder: Path) -> dict[str, Any]:
     return report
 
 
+def default_arm(run_folder: Path) -> str:
+    """The arm of a run that is pushed if none is named: the first that starts from modules, otherwise the first."""
+    arms = read_report(run_folder)["arms"]
+    modular = [name for name, result in arms.items() if result["arm"]["init"] == "modules"]
+    return next(iter([*modular, *arms]))
+
+
 def result_of(report: dict[str, Any], run_folder: Path, arm: str, seed: int) -> dict[str, Any]:
     """The results of one arm in a report. Raises `HubError` if it has no such seed or arm."""
     seeds = report["seeds"]

@@ -13,6 +13,7 @@ from m2mkd.experiment.claim import claim_folder
 from m2mkd.experiment.engines.local import Task, run_tasks
 from m2mkd.experiment.fingerprint import fingerprint
 from m2mkd.experiment.machine import num_processes, use_all_cores
+from m2mkd.experiment.one_writer import one_writer
 from m2mkd.experiment.phases import Phase, phases_of
 from m2mkd.experiment.recipe import Recipe
 from m2mkd.experiment.recipe_networks import RecipeNetworks
@@ -76,21 +77,27 @@ def units_and_links(points: Sequence[Point]) -> tuple[list[Unit], list[Link]]:
     return ordered, links
 
 
-def run_study(points: Sequence[Point], processes: int | None = None) -> None:
+def run_study(points: Sequence[Point], processes: int | None = None, take_over: bool = False) -> None:
     """
     Run every phase of a study that is not finished.
 
     Args:
         points (`Sequence[Point]`)
         processes (`int`, *optional*): Phases at once. `None`: as a run of one of the recipes with all seeds.
+        take_over (`bool`, *optional*, defaults to `False`): See `one_writer`.
 
     Raises:
-        `RunError`: a folder has a run of another recipe, or cannot be written.
+        `RunError`: a folder has a run of another recipe or cannot be written, or another process makes an artifact.
     """
     quieten()
     use_all_cores()
-    screen = Screen()
     units, links = units_and_links(points)
+    with one_writer([path for unit in units for path in unit.phase.to_make()], take_over):
+        _run_units(points, units, links, processes)
+
+
+def _run_units(points: Sequence[Point], units: Sequence[Unit], links: Sequence[Link], processes: int | None) -> None:
+    screen = Screen()
     for point in points:
         session = Session(point.recipe, _data_of(point.recipe), point.recipe.seed, screen)
         RecipeNetworks(point.recipe, session.data.class_names)

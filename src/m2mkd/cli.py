@@ -31,6 +31,7 @@ def main_options(
     """Modular vision models, distilled module by module."""
 
 
+_TAKE_OVER = "Take over what a process on another host was making, if it has ended there."
 # Everything that is not a parameter of a command is a value of the recipe.
 _OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
 
@@ -46,6 +47,10 @@ def run_command(
         str, typer.Option(help="TFLOP/s per GPU for --plan. 'measured': measure this machine.")
     ] = "",
     gpus: Annotated[int | None, typer.Option(help="GPUs for --plan. Default: one per process.")] = None,
+    phase: Annotated[
+        str | None, typer.Option(help="Run only this phase: meta, teacher, pairs/3, arms/kd, seeds/5/arms/kd, …")
+    ] = None,
+    take_over: Annotated[bool, typer.Option("--take-over", help=_TAKE_OVER)] = False,
     is_list: Annotated[
         bool, typer.Option("--list", help="List the embedded recipe and those in the folder recipes; run nothing.")
     ] = False,
@@ -71,9 +76,7 @@ def run_command(
             for name, sentence in list_recipes().items():
                 _print_once(f"{name}: {sentence}")
             return
-        # not a parameter of the command: click would take the value of the first override for it
-        has_recipe = bool(context.args) and not context.args[0].startswith("--")
-        path, options = (context.args[0], context.args[1:]) if has_recipe else (None, context.args)
+        path, options = _recipe_and_options(context.args)
         recipe = load_recipe(path, _overrides(options))
         if miniature:
             from m2mkd.experiment.miniature import make_miniature
@@ -84,11 +87,35 @@ def run_command(
             return
         from m2mkd.experiment.runner import run
 
-        report = run(recipe)
+        report = run(recipe, phase, take_over)
         if report is not None:
             _print_once(f"The report is in {report} (report.json and report.png are in the same folder).")
 
     _explained(work, "Finished phases are kept; run the same command again to go on.")
+
+
+@app.command("slurm", context_settings=_OVERRIDES, options_metavar="[RECIPE.yaml] [--key.sub value]...")
+def slurm_command(
+    context: typer.Context,
+    gpus: Annotated[int, typer.Option(min=0, help="GPUs of each job.")] = 1,
+    throughput: Annotated[float, typer.Option(min=1e-6, help="TFLOP/s per GPU, for the time limits.")] = 100.0,
+) -> None:
+    """
+    Print a script that submits the unfinished phases of a recipe to Slurm, each after those that it reads.
+
+    m2mkd slurm RECIPE.yaml --gpus 1 > submit.sh && bash submit.sh
+
+    Pairs and arms are job arrays. Time and memory come from the plan. All nodes must see the recipe and output_dir.
+    """
+
+    def work() -> None:
+        from m2mkd.experiment.recipe_file import load_recipe
+        from m2mkd.experiment.slurm import slurm_script
+
+        path, options = _recipe_and_options(context.args)
+        print(slurm_script(load_recipe(path, _overrides(options)), context.args, gpus, throughput), end="")
+
+    _explained(work)
 
 
 @app.command("study", context_settings=_OVERRIDES)
@@ -98,6 +125,7 @@ def study_command(
     plan: Annotated[bool, typer.Option("--plan", help="Print what it would cost; train nothing.")] = False,
     only_report: Annotated[bool, typer.Option("--report", help="Report the finished seeds; train nothing.")] = False,
     processes: Annotated[int | None, typer.Option(min=1, help="Phases at once. Default: as in a run.")] = None,
+    take_over: Annotated[bool, typer.Option("--take-over", help=_TAKE_OVER)] = False,
 ) -> None:
     """
     Run a study: every arm with every value and seed, then accuracy against compute, with intervals.
@@ -118,7 +146,7 @@ def study_command(
             print_study_plan(spec, points)
             return
         if not only_report:
-            run_study(points, processes)
+            run_study(points, processes, take_over)
         _print_once(f"The study is in {report_study(spec, points)} (study.json and study.png are in the same folder).")
 
     _explained(work, "Finished phases are kept; run the same command again to go on.")
@@ -162,10 +190,10 @@ def push_command(
     """
 
     def work() -> None:
-        from m2mkd.experiment.arms import PUSHED
+        from m2mkd.experiment.report.read import default_arm
         from m2mkd.hub.push import files_to_push, print_files, push
 
-        name = arm or PUSHED
+        name = arm or default_arm(run_folder)
         files = files_to_push(run_folder, name, repo_id, seed, with_code, license)
         print_files(files)
         if dry_run:
@@ -459,6 +487,12 @@ def _print_plan(recipe: Any, throughput: str, gpus: int | None) -> None:
     with Console(stderr=True).status("Counting a step of each phase"):
         plan = make_plan(recipe, gpus or processes)
     print_plan(plan, value, how)
+
+
+def _recipe_and_options(arguments: list[str]) -> tuple[str | None, list[str]]:
+    # not a parameter of the command: click would take the value of the first override for it
+    has_recipe = bool(arguments) and not arguments[0].startswith("--")
+    return (arguments[0], arguments[1:]) if has_recipe else (None, arguments)
 
 
 def _overrides(arguments: list[str]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from tiny_run import recipe_content
 from transformers import TrainingArguments
 
 from m2mkd.errors import RunError
-from m2mkd.experiment import claim as claiming
+from m2mkd.experiment import dependence
 from m2mkd.experiment.artifact import TRAIN_RESULTS, read_noted_recipe
 from m2mkd.experiment.claim import claim_folder, known_arms
 from m2mkd.experiment.recipe import Recipe
@@ -94,7 +94,7 @@ class TestClaimFolder:
             claim(content)
 
     def test_every_argument_that_may_change_is_one(self) -> None:
-        assert set(claiming._OPERATIONAL | claiming._CHECKPOINTS) < {own.name for own in fields(TrainingArguments)}
+        assert set(dependence._OPERATIONAL | dependence._CHECKPOINTS) < {own.name for own in fields(TrainingArguments)}
 
     def test_the_advice_keeps_what_is_finished(self, content: dict[str, Any]) -> None:
         content["training"]["learning_rate"] = 0.5

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import shutil
 import time
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +21,10 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from m2mkd.errors import DataError, PairFileError, RecipeError, RunError, StageError
 from m2mkd.experiment import machine, runner
+from m2mkd.experiment.one_writer import Writer, one_writer
 from m2mkd.experiment.recipe_file import parse_recipe
+from m2mkd.experiment.run_folder import lock_file
+from m2mkd.files import write_json
 from m2mkd.trainer.m2mkd_trainer import M2MKDTrainer
 
 
@@ -230,6 +234,64 @@ class TestRun:
         for name, value in tensors(tmp_path / "run").items():
             assert_equal(value, expected[name])
 
+    def test_pairs_distilled_at_once_in_one_folder_do_not_disturb_each_other(
+        self, finished: Path, tmp_path: Path
+    ) -> None:
+        runs = []
+        for pair in (0, 1):
+            distill = {"data": "train", "pairs": [pair], "training": {"eval_strategy": "epoch"}}
+            without = ["pairs", "arms"] if pair == 0 else None
+            runs.append(_copy_of(finished, tmp_path, without=without, distill=distill, arms=["e2e", "m2mkd"]))
+        outcomes = _at_once(runs)
+        # if both end together, both go on with the arms, and one is refused
+        assert sum(outcome == "ended" for outcome in outcomes) >= 1
+        assert all(outcome == "ended" or "arms/" in outcome for outcome in outcomes)
+        runner.run(runs[0])
+        expected = tensors(finished / "run")
+        found = tensors(tmp_path / "run")
+        assert {"pairs/0/model.safetensors", "pairs/1/model.safetensors", "arms/m2mkd/model.safetensors"} <= set(found)
+        for name, value in found.items():
+            assert_equal(value, expected[name])
+
+    def test_of_two_runs_in_one_folder_the_second_stops_and_says_why(self, finished: Path, tmp_path: Path) -> None:
+        # long enough that the second starts before the first ends
+        finetune = {"data": "labelled", "training": {"num_train_epochs": 40}}
+        recipe = _copy_of(finished, tmp_path, without=["pairs", "arms"], arms=["e2e"], finetune=finetune)
+        outcomes = _at_once([recipe, recipe])
+        assert outcomes.count("ended") == 1
+        assert any("arms/e2e is being made by process" in outcome for outcome in outcomes)
+        AutoModelForImageClassification.from_pretrained(tmp_path / "run" / "arms" / "e2e")
+
+    def test_phases_one_by_one_end_as_a_whole_run(
+        self, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        recipe = _copy_of(finished, tmp_path, without=["pairs", "arms"], arms=["e2e", "m2mkd"], repeat_seeds=[5])
+        with pytest.raises(RunError, match=r"reads pairs/0, pairs/1, which .* --phase pairs/0"):
+            runner.run(recipe, "arms/m2mkd")
+        with pytest.raises(RecipeError, match=r"--phase is 'pairs/2', but .* meta, teacher, pairs, pairs/0, pairs/1,"):
+            runner.run(recipe, "pairs/2")
+        for seed in ("", "seeds/5/"):
+            for name in ("pairs/1", "pairs/0", "arms/m2mkd", "arms/e2e"):
+                report = runner.run(recipe, seed + name)
+                assert (report is not None) == (seed + name == "seeds/5/arms/e2e")
+                assert (tmp_path / "run" / seed / name).is_dir()
+        runner.run(recipe, "pairs/1")
+        assert "[seed 0] pairs: finished, skipped" in capsys.readouterr().out
+        expected, found = tensors(finished / "run"), tensors(tmp_path / "run")
+        for name, value in found.items():
+            assert_equal(value, expected[name])
+        assert not list((tmp_path / "run").rglob("*.lock"))
+
+    def test_another_recipe_does_not_start_beside_a_run(self, finished: Path, tmp_path: Path) -> None:
+        recipe = _copy_of(finished, tmp_path, without=["pairs", "arms"], arms=["e2e", "m2mkd"])
+        with one_writer([tmp_path / "run" / "arms" / "e2e"]):
+            runner.run(recipe, "pairs/0")
+        finetune = {"data": "labelled", "training": {"num_train_epochs": 3}}
+        write_json(lock_file(tmp_path / "run/arms/e2e"), {**asdict(Writer.here()), "host": "node7"})
+        changed = recipe.model_copy(update={"finetune": recipe.finetune.model_copy(update=finetune)})
+        with pytest.raises(RunError, match=r"(?s)on node7, .*is at work on.*finetune.training.num_train_epochs"):
+            runner.run(changed, "pairs/1")
+
     def test_kept_stitches_are_part_of_the_fine_tuned_student(self, finished: Path, tmp_path: Path) -> None:
         finetune = {"data": "labelled", "keep_stitches": True}
         recipe = _copy_of(finished, tmp_path, without=["arms"], finetune=finetune, arms=["m2mkd"])
@@ -373,6 +435,27 @@ class _Tracker(TrainerCallback):
 
 class _Killed(BaseException):
     pass
+
+
+def _at_once(recipes: list[Any]) -> list[str]:
+    """Run recipes in processes of their own that start together; "ended" or the message of each."""
+    fork = multiprocessing.get_context("fork")
+    start, outcomes = fork.Barrier(len(recipes)), fork.SimpleQueue()
+    processes = [fork.Process(target=_outcome, args=(recipe, start, outcomes)) for recipe in recipes]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    return [outcomes.get() for _ in recipes]
+
+
+def _outcome(recipe: Any, start: Any, outcomes: Any) -> None:
+    start.wait()
+    try:
+        runner.run(recipe)
+        outcomes.put("ended")
+    except RunError as error:
+        outcomes.put(str(error))
 
 
 class _DieAtStep(TrainerCallback):

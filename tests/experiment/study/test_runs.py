@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,13 @@ from test_spec import write_study
 
 from m2mkd.errors import RunError
 from m2mkd.experiment.artifact import TRAIN_RESULTS
+from m2mkd.experiment.one_writer import Writer
+from m2mkd.experiment.run_folder import lock_file
 from m2mkd.experiment.study.report import report_study
 from m2mkd.experiment.study.results import collect_study
 from m2mkd.experiment.study.runs import run_study, units_and_links
 from m2mkd.experiment.study.spec import load_study
+from m2mkd.files import write_json
 
 
 @pytest.fixture(scope="module")
@@ -108,3 +112,13 @@ def test_processes_side_by_side_make_the_same_accuracies(finished: Path, tmp_pat
     for name, curve in ours["curves"].items():
         for own, other in zip(curve["points"], theirs["curves"][name]["points"], strict=True):
             assert own["seeds"]["0"]["iid"] == other["seeds"]["0"]["iid"]
+
+
+def test_a_study_stops_beside_another_process_that_makes_one_of_its_artifacts(tmp_path: Path) -> None:
+    _, points = load_study(write_study(tmp_path))
+    arm = Path(points[-1].recipe.output_dir) / "arms" / points[-1].curve
+    arm.parent.mkdir(parents=True)
+    write_json(lock_file(arm), {**asdict(Writer.here()), "host": "node7"})
+    with pytest.raises(RunError, match=f"{arm} is being made by process .* on node7"):
+        run_study(points)
+    assert len(list(tmp_path.rglob("*.lock"))) == 1
