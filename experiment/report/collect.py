@@ -136,7 +136,9 @@ def _read_arms(folder: RunFolder, seed: int, recipe: dict[str, Any]) -> dict[str
         caches = {read_results(path).get("cache") for path in [folder.arm(name, seed), *made]} - {None}
         before = {"cache": [folder.cache(data) for data in sorted(caches)]}
         before["distill" if arms[name].is_modular else "dense"] = made
-        _add_beforehand(result, {phase: [_read_costs(path) for path in paths] for phase, paths in before.items()})
+        is_chain = (recipe.get("distill") or {}).get("feed") == "student"
+        costs = {phase: [_read_costs(path) for path in paths] for phase, paths in before.items()}
+        _add_beforehand(result, costs, is_chain)
     return results
 
 
@@ -166,10 +168,11 @@ def _read_hybrids(folder: RunFolder) -> Result | None:
     return {"stages": stages, **{name: measured[-1][name] for name in ("teacher", "chance", "n", "set")}}
 
 
-def _add_beforehand(result: Result, before: dict[str, list[Result]]) -> None:
+def _add_beforehand(result: Result, before: dict[str, list[Result]], is_chain: bool) -> None:
     """
     Add the cost of the parts of phases (stored targets, and the pairs or the dense network) to an arm that starts from
-    them; its own cost is that of its end-to-end phase.
+    them; its own cost is that of its end-to-end phase. The pairs of a chain, which are fed by the student, run in one
+    process.
     """
     finetune, phases = {name: result[name] for name in COSTS}, {}
     total = ("train_seconds", "train_flops", "parameters")
@@ -181,7 +184,7 @@ def _add_beforehand(result: Result, before: dict[str, list[Result]]) -> None:
             result[name] += own[name]
         for name in ("images", "labels"):
             result[name] = max(result[name], own[name])
-        result["parallel_seconds"] += max(part["parallel_seconds"] for part in parts)
+        result["parallel_seconds"] += (sum if is_chain else max)(part["parallel_seconds"] for part in parts)
         result["peak_memory"] = _largest([result, *parts])
         phases[phase] = own
     if phases:
