@@ -21,6 +21,7 @@ from jax_files import write_checkpoint
 from jax_vmoe import tree
 from official_nac_cases import nac_case
 from PIL import Image
+from study_figures import facts, rows
 from testing_utils import code_blocks, commands, vit
 from tiny_run import write_images
 from typer.testing import CliRunner
@@ -207,3 +208,12 @@ def test_the_phases_by_hand_run_one_after_the_other(tmp_path: Path) -> None:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
         assert done.returncode == 0 and (tmp_path / words[-1] / "train_results.json").is_file(), done.stderr[-3000:]
     assert (tmp_path / "report.md").is_file()
+
+
+def test_the_figures_of_the_studies_are_those_of_the_committed_results() -> None:
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    for study in ("vmoe_digits", "nac_digits"):
+        for row in rows(study):
+            assert row in text, row
+    for place, fact in facts().items():
+        assert fact in text, place
