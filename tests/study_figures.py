@@ -54,11 +54,17 @@ def difference(name: str, arm: str, number: str, split: str) -> str:
     return f"{mean} [{low}, {high}]"
 
 
+def _largest_deficit(name: str, arms: tuple[str, ...]) -> float:
+    entries = [entry for entry in read(name)["comparisons"] if entry["curve"] in arms]
+    return max(0.0, *(-100 * entry[split]["mean"] for entry in entries for split in ("iid", "ood")))
+
+
 def facts() -> dict[str, str]:
     """The figures in README's text, by their place."""
     v, n = "vmoe_digits", "nac_digits"
 
     return {
+        "worst": f"at most {_largest_deficit(v, ('m2mkd_kd', 'm2mkd_kd_own')):.1f} points behind in the mean",
         "d20": difference(v, "m2mkd_kd_own", "5 + 15", "ood"),
         "only": f"{difference(v, 'modules_only', '20', 'iid')} IID, {difference(v, 'modules_only', '20', 'ood')} OOD",
         "e2e40": short(v, "e2e_all", "40"),
