@@ -45,9 +45,8 @@ class TrainedTeacherPhase(Phase):
         return (self.recipe.teacher.data, *self.tested_on())
 
     def training_arguments(self) -> dict[str, Training]:
-        """The training arguments of its two steps."""
-        spec = self.recipe.teacher
-        return {"teacher.incubation": spec.incubation, "teacher.finetuning": spec.finetuning}
+        """The training arguments of its fine-tuning."""
+        return {"teacher.finetuning": self.recipe.teacher.finetuning}
 
     def run(self) -> None:
         """Train it."""
@@ -68,6 +67,10 @@ class IncubatedTeacherPhase(TrainedTeacherPhase):
     """A teacher whose stages are trained inside the meta model, each on its own, and then fine-tuned as a whole."""
 
     reads = ("meta",)
+
+    def training_arguments(self) -> dict[str, Training]:
+        """The training arguments of its two steps."""
+        return {"teacher.incubation": self.recipe.teacher.incubation, **super().training_arguments()}
 
     def run(self) -> None:
         """Incubate its stages, then fine-tune the whole."""

@@ -40,7 +40,7 @@ def tree(arrays: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor
         if name.startswith(prefix) and "pre_logits" not in name:
             for theirs, ours in VIT_NAMES.items():
                 name = re.sub(theirs, ours, name)
-            found[name] = array
+            found[name.removeprefix(prefix).removeprefix("params/")] = array
     return converted_tree(found, VMOE_JAX_TABLE)
 
 

@@ -15,7 +15,7 @@ def test_phases_and_hours_against_e2e(capsys: pytest.CaptureFixture[str]) -> Non
     ]
     # 150 TFLOP/s are 5.4e17 FLOPs an hour
     totals = {"e2e": 5.4e16, "m2mkd": 5.4e16 * 2.5}
-    print_plan(Plan("tiny", phases, totals, gpus=8), 150.0, "stated", Console(width=200))
+    print_plan(Plan("tiny", {"all": phases}, totals, gpus=8), 150.0, "stated", Console(width=200))
     lines = capsys.readouterr().out.splitlines()
     assert any("Plan of tiny on 8 GPUs" in line for line in lines)
     assert any("at 150 TFLOP/s per GPU (stated)" in line for line in lines)
@@ -41,7 +41,7 @@ def test_phases_and_hours_against_e2e(capsys: pytest.CaptureFixture[str]) -> Non
 )
 def test_compute_is_in_a_unit_of_its_size(flops: float, said: str, capsys: pytest.CaptureFixture[str]) -> None:
     phase = PhaseCost("arm e2e", 5_000, 0, images=1, epochs=1, batch=1, flops_per_image=flops, memory=2**30)
-    print_plan(Plan("tiny", [phase], {"e2e": flops}, gpus=1), 1.0, "stated", Console(width=200))
+    print_plan(Plan("tiny", {"all": [phase]}, {"e2e": flops}, gpus=1), 1.0, "stated", Console(width=200))
     printed = capsys.readouterr().out
     assert printed.count(f" {said} ") == 2
     # whatever the device is

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-from test_spec import write_study
+from tiny_study import write_study
 
 from m2mkd.errors import RunError
 from m2mkd.experiment.artifact import TRAIN_RESULTS
