@@ -170,8 +170,11 @@ class ImageDataset(Dataset[Sample]):
         position, repeat = self._place(index)
         image = self.data.images[position]
         rng = np.random.default_rng((self.seed, self.view, position, *([repeat] if repeat else [])))
-        labels = {"labels": int(self.data.labels[position])} if self.config.is_labeled else {}
-        return {"pixel_values": self._pixels(image, rng), **labels}
+        return {"pixel_values": self._pixels(image, rng), **self.label(position)}
+
+    def label(self, position: int) -> Sample:
+        """The label at a position, as `labels`; nothing if the set has none."""
+        return {"labels": int(self.data.labels[position])} if self.config.is_labeled else {}
 
     def __getitems__(self, indices: Sequence[int | tuple[int, int]]) -> list[Sample]:
         """The samples of a batch, mixed with each other if the configuration asks for it. A `DataLoader` calls it.

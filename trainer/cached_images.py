@@ -48,6 +48,6 @@ class CachedImages(Dataset[dict[str, Any]]):
         """The sample at a position, with targets without a batch dimension. Raises `IndexError`."""
         if not 0 <= index < len(self):
             raise IndexError(f"index {index} is out of range for {len(self)} samples")
-        sample = self.dataset[index] if self._has_images else {"labels": int(self.dataset.data.labels[index])}
+        sample = self.dataset[index] if self._has_images else self.dataset.label(index)
         view = self.dataset.view
         return {**sample, **{name: self.targets.read(name, view, index) for name in self._names}}

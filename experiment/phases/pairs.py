@@ -151,6 +151,10 @@ class PairsPhase(Phase):
         """The cost of the pair, if it is one; otherwise of all together, which comes last."""
         return [costs[self.asked[0]] if len(self.asked) == 1 else costs[-1]]
 
+    def flops_of(self, costs: list["PhaseCost"]) -> float:
+        """FLOPs of all pairs together, the last part; the others are the pairs one by one."""
+        return costs[-1].flops
+
     def cost(self, costs: "Costs") -> list["PhaseCost"]:
         """Cost of `pair <i>`, each alone in its own process, and of `pairs`, all together."""
         spec = self.recipe.distill

@@ -87,6 +87,10 @@ class Phase(ABC):
         """Of its costs, part by part, those of what this run makes."""
         return costs
 
+    def flops_of(self, costs: list["PhaseCost"]) -> float:
+        """FLOPs of all of it, from its [`cost`]."""
+        return sum(part.flops for part in costs)
+
     def tested_on(self) -> tuple[str, ...]:
         """Names of the recipe's test sets."""
         evaluation = self.recipe.evaluation

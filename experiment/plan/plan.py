@@ -55,10 +55,7 @@ def make_plan(recipe: Recipe, gpus: int = 1) -> Plan:
     costs = Costs(recipe, gpus)
     phases = phases_of(Session(recipe, costs.data, recipe.seed, Screen()))
     parts = {name: phase.cost(costs) for name, phase in phases.items()}
-    # the pairs are also planned one by one; the total counts all of them together
-    flops = {
-        name: own[-1].flops if name == "pairs" else sum(part.flops for part in own) for name, own in parts.items()
-    }
+    flops = {name: phases[name].flops_of(own) for name, own in parts.items()}
     arms = recipe.all_arms
     caches = {arm.name: sum(flops[f"cache/{name}"] for name in recipe.caches_of(arm)) for arm in arms.values()}
     totals = {arm.name: _total(arm, flops) + caches[arm.name] for arm in arms.values() if arm.budget is None}

@@ -14,7 +14,7 @@ from m2mkd.experiment.report.figure import render_figure
 from m2mkd.experiment.report.markdown import to_markdown
 from m2mkd.experiment.report.terminal import print_report
 from m2mkd.experiment.run_folder import RunFolder
-from m2mkd.files import explained_write_errors, replaced_file, write_json
+from m2mkd.files import write_files
 
 
 def make_report(recipe: Recipe) -> Path:
@@ -54,15 +54,10 @@ def write_report(output_dir: Path, report: Report, histories: Histories, graph: 
     """
     report = plain(report)
     contents = {
+        "report.json": report,
         "report.png": render_figure(report, histories),
         "report.md": to_markdown(report).encode(),
         **({} if graph is None else {"graph.png": graph}),
     }
-    folder = Path(output_dir)
-    with explained_write_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "report.json", report)
-        for name, content in contents.items():
-            with replaced_file(folder / name) as temporary:
-                temporary.write_bytes(content)
-    return folder / "report.md"
+    write_files(Path(output_dir), contents)
+    return Path(output_dir) / "report.md"

@@ -3,7 +3,7 @@
 import statistics
 from typing import Any
 
-from m2mkd.experiment.study.results import Results
+from m2mkd.experiment.study.results import Results, mean_flops
 from m2mkd.model_cards.tables import markdown_table
 
 
@@ -21,8 +21,6 @@ def to_markdown(study: Results) -> str:
     """The study as Markdown."""
     teacher = study["teacher"]
     lines = [f"# Study: {study['name']}", _INTRODUCTION.format(**study, day=study["date"][:10])]
-    if study["notes"]:
-        lines.append(study["notes"])
     if teacher and teacher["iid"] is not None:
         lines.append(f"Teacher: {_percent(teacher['iid'])} % IID, {_percent(teacher['ood'])} % OOD.")
     lines += [markdown_table(COLUMNS, rows(study)), "![Accuracy against compute and time](study.png)"]
@@ -42,7 +40,7 @@ def rows(study: Results) -> list[list[str]]:
     for name, curve in study["curves"].items():
         for point in curve["points"]:
             own = list(point["seeds"].values())
-            flops = statistics.fmean(result["train_flops"] for result in own)
+            flops = mean_flops(point)
             seconds = [
                 statistics.fmean(result[unit] for result in own) for unit in ("train_seconds", "parallel_seconds")
             ]

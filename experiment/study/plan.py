@@ -22,9 +22,7 @@ def print_study_plan(spec: StudySpec, points: Sequence[Point], console: Console 
     for unit in units:
         phase, point = unit.phase, points[unit.point]
         session = Session(point.recipe, costs[unit.point].data, phase.session.seed, Screen())
-        parts = phases_of(session)[phase.name].cost(costs[unit.point])
-        # the pairs are also planned one by one; the last part is all of them
-        total = parts[-1].flops if phase.name == "pairs" else sum(part.flops for part in parts)
+        total = phase.flops_of(phases_of(session)[phase.name].cost(costs[unit.point]))
         kind = f"arm {point.curve}" if phase.name.startswith("arms/") else phase.name
         flops.setdefault(kind, []).append(total)
     table = Table(title=f"Plan of the study {spec.name}: {len(points)} points, {len(spec.seeds)} seeds")

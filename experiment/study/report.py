@@ -10,19 +10,14 @@ from m2mkd.experiment.study.figure import render_figure
 from m2mkd.experiment.study.markdown import COLUMNS, rows, sentence, to_markdown
 from m2mkd.experiment.study.results import Results, collect_study
 from m2mkd.experiment.study.spec import Point, StudySpec
-from m2mkd.files import explained_write_errors, replaced_file, write_json
+from m2mkd.files import write_files
 
 
 def report_study(spec: StudySpec, points: Sequence[Point]) -> Path:
     """Write `study.json`, `study.md` and `study.png` into the study's folder, and print its tables."""
     study, folder = collect_study(spec, points), Path(spec.output_dir)
-    contents = {"study.png": render_figure(study), "study.md": to_markdown(study).encode()}
-    with explained_write_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "study.json", study)
-        for name, content in contents.items():
-            with replaced_file(folder / name) as temporary:
-                temporary.write_bytes(content)
+    pages = {"study.png": render_figure(study), "study.md": to_markdown(study).encode()}
+    write_files(folder, {"study.json": study, **pages})
     print_study(study)
     return folder / "study.md"
 

@@ -29,7 +29,7 @@ def collect_study(spec: StudySpec, points: Sequence[Point]) -> Results:
     Gather the results of the seeds that all points have finished.
 
     Returns:
-        `name`, `notes`, `seeds`, `baseline`, `device`, `versions`, `date`, `teacher` (its accuracies and FLOPs),
+        `name`, `seeds`, `baseline`, `device`, `versions`, `date`, `teacher` (its accuracies and FLOPs),
         `curves` (by name: `arm`, and `points` with `values` and by seed `iid`, `ood` in [0, 1], FLOPs, seconds and
         the like) and `comparisons`, see [`compare`].
 
@@ -61,10 +61,9 @@ def collect_study(spec: StudySpec, points: Sequence[Point]) -> Results:
             }
         )
     for curve in curves.values():
-        curve["points"].sort(key=lambda point: _flops(point))
+        curve["points"].sort(key=mean_flops)
     return {
         "name": spec.name,
-        "notes": spec.notes,
         "seeds": seeds,
         "baseline": spec.reference,
         "device": device_in_words(points[0].recipe),
@@ -88,7 +87,8 @@ def _of_seed(result: Results) -> Results:
     return {**_scores(result), **{name: result[name] for name in _MEASURES}}
 
 
-def _flops(point: Results) -> float:
+def mean_flops(point: Results) -> float:
+    """FLOPs of a point's training, mean over the seeds."""
     return statistics.fmean(own["train_flops"] for own in point["seeds"].values())
 
 
@@ -106,11 +106,11 @@ def compare(curves: Mapping[str, Results], baseline: str) -> list[Results]:
     theirs = curves[baseline]["points"]
     for name, curve in curves.items():
         for point in curve["points"] if name != baseline else ():
-            place = _between([_flops(own) for own in theirs], _flops(point))
+            place = _between([mean_flops(own) for own in theirs], mean_flops(point))
             if place is None:
                 continue
             before, after, weight = place
-            entry = {"curve": name, "baseline": baseline, "values": point["values"], "train_flops": _flops(point)}
+            entry = {"curve": name, "baseline": baseline, "values": point["values"], "train_flops": mean_flops(point)}
             entry["is_interpolated"] = before != after
             for split in ("iid", "ood"):
                 differences = [

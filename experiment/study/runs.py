@@ -106,14 +106,14 @@ def _run_units(points: Sequence[Point], units: Sequence[Unit], links: Sequence[L
     link_finished(links)
     missing = [unit for unit in units if not unit.phase.is_finished()]
     screen.say(f"{len(points)} points, {len(units)} phases, of which {len(units) - len(missing)} are finished")
+    names = {unit.title: f"{points[unit.point].name} {unit.phase.title}" for unit in missing}
     tasks = [
-        Task(f"{points[unit.point].name} {unit.phase.title}", (unit.point, unit.phase.session.seed, unit.phase.name))
+        Task(
+            names[unit.title],
+            (unit.point, unit.phase.session.seed, unit.phase.name),
+            tuple(names[title] for title in unit.reads if title in names),
+        )
         for unit in missing
-    ]
-    names = {unit.title: task.name for unit, task in zip(missing, tasks, strict=True)}
-    tasks = [
-        Task(task.name, task.arguments, tuple(names[title] for title in unit.reads if title in names))
-        for unit, task in zip(missing, tasks, strict=True)
     ]
     work = partial(_work, [point.recipe for point in points], links)
     run_tasks(tasks, work, processes or num_processes(points[0].recipe))

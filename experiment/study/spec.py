@@ -59,7 +59,6 @@ class StudySpec(Section):
         baseline (`str`, *optional*): The curve that the others are compared with. `None`: the first.
         set (`dict`): Values by dotted key that differ from the recipe in all runs.
         curves (`dict[str, CurveSpec]`): The curves by name.
-        notes (`str`): How the values were chosen, for the report.
     """
 
     name: str
@@ -69,7 +68,6 @@ class StudySpec(Section):
     baseline: str | None = None
     set: dict[str, Any] = Field(default_factory=dict)
     curves: dict[str, CurveSpec] = Field(min_length=1)
-    notes: str = ""
 
     @model_validator(mode="after")
     def _check(self) -> "StudySpec":

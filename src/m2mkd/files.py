@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -66,6 +66,21 @@ def replaced_file(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_files(folder: Path, contents: Mapping[str, bytes | dict[str, Any]]) -> None:
+    """
+    Write files into a folder, which is created if it does not exist, each in one step; a dictionary becomes JSON.
+    Raises `WriteError`.
+    """
+    with explained_write_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in contents.items():
+            if isinstance(content, dict):
+                write_json(folder / name, content)
+                continue
+            with replaced_file(folder / name) as temporary:
+                temporary.write_bytes(content)
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -28,6 +28,7 @@ from m2mkd import M2MKDTrainer, TargetCache
 from m2mkd.data import DataConfig, ImageDataset, LabeledImages
 from m2mkd.distillation.split import new_network
 from m2mkd.errors import CacheError, DataError, StageError
+from m2mkd.trainer.cached_images import CachedImages
 from m2mkd.trainer.callbacks import DataEpoch
 
 
@@ -42,7 +43,8 @@ def dataset(seed: int = 0, count: int = 16, pixels: int = 0, **config: Any) -> I
     labels, names = np.arange(count) % NUM_LABELS, [str(index) for index in range(count)]
     data = LabeledImages([Image.fromarray(array) for array in arrays], labels, list("abcde"), names)
     settings = {"augmentation": "affine", "views": 2, **config}
-    return ImageDataset(data, DataConfig(source="x", image_size=IMAGE_SIZE, **settings), train=True, seed=seed)
+    settings = {"source": "x", "image_size": IMAGE_SIZE, **settings}
+    return ImageDataset(data, DataConfig(**settings), train=True, seed=seed)
 
 
 def write(folder: Path, dtype: str = "float32", images: ImageDataset | None = None, **options: Any) -> TargetCache:
@@ -203,3 +205,9 @@ class TestEvaluation:
         trainer.train_dataset = NoiseImages()
         with pytest.raises(DataError, match="not logits"):
             trainer.train()
+
+
+def test_images_without_labels_get_none_from_the_cache(tmp_path: Path) -> None:
+    images = dataset(source="unlabeled:x")
+    cached = CachedImages(images, write(tmp_path / "cache", images=images), ["boundary_1"])
+    assert cached[3].keys() == {"boundary_1"}
