@@ -1,4 +1,4 @@
-"""The figures of README that come from the committed studies, as README writes them."""
+"""The figures of README and docs/results.md that come from the committed studies, as they write them."""
 
 import json
 import statistics
@@ -35,7 +35,7 @@ def row(name: str, point: dict[str, Any]) -> str:
 
 
 def rows(name: str) -> list[str]:
-    """The rows of README's table of a study."""
+    """The rows of the table of a study in docs/results.md."""
     header = ["| arm | passes | IID % | OOD % | TFLOPs | labels |", "|---|---|---:|---:|---:|---:|"]
     return header + [row(arm, point) for arm, curve in read(name)["curves"].items() for point in curve["points"]]
 
@@ -59,25 +59,23 @@ def _largest_deficit(name: str, arms: tuple[str, ...]) -> float:
     return max(0.0, *(-100 * entry[split]["mean"] for entry in entries for split in ("iid", "ood")))
 
 
-def facts() -> dict[str, str]:
-    """The figures in README's text, by their place."""
+def facts(page: str) -> list[str]:
+    """The figures in the text of README.md or docs/results.md."""
     v, n = "vmoe_digits", "nac_digits"
-
-    return {
-        "worst": f"at most {_largest_deficit(v, ('m2mkd_kd', 'm2mkd_kd_own')):.1f} points behind in the mean",
-        "d20": difference(v, "m2mkd_kd_own", "5 + 15", "ood"),
-        "only": f"{difference(v, 'modules_only', '20', 'iid')} IID, {difference(v, 'modules_only', '20', 'ood')} OOD",
-        "e2e40": short(v, "e2e_all", "40"),
-        "kd40": short(v, "kd", "40"),
-        "own20": short(v, "m2mkd_kd_own", "5 + 15"),
-        "kd20": short(v, "kd", "20"),
-        "only20": short(v, "modules_only", "20"),
-        "up20": short(v, "upcycle_kd", "10 + 10"),
-        "nac": f"10 passes: {short(n, 'm2mkd_kd', '3 + 7')}, `kd`: {short(n, 'kd', '10')}",
-        "t20i": difference(v, "m2mkd_kd", "5 + 15", "iid"),
-        "t20o": difference(v, "m2mkd_kd", "5 + 15", "ood"),
-        "n10i": difference(n, "m2mkd_kd", "3 + 7", "iid"),
-        "n10o": difference(n, "m2mkd_kd", "3 + 7", "ood"),
-        "n20i": difference(n, "m2mkd_kd", "5 + 15", "iid"),
-        "n20o": difference(n, "m2mkd_kd", "5 + 15", "ood"),
-    }
+    if page == "README.md":
+        return [
+            f"{difference(v, 'm2mkd_kd', '5 + 15', 'iid')} points IID and {difference(v, 'm2mkd_kd', '5 + 15', 'ood')}",
+            f"V-MoE, 40 epochs: {short(v, 'e2e_all', '40')}, `kd` with 40 passes: {short(v, 'kd', '40')}",
+            f"V-MoE, 20 passes: {short(v, 'm2mkd_kd_own', '5 + 15')}, `kd`: {short(v, 'kd', '20')}",
+            f"10 passes: {short(n, 'm2mkd_kd', '3 + 7')}, `kd`: {short(n, 'kd', '10')}",
+            f"modules alone: {short(v, 'modules_only', '20')}",
+            f"10 + 10 passes: {short(v, 'upcycle_kd', '10 + 10')}",
+        ]
+    return [
+        f"at most {_largest_deficit(v, ('m2mkd_kd', 'm2mkd_kd_own')):.1f} points behind in the mean",
+        difference(v, "m2mkd_kd_own", "5 + 15", "ood"),
+        f"{difference(v, 'm2mkd_kd', '5 + 15', 'iid')} IID and {difference(v, 'm2mkd_kd', '5 + 15', 'ood')} OOD",
+        f"{difference(v, 'modules_only', '20', 'iid')} IID, {difference(v, 'modules_only', '20', 'ood')} OOD",
+        f"{difference(n, 'm2mkd_kd', '3 + 7', 'iid')} points IID and {difference(n, 'm2mkd_kd', '3 + 7', 'ood')}",
+        f"{difference(n, 'm2mkd_kd', '5 + 15', 'iid')} and {difference(n, 'm2mkd_kd', '5 + 15', 'ood')}",
+    ]

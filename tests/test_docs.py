@@ -1,6 +1,6 @@
 """
-README and the hand-written cards: every code block does what it says. (Generated cards: test_cards, test_push,
-test_student_trainer.)
+README, docs/ and the hand-written cards: every code block does what it says, every link leads somewhere. (Generated
+cards: test_cards, test_push, test_student_trainer.)
 """
 
 import json
@@ -32,7 +32,8 @@ from m2mkd.experiment.run_data import RunData
 
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "model_cards").glob("digits_*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [*PAGES, *sorted((ROOT / "model_cards").glob("digits_*.md"))]
 # What makes minutes into seconds.
 QUICK = ["--training.max_steps", "2", "--equal_compute", "false", "--data.train.samples_per_class", "4"]
 DIGITS = [
@@ -67,7 +68,7 @@ def recipe_arguments(words: list[str]) -> list[str]:
 @pytest.fixture
 def folder(finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working folder with what the blocks read: runs, a picture, checkpoints, a recipe's images."""
-    for name in ("digits", "nac_digits", "mine"):
+    for name in ("digits", "nac_digits", "mine", "image_folder"):
         shutil.copytree(finished_run, tmp_path / "runs" / name)
         shutil.copytree(finished_run / "arms" / "m2mkd", tmp_path / "runs" / name / "arms" / "m2mkd_kd")
     for seed, name in enumerate(("test", "sketches")):
@@ -86,22 +87,22 @@ def folder(finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     return tmp_path
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("document", [path for path in DOCUMENTS if "```python" in path.read_text()], ids=lambda p: p.stem)
 def test_the_python_blocks_run_one_after_the_other(document: Path, folder: Path) -> None:
-    # that of the embedded recipe, which README's blocks cut
+    # that of the embedded recipe, which the blocks cut
     vit(num_hidden_layers=4, image_size=27, patch_size=9, num_labels=10).save_pretrained("runs/digits/teacher")
     names: dict[str, Any] = {}
-    scripts = code_blocks(document.read_text(encoding="utf-8"), "python")
-    assert scripts
-    for index, script in enumerate(scripts):
+    for index, script in enumerate(code_blocks(document.read_text(encoding="utf-8"), "python")):
         path = folder / f"block_{index}.py"
         path.write_text(script)
         names = {**names, **runpy.run_path(str(path), init_globals=names)}
-    if document.stem == "README":
+    if document.stem == "models":
         # the last stage returns the model's own logits
         with torch.no_grad():
             assert torch.equal(names["hidden_states"], names["model"](names["pixel_values"]).logits)
+    elif document.stem == "python":
         assert names["trainer"].state.global_step > 0
+    elif document.stem == "hub":
         assert (folder / "runs" / "digits" / "arms" / "m2mkd_kd" / "modeling_vmoe.py").is_file()
 
 
@@ -141,12 +142,11 @@ def test_the_commands_for_own_images_lose_none(recipe: str, sizes: dict[str, int
 
 
 def test_the_sections_of_recipes_are_valid() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    sections = [yaml.safe_load(block) for block in code_blocks(text, "yaml")]
-    assert sections
+    sections = [yaml.safe_load(block) for page in PAGES for block in code_blocks(page.read_text(), "yaml")]
+    assert len(sections) > 1
     recipe = load_recipe(ROOT / "recipes" / "vmoe_base_imagenet.yaml").model_dump(mode="json")
     for own in sections:
-        parse_recipe({**recipe, **own}, "README")
+        parse_recipe({**recipe, **own}, "docs")
 
 
 def test_the_commands_with_a_switch_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,9 +211,22 @@ def test_the_phases_by_hand_run_one_after_the_other(tmp_path: Path) -> None:
 
 
 def test_the_figures_of_the_studies_are_those_of_the_committed_results() -> None:
-    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    results = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
     for study in ("vmoe_digits", "nac_digits"):
-        for row in rows(study):
-            assert row in text, row
-    for place, fact in facts().items():
-        assert fact in text, place
+        assert "\n".join(rows(study)) in results
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    quoted = [line for line in readme.splitlines() if re.match(r"\| `\w+` \|.* ± ", line)]
+    assert len(quoted) == 2 and set(quoted) <= set(rows("vmoe_digits"))
+    for text, page in ((readme, "README.md"), (results, "docs/results.md")):
+        for fact in facts(page):
+            assert fact in " ".join(text.split()), page
+
+
+@pytest.mark.parametrize("page", [*PAGES, *sorted((ROOT / "docs" / "reference").glob("*.md"))], ids=lambda p: p.stem)
+def test_the_links_lead_somewhere(page: Path) -> None:
+    """To a file of the repository and, from docs/, of the site; the site's own build checks the anchors too."""
+    targets = re.findall(r"\]\((?!https?://)([^)#\s]+)[^)]*\)", page.read_text(encoding="utf-8"))
+    root = ROOT if page.name == "README.md" else ROOT / "docs"
+    for target in targets:
+        path = (page.parent / target).resolve()
+        assert path.exists() and path.is_relative_to(root), target
