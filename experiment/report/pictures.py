@@ -1,0 +1,137 @@
+"""Test images of report.html: what a model does with some of them, and those of its worst classes."""
+
+import base64
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from m2mkd.data.config import DataConfig
+from m2mkd.data.dataset import ImageDataset
+from m2mkd.data.sources import load_images
+from m2mkd.errors import DataError
+from m2mkd.evaluation.overlay import overlays, paint
+from m2mkd.evaluation.saved_model import load_for_evaluation
+from m2mkd.experiment.artifact import EVAL_RESULTS, read_results
+
+
+SHOWN_IMAGES = 6
+WORST_CLASSES = 5
+IMAGES_OF_A_CLASS = 4
+TRIED_IMAGES_OF_A_CLASS = 12
+
+
+@dataclass(frozen=True)
+class Picture:
+    """
+    An image in a page.
+
+    Attributes:
+        uri: The PNG as `data:` address.
+        text: What it shows, in words.
+        caption: Below it.
+    """
+
+    uri: str
+    text: str
+    caption: str
+
+
+class ShownImages:
+    """
+    Images of a test set, as a saved model sees them.
+
+    Args:
+        config (`DataConfig`): The test set.
+        folder (`Path`): Folder of the model, an arm of a run.
+
+    Raises:
+        `DataError`: the test set cannot be loaded, or it is a stream.
+        `StageError`: the model cannot be loaded.
+    """
+
+    def __init__(self, config: DataConfig, folder: Path):
+        if config.streaming:
+            raise DataError(f"{config.source} is a stream, of which no single images are shown")
+        self.folder, (model, pixels) = folder, load_for_evaluation(folder)
+        self.model, self.names = (
+            model.eval(),
+            [model.config.id2label[label] for label in range(model.config.num_labels)],
+        )
+        config = config.model_copy(update=pixels)
+        self.dataset = ImageDataset(load_images(config).relabel(self.names), config, train=False)
+
+    def spread(self, number: int) -> list[int]:
+        """Positions of `number` images of different classes, as far as there are as many."""
+        labels = self.dataset.data.labels
+        first = np.unique(labels, return_index=True)[1]
+        chosen = first[np.linspace(0, len(first) - 1, min(number, len(first))).round().astype(int)]
+        return [int(place) for place in chosen]
+
+    def image(self, position: int) -> Image.Image:
+        """An image as the model sees it, cut and scaled."""
+        config = self.dataset.config
+        pixels = self.dataset[position]["pixel_values"].numpy().transpose(1, 2, 0) * config.std + config.mean
+        return Image.fromarray((255 * np.clip(pixels, 0, 1)).round().astype(np.uint8))
+
+    def routing(self) -> list[dict[str, Any]]:
+        """Of some images: `image` (a [`Picture`]) and `overlays` (pictures)."""
+        rows = []
+        for position in self.spread(SHOWN_IMAGES):
+            image, pixel_values = self.image(position), self.dataset[position]["pixel_values"][None]
+            found = [
+                Picture(_uri(paint(image, own)), own.text, own.name) for own in overlays(self.model, pixel_values)
+            ]
+            if found:
+                rows.append({"image": self._picture(position), "overlays": found})
+        return rows
+
+    def worst(self) -> list[dict[str, Any]]:
+        """
+        The classes with the lowest accuracy, worst first: `name`, `accuracy`, `n`, and `images` (pictures), those that
+        the model gets wrong first.
+        """
+        by_class = read_results(self.folder, EVAL_RESULTS).get("per_class") or {}
+        rows = []
+        for name, result in sorted(by_class.items(), key=lambda item: item[1]["accuracy"])[:WORST_CLASSES]:
+            places = np.flatnonzero(self.dataset.data.labels == self.names.index(name))[:TRIED_IMAGES_OF_A_CLASS]
+            wrong_first = sorted(map(int, places), key=lambda place: self._answer(place)[0] == name)
+            images = [self._picture(place) for place in wrong_first[:IMAGES_OF_A_CLASS]]
+            rows.append({"name": name, **result, "images": images})
+        return rows
+
+    @torch.no_grad()
+    def _answer(self, position: int) -> tuple[str, float]:
+        """The class that the model gives an image, and its probability."""
+        probability, index = self.model(self.dataset[position]["pixel_values"][None]).logits[0].softmax(dim=-1).max(0)
+        return self.names[int(index)], float(probability)
+
+    def _picture(self, position: int) -> Picture:
+        name, (answer, probability) = self.names[self.dataset.data.labels[position]], self._answer(position)
+        said = f"{'✓' if answer == name else '✗'} {answer} ({100 * probability:.0f} %)"
+        text = f"test image of class {name}; the model says {answer} with probability {100 * probability:.0f} %"
+        return Picture(_uri(_enlarged(self.image(position))), text, f"{name}: {said}")
+
+
+def _enlarged(image: Image.Image, side: int = 168) -> Image.Image:
+    scale = side / max(image.size)
+    return image if scale <= 1 else image.resize(tuple(round(scale * edge) for edge in image.size), 0)
+
+
+def _uri(image: Image.Image) -> str:
+    return png_uri(_png(image))
+
+
+def _png(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, format="png")
+    return file.getvalue()
+
+
+def png_uri(content: bytes) -> str:
+    """A PNG as an address that needs no file."""
+    return f"data:image/png;base64,{base64.b64encode(content).decode()}"
