@@ -22,7 +22,7 @@ from m2mkd.experiment.artifact import EVAL_RESULTS, read_results
 SHOWN_IMAGES = 6
 WORST_CLASSES = 5
 IMAGES_OF_A_CLASS = 4
-TRIED_IMAGES_OF_A_CLASS = 12
+TRIED_IMAGES = 50  # of a class, to find wrong answers
 
 
 @dataclass(frozen=True)
@@ -80,14 +80,12 @@ class ShownImages:
 
     def routing(self) -> list[dict[str, Any]]:
         """Of some images: `image` (a [`Picture`]) and `overlays` (pictures)."""
-        rows = []
-        for position in self.spread(SHOWN_IMAGES):
-            image, pixel_values = self.image(position), self.dataset[position]["pixel_values"][None]
-            found = [
-                Picture(_uri(paint(image, own)), own.text, own.name) for own in overlays(self.model, pixel_values)
-            ]
+        rows, positions = [], self.spread(SHOWN_IMAGES)
+        for position, answer in zip(positions, self._answers(positions), strict=True):
+            image, found = self.image(position), overlays(self.model, self._pixel_values([position]))
             if found:
-                rows.append({"image": self._picture(position), "overlays": found})
+                drawn = [Picture(png_uri(png(paint(image, own))), own.text, own.name) for own in found]
+                rows.append({"image": self._picture(position, *answer), "overlays": drawn})
         return rows
 
     def worst(self) -> list[dict[str, Any]]:
@@ -98,23 +96,27 @@ class ShownImages:
         by_class = read_results(self.folder, EVAL_RESULTS).get("per_class") or {}
         rows = []
         for name, result in sorted(by_class.items(), key=lambda item: item[1]["accuracy"])[:WORST_CLASSES]:
-            places = np.flatnonzero(self.dataset.data.labels == self.names.index(name))[:TRIED_IMAGES_OF_A_CLASS]
-            wrong_first = sorted(map(int, places), key=lambda place: self._answer(place)[0] == name)
-            images = [self._picture(place) for place in wrong_first[:IMAGES_OF_A_CLASS]]
+            places = np.flatnonzero(self.dataset.data.labels == self.names.index(name))[:TRIED_IMAGES].tolist()
+            answered = sorted(zip(places, self._answers(places), strict=True), key=lambda found: found[1][0] == name)
+            images = [self._picture(place, *answer) for place, answer in answered[:IMAGES_OF_A_CLASS]]
             rows.append({"name": name, **result, "images": images})
         return rows
 
-    @torch.no_grad()
-    def _answer(self, position: int) -> tuple[str, float]:
-        """The class that the model gives an image, and its probability."""
-        probability, index = self.model(self.dataset[position]["pixel_values"][None]).logits[0].softmax(dim=-1).max(0)
-        return self.names[int(index)], float(probability)
+    def _pixel_values(self, positions: list[int]) -> torch.Tensor:
+        return torch.stack([self.dataset[position]["pixel_values"] for position in positions])
 
-    def _picture(self, position: int) -> Picture:
-        name, (answer, probability) = self.names[self.dataset.data.labels[position]], self._answer(position)
-        said = f"{'✓' if answer == name else '✗'} {answer} ({100 * probability:.0f} %)"
-        text = f"test image of class {name}; the model says {answer} with probability {100 * probability:.0f} %"
-        return Picture(_uri(_enlarged(self.image(position))), text, f"{name}: {said}")
+    @torch.no_grad()
+    def _answers(self, positions: list[int]) -> list[tuple[str, float]]:
+        """The class that the model gives each image, and its probability."""
+        best = self.model(self._pixel_values(positions)).logits.softmax(dim=-1).max(dim=-1)
+        names = [self.names[label] for label in best.indices.tolist()]
+        return list(zip(names, best.values.tolist(), strict=True))
+
+    def _picture(self, position: int, answer: str, probability: float) -> Picture:
+        name, sure = self.names[self.dataset.data.labels[position]], f"{100 * probability:.0f} %"
+        text = f"test image of class {name}; the model says {answer} with probability {sure}"
+        caption = f"{name}: {'✓' if answer == name else '✗'} {answer} ({sure})"
+        return Picture(png_uri(png(_enlarged(self.image(position)))), text, caption)
 
 
 def _enlarged(image: Image.Image, side: int = 168) -> Image.Image:
@@ -122,11 +124,8 @@ def _enlarged(image: Image.Image, side: int = 168) -> Image.Image:
     return image if scale <= 1 else image.resize(tuple(round(scale * edge) for edge in image.size), 0)
 
 
-def _uri(image: Image.Image) -> str:
-    return png_uri(_png(image))
-
-
-def _png(image: Image.Image) -> bytes:
+def png(image: Image.Image) -> bytes:
+    """An image as PNG."""
     file = io.BytesIO()
     image.save(file, format="png")
     return file.getvalue()
