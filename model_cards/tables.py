@@ -160,6 +160,12 @@ def compute_notes(report: Report) -> list[str]:
     return notes
 
 
+def teacher_hub_id(teacher: Result) -> str | None:
+    """The Hub id of a report's teacher; `None` if it was trained in the run or loaded from a folder."""
+    network = teacher.get("network")
+    return None if network is None or network["folder"] is not None else teacher["pretrained"]
+
+
 def teacher_text(teacher: Result) -> str:
     """What the teacher of a report is and where its weights came from, in sentences."""
     size, source, network = f"{teacher['parameters']:,} parameters", teacher.get("pretrained"), teacher.get("network")

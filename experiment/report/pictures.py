@@ -21,6 +21,7 @@ from m2mkd.experiment.artifact import EVAL_RESULTS, read_results
 
 SHOWN_IMAGES = 6
 WORST_CLASSES = 5
+GAP = 8  # pixels between the pictures of a strip
 IMAGES_OF_A_CLASS = 4
 TRIED_IMAGES = 50  # of a class, to find wrong answers
 
@@ -87,6 +88,24 @@ class ShownImages:
                 drawn = [Picture(png_uri(png(paint(image, own))), own.text, own.name) for own in found]
                 rows.append({"image": self._picture(position, *answer), "overlays": drawn})
         return rows
+
+    def strip(self, number: int) -> bytes | None:
+        """
+        `number` images, each beside what the model does with it, as one PNG; `None` for a model without experts and
+        without latents.
+        """
+        rows = []
+        for position in self.spread(number):
+            image, found = _enlarged(self.image(position)), overlays(self.model, self._pixel_values([position]))
+            rows.append([image, *(paint(image, own) for own in found)])
+        if len(rows[0]) == 1:
+            return None
+        width, height = (max(edges) + GAP for edges in zip(*(own.size for row in rows for own in row), strict=True))
+        whole = Image.new("RGB", (width * len(rows[0]) - GAP, height * len(rows) - GAP), "white")
+        for y, row in enumerate(rows):
+            for x, own in enumerate(row):
+                whole.paste(own, (x * width, y * height))
+        return png(whole)
 
     def worst(self) -> list[dict[str, Any]]:
         """
