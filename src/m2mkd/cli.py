@@ -182,7 +182,7 @@ def push_command(
     license: Annotated[str, typer.Option(help="License of the weights, as the Hub names it.")] = "apache-2.0",
     with_images: Annotated[
         bool,
-        typer.Option("--with-images", help="Add 3 test images: examples of the page, and a picture of the routing."),
+        typer.Option("--with-images", help="Add 3 test images as examples, and their routing."),
     ] = False,
     space: Annotated[bool, typer.Option("--space", help="Push a demo of the arm: a Gradio app, a Space.")] = False,
     collection: Annotated[
