@@ -1,7 +1,7 @@
 """Prediction of whole data sets."""
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
 from transformers.trainer_utils import PredictionOutput
 
-from m2mkd.data.metrics import accuracies
+from m2mkd.data.metrics import PerClassAccuracy, accuracies
 from m2mkd.distillation.losses import per_sample_cross_entropy
 
 
@@ -37,6 +37,14 @@ class Predictions:
         """`accuracy` and `top5_accuracy` in [0, 1] (of all classes, if there are fewer than 5), `loss`, and `n`."""
         loss = float(self.losses.mean(dtype=np.float64))
         return {**accuracies(self.ranked, self.labels), "loss": loss, "n": len(self.labels)}
+
+    def per_class(self, class_names: Sequence[str]) -> dict[str, dict[str, float]]:
+        """`accuracy` in [0, 1] and number of images `n` of each class that has images, by name."""
+        result = PerClassAccuracy().compute(
+            predictions=self.ranked[:, 0], references=self.labels, num_classes=len(class_names)
+        )
+        rows = zip(class_names, result["accuracy"], result["n"], strict=True)
+        return {name: {"accuracy": accuracy, "n": n} for name, accuracy, n in rows if n}
 
 
 def predict(model: PreTrainedModel, dataset: Dataset, batch_size: int, use_cpu: bool) -> Predictions:

@@ -6,6 +6,7 @@ import torch
 from matplotlib.figure import Figure
 
 from m2mkd.evaluation.graph import AFFINITY, draw_graph
+from m2mkd.evaluation.overlay import selective
 from m2mkd.evaluation.picture import Pictures, draw_below, draw_picture
 
 
@@ -23,8 +24,7 @@ def draw_read_in(pictures: Pictures, attention: torch.Tensor, affinity: torch.Te
         affinity (`torch.Tensor`): See [`~m2mkd.evaluation.graph.signature_affinity`].
     """
     num_latents = attention.shape[1]
-    entropy = torch.special.entr(attention).sum(dim=(-1, -2)).mean(dim=0)
-    latents = entropy.argsort(stable=True)[:MOST_LATENTS].sort().values.tolist()
+    latents = selective(attention, MOST_LATENTS)
     maps = torch.cat([attention.mean(dim=1, keepdim=True), attention[:, latents]], dim=1)
     # 1 where all tokens get as much
     maps = maps * attention[0, 0].numel()

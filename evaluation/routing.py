@@ -7,11 +7,11 @@ from torch.utils.data import DataLoader
 
 from m2mkd.data.dataset import ImageDataset
 from m2mkd.errors import StageError
+from m2mkd.evaluation.overlay import weights_of_patches
 from m2mkd.modeling.modeling_vmoe import VMoEForImageClassification
 from m2mkd.screen import Screen
 
 
-@torch.no_grad()
 def patch_weights(model: VMoEForImageClassification, pixel_values: torch.Tensor) -> dict[int, torch.Tensor]:
     """
     Compute the weight with which each expert's output counts for each patch. The model has to be in evaluation mode.
@@ -29,18 +29,9 @@ def patch_weights(model: VMoEForImageClassification, pixel_values: torch.Tensor)
         `StageError`: the model does not take images of this size, or groups of tokens of this number.
     """
     try:
-        outputs = model.vmoe(pixel_values, output_router_logits=True, output_dropped_mask=True)
+        return weights_of_patches(model, pixel_values)
     except ValueError as error:
         raise StageError(f"The model cannot route these images: {error}") from error
-    layers = sorted(model.config.moe_layers)
-    per_token = outputs.last_hidden_state.new_empty(*outputs.last_hidden_state.shape[:2], model.config.num_experts)
-    weights = {}
-    masks = outputs.dropped_mask or [None] * len(layers)
-    for layer, logits, dropped_mask in zip(layers, outputs.router_logits, masks, strict=True):
-        router = model.vmoe.layers[layer].mlp.router
-        joined = router.join_groups(router.weights_by_expert(logits, dropped_mask), per_token)
-        weights[layer] = joined[:, model.config.num_special_tokens :].float().cpu()
-    return weights
 
 
 def specialisation(

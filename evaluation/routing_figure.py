@@ -13,12 +13,10 @@ from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
 
 from m2mkd.configuration.configuration_vmoe import VMoEConfig
+from m2mkd.evaluation.overlay import COLORS, choices, num_choices
 from m2mkd.evaluation.picture import Pictures, draw_below, draw_picture
 
 
-# Okabe and Ito's colors for the color-blind, but for black and grey, which the images have
-COLORS = ("#e69f00", "#56b4e9", "#009e73", "#cc79a7", "#0072b2", "#d55e00", "#f0e442", "#882255")
-OPACITY = (0.2, 0.85)  # from weight 0 to the largest weight of a layer
 # What a patch shows, by the kind of router.
 SHOWN = {
     "token_choice": "its experts side by side, the largest weight on the left",
@@ -50,7 +48,7 @@ def draw_routing(
     """
     columns = 1 + len(config.moe_layers)
     # cells of a readable size, up to a panel of 3.4 inches
-    cells = max((_num_choices(config) * of_layer.shape[1] ** 0.5 for of_layer in weights.values()), default=0)
+    cells = max((num_choices(config) * of_layer.shape[1] ** 0.5 for of_layer in weights.values()), default=0)
     side = min(max(1.9, 0.12 * cells), 3.4)
     heights = [side * len(pictures) + 1.1] * bool(pictures)
     heights += [1.3 + min(0.22 * len(class_names) + 0.3, 8.0)] * bool(shares)
@@ -76,22 +74,15 @@ def _draw_patches(
     for row, (pixels, title) in enumerate(zip(pictures.pixels, pictures.titles, strict=True)):
         draw_picture(panels[row, 0], pixels, title)
     for column, (layer, of_layer) in enumerate(weights.items(), start=1):
-        top, experts = of_layer.topk(_num_choices(config), dim=-1)
-        dropped = (top == 0).float().mean().item()
+        experts, opacity = choices(of_layer, num_choices(config))
+        dropped = (opacity == 0).float().mean().item()
         has_dropped |= dropped > 0
         panels[0, column].set_title(
             f"layer {layer}" + (f": {100 * dropped:.0f} % dropped" * (dropped > 0)), fontsize=9
         )
-        opacity = OPACITY[0] + (OPACITY[1] - OPACITY[0]) * top / top.max().clamp(min=1e-12)
-        opacity = opacity.masked_fill(top == 0, 0.0)
         for panel, pixels, chosen, opaque in zip(panels[:, column], pictures.pixels, experts, opacity, strict=True):
             _draw_cells(panel, pixels, chosen.numpy(), opaque.numpy(), config)
     _draw_legend(part, config, has_dropped)
-
-
-def _num_choices(config: VMoEConfig) -> int:
-    """Experts that a patch shows."""
-    return config.num_experts_per_tok if config.router_type == "token_choice" else 1
 
 
 def _draw_cells(panel: Axes, pixels: np.ndarray, chosen: np.ndarray, opacity: np.ndarray, config: VMoEConfig) -> None:

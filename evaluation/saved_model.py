@@ -14,7 +14,7 @@ from m2mkd.data.dataset import ImageDataset
 from m2mkd.data.imagenet_classes import imagenet_classes
 from m2mkd.data.known_sets import known_set, splits_of
 from m2mkd.data.labeled_images import LabeledImages
-from m2mkd.data.metrics import PerClassAccuracy, effective_robustness
+from m2mkd.data.metrics import effective_robustness
 from m2mkd.data.processing import pixels_of_processor
 from m2mkd.data.sources import load_images
 from m2mkd.distillation.load import load_network, load_processor
@@ -119,15 +119,11 @@ def evaluate_folder(
         screen.say(f"Evaluating {folder} on {source}: {len(data):,} images")
         use_cpu = not torch.accelerator.is_available()
         predictions = predict(model, ImageDataset(data, config, train=False), batch_size, use_cpu)
-        by_class = PerClassAccuracy().compute(
-            predictions=predictions.ranked[:, 0], references=predictions.labels, num_classes=len(class_names)
-        )
-        rows = zip(class_names, by_class["accuracy"], by_class["n"], strict=True)
         result: dict[str, Any] = {
             **predictions.summary(),
             "classes": predictions.classes,
             "left_out": len(whole) - len(data),
-            "per_class": {name: {"accuracy": accuracy, "n": n} for name, accuracy, n in rows if n},
+            "per_class": predictions.per_class(class_names),
         }
         if iid_accuracy is not None:
             result["accuracy_gap"] = result["accuracy"] - iid_accuracy

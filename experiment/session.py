@@ -18,7 +18,7 @@ from m2mkd.distillation.split import new_network
 from m2mkd.distillation.stitch_init import FITTED_IMAGES
 from m2mkd.distillation.target_cache import TargetCache
 from m2mkd.evaluation.expert_load import expert_use
-from m2mkd.evaluation.predict import evaluate_model
+from m2mkd.evaluation.predict import predict
 from m2mkd.experiment.artifact import EVAL_RESULTS, TRAIN_RESULTS, keep_tracker_files, last_complete_checkpoint
 from m2mkd.experiment.flops import count_parameters, training_flops_per_image
 from m2mkd.experiment.machine import default_workers, peak_memory, reset_peak_memory
@@ -223,15 +223,20 @@ class Session:
         return self.arguments(self.folder.path / ".evaluation", {}, {}).per_device_eval_batch_size
 
     def evaluate(self, model: PreTrainedModel, data: str) -> Results:
-        """Compute `iid`, `ood`, `expert_load` and `dropped` of `eval_results.json` for a model trained on `data`."""
-        results: Results = {"iid": None, "ood": None, "expert_load": None, "dropped": None}
+        """
+        Compute what `eval_results.json` says of a model trained on `data`: `iid`, `ood`, and on the IID test set
+        `per_class`, `expert_load` and `dropped`.
+        """
+        results: Results = {"iid": None, "ood": None, "per_class": None, "expert_load": None, "dropped": None}
         batch_size, use_cpu = self.eval_batch_size(), not torch.accelerator.is_available()
         for key, name in (("iid", self.recipe.evaluation.iid), ("ood", self.recipe.evaluation.ood)):
             if name is not None and self.has_test_set(name, data):
                 test_set = self.test_set(name, data)
-                results[key] = evaluate_model(model, test_set, batch_size, use_cpu)
+                predictions = predict(model, test_set, batch_size, use_cpu)
+                results[key] = predictions.summary()
                 if key == "iid":
-                    results |= expert_use(model, test_set, batch_size)
+                    names = [model.config.id2label[index] for index in range(model.config.num_labels)]
+                    results |= {"per_class": predictions.per_class(names), **expert_use(model, test_set, batch_size)}
         return results
 
     def save_model(

@@ -9,6 +9,7 @@ from transformers import PreTrainedConfig
 
 REPORT_FILE = "report.json"
 CARD_FILE = "README.md"
+ROUTING_FILE = "routing.png"
 ARCHITECTURES = {"nac": "A Neural Attentive Circuit", "vmoe": "A vision mixture of experts (V-MoE)"}
 CITATIONS = {
     "m2mkd": """@misc{lo2024m2mkd,

@@ -1,6 +1,7 @@
 """The model card of a run's arm: what report.json says, in the form of `model_cards/template.md`."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path, PurePath, PureWindowsPath
 from typing import Any, get_args
 
@@ -9,8 +10,9 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedConfig
 
 from m2mkd.data.config import IMAGEFOLDER_PREFIX, PackagedSource
-from m2mkd.model_cards.parts import citation, model_facts, template, usage_section
-from m2mkd.model_cards.tables import compute_section, markdown_table, results_section, teacher_text
+from m2mkd.data.known_sets import known_set
+from m2mkd.model_cards.parts import ROUTING_FILE, citation, model_facts, template, usage_section
+from m2mkd.model_cards.tables import compute_section, markdown_table, results_section, teacher_hub_id, teacher_text
 
 
 _UNPUBLISHED = ("output_dir", "processes")
@@ -27,6 +29,8 @@ def run_card(
     with_code: bool = False,
     pairs: str | None = None,
     license: str = "apache-2.0",
+    examples: Sequence[str] = (),
+    has_routing: bool = False,
 ) -> ModelCard:
     """
     The model card of one arm, metadata (model-index) included.
@@ -42,17 +46,20 @@ def run_card(
         pairs (`str`, *optional*): What a reader gives to `m2mkd assemble`: the Hub id or folder with the `pairs/` that
             the arm was made of.
         license (`str`): The licence of the weights, as the Hub names it.
+        examples (`Sequence[str]`): Paths of images in the repository, for the widget of its page.
+        has_routing (`bool`): Whether `routing.png` lies beside the card.
     """
     result = report["seeds"][str(seed)]["arms"][arm]
     recipe = public_recipe(report["recipe"], run_name)
     name = PurePath(source).name
     # in a run's folder an arm is called only by its method
-    data = card_data(report, result, f"{recipe['name']}-{arm}" if name == arm else name, license)
+    data = card_data(report, result, f"{recipe['name']}-{arm}" if name == arm else name, license, examples)
     return ModelCard.from_template(
         data,
         template_str=template("template.md"),
         title=data.model_name,
         **model_facts(config, result["parameters"]),
+        routing=ROUTING_FILE if has_routing else None,
         arm=arm,
         arm_text=_arm_text(result["arm"], report),
         recipe_name=recipe.get("name"),
@@ -72,20 +79,25 @@ def run_card(
     )
 
 
-def card_data(report: dict[str, Any], result: dict[str, Any], name: str, license: str) -> ModelCardData:
+def card_data(
+    report: dict[str, Any], result: dict[str, Any], name: str, license: str, examples: Sequence[str] = ()
+) -> ModelCardData:
     """The metadata of a card; the results are those of the weights themselves, one seed."""
     recipe = report["recipe"]
     model_type = recipe["student"]["model"]["model_type"]
     tests = {split: recipe["evaluation"].get(split) for split in ("iid", "ood")}
     sources = [recipe["data"][name]["source"] for name in _data_users(report).values()]
-    ids = [source for source in sources if _kind(source) == "datasets"]
+    ids = {hub_id(source) for source in sources} - {None}
+    teacher = report["teacher"] if "teacher" in result["arm"]["extra"] else None
     return ModelCardData(
         model_name=name,
         license=license,
         library_name="transformers",
         pipeline_tag="image-classification",
         tags=list(dict.fromkeys(["m2mkd", model_type, "knowledge-distillation", "image-classification"])),
-        datasets=sorted(set(ids)) or None,
+        base_model=None if teacher is None else teacher_hub_id(teacher),
+        datasets=sorted(ids) or None,
+        **({"widget": [{"src": path, "example_title": PurePath(path).stem} for path in examples]} if examples else {}),
         metrics=["accuracy"],
         eval_results=[
             _eval_result(data, recipe["data"][data], result[split]["accuracy"])
@@ -129,11 +141,19 @@ def _kind(source: str) -> str:
     return "local" if _PATH.match(source) or Path(source).exists() else "datasets"
 
 
+def hub_id(source: str) -> str | None:
+    """The Hub id of a data source, also of a local copy of a published set; `None` if it is not known to have one."""
+    known = known_set(source)
+    if known is not None:
+        return known.hub
+    return source if _kind(source) == "datasets" else None
+
+
 def _eval_result(name: str, section: dict[str, Any], accuracy: float) -> EvalResult:
     kind = _kind(section["source"])
     return EvalResult(
         task_type="image-classification",
-        dataset_type=section["source"] if kind == "datasets" else kind,
+        dataset_type=hub_id(section["source"]) or kind,
         dataset_name=f"{name} ({_published(section['source'])})",
         dataset_config=section.get("config_name"),
         # huggingface_hub takes results of one type, configuration and split for those of one set

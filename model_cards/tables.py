@@ -111,7 +111,7 @@ def caption_of(report: Report) -> str:
     return caption
 
 
-def _cost_rows(report: Report) -> list[list[str]]:
+def cost_rows(report: Report) -> list[list[str]]:
     """Images and cost of each network and arm and of their phases; for arms also with the networks they need."""
     rows = []
     for name, result in _results(report).items():
@@ -136,28 +136,34 @@ def _costs(costs: Result) -> list[str]:
     return [*counts, _seconds(costs["train_seconds"]), _tflops(costs["train_flops"])]
 
 
-def _compute_notes(report: Report) -> str:
-    """List what the compute of each arm covers and what it leaves out, one point per line."""
+def compute_notes(report: Report) -> list[str]:
+    """What the compute of each arm covers and what it leaves out, in points."""
     notes = []
     for name, result in report["arms"].items():
         arm = result["arm"]
         if same := result.get("same_as"):
             spent = arm["budget"]["flops_of"]
-            notes.append(f"- {name}: the model of {same}, whose end-to-end epochs take {spent}'s FLOPs or more.")
+            notes.append(f"{name}: the model of {same}, whose end-to-end epochs take {spent}'s FLOPs or more.")
             continue
         needs = [_NETWORKS[network] for network in arm["extra"] if not report[network].get("pretrained")]
         extra = "The teacher was pretrained." if arm["extra"] else "It needs no other network."
         if needs:
             extra = f"Training {' and '.join(needs)} is extra."
-        notes.append(f"- {name}: {arm['covers']}. {extra}")
+        notes.append(f"{name}: {arm['covers']}. {extra}")
     teacher = report["teacher"] or {}
     if teacher.get("pretrained"):
-        notes.append(f"- {teacher_text(teacher)} Its training is not counted.")
+        notes.append(f"{teacher_text(teacher)} Its training is not counted.")
     if "incubation" in teacher.get("phases", {}):
         notes.append(
-            "- The teacher itself was incubated inside the meta model; its row leaves out the training of that model."
+            "The teacher itself was incubated inside the meta model; its row leaves out the training of that model."
         )
-    return "\n".join(notes)
+    return notes
+
+
+def teacher_hub_id(teacher: Result) -> str | None:
+    """The Hub id of a report's teacher; `None` if it was trained in the run or loaded from a folder."""
+    network = teacher.get("network")
+    return None if network is None or network["folder"] is not None else teacher["pretrained"]
 
 
 def teacher_text(teacher: Result) -> str:
@@ -195,4 +201,5 @@ def results_section(report: Report) -> str:
 def compute_section(report: Report) -> str:
     """Render the cost of the networks as Markdown: the table, and what it covers."""
     covers = f"What the compute of each arm covers (the table is for seed {report['seed']}):"
-    return "\n\n".join([markdown_table(COST_COLUMNS, _cost_rows(report)), covers, _compute_notes(report)])
+    notes = "\n".join(f"- {note}" for note in compute_notes(report))
+    return "\n\n".join([markdown_table(COST_COLUMNS, cost_rows(report)), covers, notes])

@@ -1,5 +1,6 @@
 """Model cards of a run."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from huggingface_hub import ModelCard
@@ -20,13 +21,15 @@ def render_card(
     with_code: bool = False,
     pairs: str | None = None,
     license: str = "apache-2.0",
+    examples: Sequence[str] = (),
+    has_routing: bool = False,
 ) -> ModelCard:
     """
     Render the model card of one arm of a finished run, see [`run_card`].
 
     Args:
         run_folder (`str` or `Path`): A finished run, with its `report.json`.
-        arm, source, with_code, pairs, license: See [`run_card`].
+        arm, source, with_code, pairs, license, examples, has_routing: See [`run_card`].
         seed (`int`, *optional*): Seed of the arm. `None`: the run's first.
 
     Raises:
@@ -36,7 +39,8 @@ def render_card(
     folder, seed = RunFolder(run_folder, report["seed"]), report["seed"] if seed is None else seed
     result_of(report, folder.path, arm, seed)
     config = AutoConfig.from_pretrained(folder.arm(arm, seed))
-    return run_card(report, config, folder.path.resolve().name, arm, source, seed, with_code, pairs, license)
+    options = {"license": license, "examples": examples, "has_routing": has_routing}
+    return run_card(report, config, folder.path.resolve().name, arm, source, seed, with_code, pairs, **options)
 
 
 def write_cards(run_folder: str | Path) -> list[Path]:

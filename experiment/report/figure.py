@@ -24,12 +24,12 @@ Points = tuple[list[float], list[float]]
 
 def render_figure(report: Report, histories: Histories) -> bytes:
     """Render the figure as PNG, 14 × 9 inches at 110 dpi (half as high for two panels), without empty panels."""
-    pair_curves, kind = _pair_curves(histories)
+    pairs, kind = pair_curves(histories)
     panels: list[tuple[Callable[..., str], Any]] = [
         (_draw_accuracy, report["summary"]),
-        (_draw_curves, _arm_curves(report, histories)),
-        (partial(_draw_pairs, kind=kind), pair_curves),
-        (_draw_load, _load(report)),
+        (_draw_curves, arm_curves(report, histories)),
+        (partial(_draw_pairs, kind=kind), pairs),
+        (_draw_load, main_load(report)),
     ]
     panels = [(draw, data) for draw, data in panels if data]
     layout = {1: "a", 2: "ab", 3: "ab;cc", 4: "ab;cd"}[len(panels)]
@@ -45,11 +45,12 @@ def render_figure(report: Report, histories: Histories) -> bytes:
     return picture.getvalue()
 
 
-def _colors(report: Report) -> dict[str, str]:
+def colors_of(report: Report) -> dict[str, str]:
+    """The color of each arm of a report."""
     return colors(list(arms_of(report["arms"]).values()))
 
 
-def _load(report: Report) -> tuple[str, dict[str, list[float]]] | None:
+def main_load(report: Report) -> tuple[str, dict[str, list[float]]] | None:
     """Name and expert load of the arm that the others are compared with, otherwise of the first arm with experts."""
     compared = reference(list(arms_of(report["arms"]).values()))
     names = [*([] if compared is None else [compared.name]), *report["arms"]]
@@ -63,7 +64,7 @@ def _points(log: list[dict[str, Any]], name: str) -> Points:
     return [x for x, _ in points], [y for _, y in points]
 
 
-def _arm_curves(report: Report, histories: Histories) -> dict[str, dict[str, Points]]:
+def arm_curves(report: Report, histories: Histories) -> dict[str, dict[str, Points]]:
     """
     `{arm: {seed: points}}` of the arms and seeds that were trained themselves and evaluated during training: TFLOPs
     spent so far, those before the end-to-end phase included, and accuracy.
@@ -79,7 +80,7 @@ def _arm_curves(report: Report, histories: Histories) -> dict[str, dict[str, Poi
     return curves
 
 
-def _pair_curves(histories: Histories) -> tuple[dict[int, Points], str]:
+def pair_curves(histories: Histories) -> tuple[dict[int, Points], str]:
     """Points by pair, and what they show: the test set, or training batches if nothing was evaluated."""
     logs = sorted((int(index), log) for index, log in histories.get("pairs", {}).items())
     test, training = "IID accuracy", "accuracy on training batches"
@@ -95,7 +96,7 @@ def _pair_curves(histories: Histories) -> tuple[dict[int, Points], str]:
 
 
 def _draw_accuracy(axes: Axes, report: Report, summary: dict[str, Any]) -> str:
-    arms, color = list(summary), _colors(report)
+    arms, color = list(summary), colors_of(report)
     tops: list[float] = [1.0]
     centres: dict[str, float] = {}
     text: dict[str, Any] = {"textcoords": "offset points", "fontsize": 9}
@@ -125,7 +126,7 @@ def _draw_accuracy(axes: Axes, report: Report, summary: dict[str, Any]) -> str:
 
 
 def _draw_curves(axes: Axes, report: Report, curves: dict[str, dict[str, Points]]) -> str:
-    color = _colors(report)
+    color = colors_of(report)
     for arm, seeds in curves.items():
         line = "-" if report["arms"][arm]["arm"]["budget"] is None else "--"
         for seed, (flops, values) in seeds.items():

@@ -30,10 +30,14 @@ def read_report(run_folder: Path) -> dict[str, Any]:
 
 
 def default_arm(run_folder: Path) -> str:
-    """The arm of a run that is pushed if none is named: the first that starts from modules, otherwise the first."""
-    arms = read_report(run_folder)["arms"]
-    modular = [name for name, result in arms.items() if result["arm"]["init"] == "modules"]
-    return next(iter([*modular, *arms]))
+    """The arm of a run that is pushed if none is named, see [`main_arm`]."""
+    return main_arm(read_report(run_folder))
+
+
+def main_arm(report: dict[str, Any]) -> str:
+    """The arm of a report that starts from modules, the first of them; if none does, the first arm."""
+    modular = [name for name, result in report["arms"].items() if result["arm"]["init"] == "modules"]
+    return next(iter([*modular, *report["arms"]]))
 
 
 def result_of(report: dict[str, Any], run_folder: Path, arm: str, seed: int) -> dict[str, Any]:

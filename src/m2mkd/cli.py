@@ -180,26 +180,51 @@ def push_command(
         bool, typer.Option("--with-code", help="Add the model's code, for readers without m2mkd.")
     ] = False,
     license: Annotated[str, typer.Option(help="License of the weights, as the Hub names it.")] = "apache-2.0",
+    with_images: Annotated[
+        bool,
+        typer.Option("--with-images", help="Add 3 test images as examples, and their routing."),
+    ] = False,
+    space: Annotated[bool, typer.Option("--space", help="Push a demo of the arm: a Gradio app, a Space.")] = False,
+    collection: Annotated[
+        bool, typer.Option("--collection", help="Push all arms, to USER/NAME-<arm>, and collect them under NAME.")
+    ] = False,
+    out: Annotated[Path | None, typer.Option(help="Write the files to this new folder; send nothing.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be pushed; send nothing.")] = False,
 ) -> None:
     """
     Push one arm of a run to the Hub, in one commit: the model, its image processor and its card.
     For a distilled student, each of its modules goes along in pairs/<i>, with its stitches and contract.
 
+    With --space, USER/NAME is a Space with a demo. It needs gradio: pip install 'm2mkd[space]'.
+
     Log in first with `hf auth login`, or set HF_TOKEN.
     """
 
     def work() -> None:
-        from m2mkd.experiment.report.read import default_arm
-        from m2mkd.hub.push import files_to_push, print_files, push
+        from m2mkd.experiment.report.read import default_arm, read_report
+        from m2mkd.hub.push import collect_models, files_to_push, print_files, push, write_copy
+        from m2mkd.hub.space import space_files
 
-        name = arm or default_arm(run_folder)
-        files = files_to_push(run_folder, name, repo_id, seed, with_code, license)
-        print_files(files)
-        if dry_run:
-            print(f"Nothing was sent. This would be pushed to {repo_id} ({'public' if public else 'private'}).")
-            return
-        print(f"Pushed to {push(files, repo_id, f'{name} of {run_folder.resolve().name}', public)}.")
+        if collection and (space or arm or out):
+            raise typer.BadParameter("--collection pushes the models of all arms; leave out --space, --arm and --out")
+        arms = list(read_report(run_folder)["arms"]) if collection else [arm or default_arm(run_folder)]
+        targets = {f"{repo_id}-{name}" if collection else repo_id: name for name in arms}
+        for target, name in targets.items():
+            if space:
+                files = space_files(run_folder, name, seed, license, with_images)
+            else:
+                files = files_to_push(run_folder, name, target, seed, with_code, license, with_images)
+            print_files(files)
+            if out is not None:
+                write_copy(files, out)
+                print(f"The files are in {out}. Nothing was sent.")
+            elif dry_run:
+                print(f"Nothing was sent. This would be pushed to {target} ({'public' if public else 'private'}).")
+            else:
+                message = f"{name} of {run_folder.resolve().name}"
+                print(f"Pushed to {push(files, target, message, public, 'space' if space else 'model')}.")
+        if collection and not dry_run:
+            print(f"Collected in {collect_models(repo_id.partition('/')[2], list(targets), public)}.")
 
     _explained(work)
 

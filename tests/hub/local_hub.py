@@ -1,4 +1,7 @@
-"""A Hub on this machine: real HTTP, as much of the Hub's routes as pushing, listing and loading a model need."""
+"""
+A Hub on this machine: real HTTP, as much of the Hub's routes as pushing, listing and loading a model need. A Space lies
+among the models.
+"""
 
 import base64
 import hashlib
@@ -20,9 +23,10 @@ NO_COMMIT = "0" * 40
 
 @dataclass
 class Repo:
-    """A model repository: the files of every commit, the commit that each branch points to."""
+    """A repository: the files of every commit, the commit that each branch points to, and of a Space the SDK."""
 
     private: bool
+    sdk: str | None = None
     commits: dict[str, dict[str, bytes]] = field(default_factory=lambda: {NO_COMMIT: {}})
     branches: dict[str, str] = field(default_factory=lambda: {"main": NO_COMMIT})
     messages: list[str] = field(default_factory=list)
@@ -55,6 +59,7 @@ class LocalHub:
         self.users = users
         self.repos: dict[str, Repo] = {}
         self.blobs: dict[str, bytes] = {}
+        self.collections: dict[str, dict[str, Any]] = {}
         self.failures: list[Failure] = []
         self.requests: list[str] = []
         handler = type("Handler", (_Handler,), {"hub": self})
@@ -114,6 +119,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self, method: str) -> None:
         path, body = unquote(urlsplit(self.path).path), self._body()
         self.hub.requests.append(f"{method} {path}")
+        path = re.sub("^(/api)?/spaces/", lambda match: "/api/models/" if match[1] else "/", path)
         for failure in self.hub.failures:
             if failure.times and failure.method == method and failure.part in path:
                 failure.times -= 1
@@ -196,8 +202,31 @@ class _Handler(BaseHTTPRequestHandler):
             raise _Refused(403, f"You don't have the rights to create a model under the namespace {namespace!r}.")
         repo = f"{namespace}/{asked['name']}"
         status = 409 if repo in self.hub.repos else 200
-        self.hub.repos.setdefault(repo, Repo(private=asked.get("visibility") == "private"))
-        self._send(status, {"url": f"{self.hub.url}/{repo}"})
+        self.hub.repos.setdefault(repo, Repo(asked.get("visibility") == "private", asked.get("sdk")))
+        folder = "spaces/" if asked.get("type") == "space" else ""
+        self._send(status, {"url": f"{self.hub.url}/{folder}{repo}"})
+
+    def create_collection(self, body: bytes) -> None:
+        asked = json.loads(body)
+        slug = f"{asked['namespace']}/{asked['title']}"
+        if self._user() != asked["namespace"]:
+            raise _Refused(403, f"you may not write to {asked['namespace']}")
+        status = 409 if slug in self.hub.collections else 200
+        new = {"owner": {"name": asked["namespace"]}, "position": 0, "theme": "blue", "upvotes": 0, "items": []}
+        asked = {"slug": slug, "title": asked["title"], "private": asked["private"]}
+        self.hub.collections.setdefault(slug, {**new, **asked, "lastUpdated": "2026-01-01T00:00:00.000Z"})
+        self._send(status, self.hub.collections[slug])
+
+    def collection(self, body: bytes, slug: str) -> None:
+        self._send(200, self.hub.collections[slug])
+
+    def add_item(self, body: bytes, slug: str) -> None:
+        item, items = json.loads(body)["item"], self.hub.collections[slug]["items"]
+        self._readable(item["id"])
+        if item["id"] in [own["id"] for own in items]:
+            raise _Refused(409, "it is there")
+        items.append({**item, "_id": str(len(items)), "position": len(items)})
+        self._send(200, self.hub.collections[slug])
 
     def validate(self, body: bytes) -> None:
         try:
@@ -295,6 +324,9 @@ _ROUTES: list[tuple[str, str, Callable[..., None]]] = [
     ("GET", r"/api/whoami-v2", _Handler.whoami),
     ("POST", r"/api/repos/create", _Handler.create),
     ("POST", r"/api/validate-yaml", _Handler.validate),
+    ("POST", r"/api/collections", _Handler.create_collection),
+    ("GET", r"/api/collections/(?P<slug>[^/]+/[^/]+)", _Handler.collection),
+    ("POST", r"/api/collections/(?P<slug>[^/]+/[^/]+)/items", _Handler.add_item),
     ("POST", rf"/api/models/{_REPO}/preupload/(?P<revision>.+)", _Handler.preupload),
     ("POST", rf"/{_REPO}\.git/info/lfs/objects/batch", _Handler.batch),
     ("PUT", r"/blobs/(?P<oid>\w+)", _Handler.put_blob),

@@ -224,6 +224,31 @@ class TestPush:
         assert done.exit_code == 1 and "user/name" in done.output
 
 
+def test_test_images_go_along_only_if_asked(finished_run: Path):
+    files = files_to_push(finished_run, "m2mkd", "alice/tiny", with_images=True)
+    examples = {f"examples/{place}.png" for place in range(3)}
+    assert set(files) == MODEL | PAIRS | examples | {"routing.png"}
+    with Image.open(io.BytesIO(files["routing.png"])) as picture:
+        assert picture.width > picture.height / 3
+    card = ModelCard(files["README.md"].decode())
+    assert {example["src"] for example in card.data.to_dict()["widget"]} == examples
+    assert "](routing.png)" in card.text
+    assert "](routing.png)" not in ModelCard(files_to_push(finished_run, "m2mkd", "a/b")["README.md"].decode()).text
+
+
+def test_all_arms_in_a_collection(finished_run: Path, hub: LocalHub):
+    command = ("push", finished_run, "--repo-id", "alice/tiny", "--collection")
+    for _ in range(2):
+        result = cli(*command)
+        assert result.exit_code == 0, result.output
+    assert f"Collected in {hub.url}/collections/alice/tiny" in result.output
+    assert set(hub.repos) == {"alice/tiny-e2e", "alice/tiny-m2mkd"}
+    collection = hub.collections["alice/tiny"]
+    assert [item["id"] for item in collection["items"]] == ["alice/tiny-e2e", "alice/tiny-m2mkd"]
+    assert collection["private"]
+    assert cli(*command, "--arm", "e2e").exit_code == 2
+
+
 class TestInOtherProcesses:
     """Pushed by the console script, loaded where this package is not; both know the Hub by their environment alone."""
 

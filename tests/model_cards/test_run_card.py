@@ -17,7 +17,7 @@ from m2mkd.cli import app
 from m2mkd.errors import HubError
 from m2mkd.experiment.recipe_file import parse_recipe
 from m2mkd.experiment.report.cards import render_card, write_cards
-from m2mkd.model_cards.run_card import public_recipe
+from m2mkd.model_cards.run_card import card_data, public_recipe
 from m2mkd.model_cards.tables import teacher_text
 
 
@@ -194,3 +194,16 @@ def test_a_run_without_a_report_or_arm_is_refused_with_the_way_out(finished_run:
     (tmp_path / "report.json").write_text("{")
     with pytest.raises(HubError, match="is damaged"):
         render_card(tmp_path, "m2mkd", "alice/tiny")
+
+
+@pytest.mark.parametrize("folder, expected", [(None, "google/vit"), ("mine", None)])
+def test_the_card_links_its_teacher_and_its_data_sets(finished_run: Path, folder: str | None, expected: str | None):
+    report = report_of(finished_run)
+    network = {"class": "ViT", "num_hidden_layers": 2, "hidden_size": 8, "folder": folder}
+    report["teacher"] |= {"pretrained": "google/vit", "network": network}
+    report["recipe"]["data"]["iid"]["source"] = "cifar10:/data/cifar"
+    data = card_data(report, report["arms"]["m2mkd"], "tiny", "apache-2.0")
+    assert data.base_model == expected and data.datasets == ["uoft-cs/cifar10"]
+    assert data.eval_results[0].dataset_type == "uoft-cs/cifar10"
+    # an arm that needed no teacher has no base model
+    assert card_data(report, report["arms"]["e2e"], "tiny", "apache-2.0").base_model is None

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from m2mkd.experiment.arms import ArmSpec, named_specs, resolve
-from m2mkd.experiment.report.figure import _arm_curves, _pair_curves, render_figure
+from m2mkd.experiment.report.figure import arm_curves, pair_curves, render_figure
 
 
 LOG = [{"epoch": 1.0, "loss": 2.0}, {"epoch": 1.0, "eval_accuracy": 0.3}, {"epoch": 2.0, "eval_accuracy": 0.4}]
@@ -64,19 +64,19 @@ class TestCurves:
         content = report()
         content["arms"]["e2e"]["same_as"] = "m2mkd"
         # after one of two epochs: the 5 TFLOPs of the distillation, and half of the 3 of the end-to-end phase
-        assert _arm_curves(content, HISTORIES) == {"m2mkd": {"0": ([6.5, 8.0], [30.0, 40.0])}}
+        assert arm_curves(content, HISTORIES) == {"m2mkd": {"0": ([6.5, 8.0], [30.0, 40.0])}}
 
     def test_training_accuracy_of_pairs_that_were_not_evaluated(self) -> None:
         logs = {"10": [{"epoch": 1.0, "pair_10_accuracy": 0.5}], "9": [{"epoch": 2.0, "pair_9_accuracy": math.nan}]}
-        assert _pair_curves({"pairs": logs}) == ({10: ([1.0], [50.0])}, "accuracy on training batches")
+        assert pair_curves({"pairs": logs}) == ({10: ([1.0], [50.0])}, "accuracy on training batches")
 
     def test_pairs_without_logits_show_the_error_of_their_hidden_states(self) -> None:
         log = [{"epoch": 1.0, "pair_0_boundary_error": 0.2, "eval_accuracy": 0.5}]
-        assert _pair_curves({"pairs": {"0": log}}) == (
+        assert pair_curves({"pairs": {"0": log}}) == (
             {0: ([1.0], [20.0])},
             "squared error of hidden states, of their variance",
         )
 
     def test_a_test_set_comes_before_training_batches(self) -> None:
         log = [{"epoch": 1.0, "pair_0_accuracy": 0.5}, {"epoch": 1.0, "eval_pair_0_accuracy": 0.25}]
-        assert _pair_curves({"pairs": {"0": log}}) == ({0: ([1.0], [25.0])}, "IID accuracy")
+        assert pair_curves({"pairs": {"0": log}}) == ({0: ([1.0], [25.0])}, "IID accuracy")
