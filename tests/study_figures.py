@@ -64,7 +64,8 @@ def facts(page: str) -> list[str]:
     v, n = "vmoe_digits", "nac_digits"
     if page == "README.md":
         return [
-            f"{difference(v, 'm2mkd_kd', '5 + 15', 'iid')} points IID and {difference(v, 'm2mkd_kd', '5 + 15', 'ood')}",
+            f"{difference(v, 'm2mkd_kd', '5 + 15', 'iid')} points IID",
+            f"{difference(v, 'm2mkd_kd', '5 + 15', 'ood')} OOD",
             f"V-MoE, 40 epochs: {short(v, 'e2e_all', '40')}, `kd` with 40 passes: {short(v, 'kd', '40')}",
             f"V-MoE, 20 passes: {short(v, 'm2mkd_kd_own', '5 + 15')}, `kd`: {short(v, 'kd', '20')}",
             f"10 passes: {short(n, 'm2mkd_kd', '3 + 7')}, `kd`: {short(n, 'kd', '10')}",
