@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from m2mkd.errors import RecipeError, RunError
 from m2mkd.experiment.arms import Arm, arm_of_folder
 from m2mkd.experiment.artifact import is_finished, read_noted_recipe, read_results
 from m2mkd.experiment.dependence import TRAINING, depends, is_free
-from m2mkd.experiment.one_writer import other_writers
+from m2mkd.experiment.one_writer import Writer, other_writers
 from m2mkd.experiment.phases import Phase, phases_of
 from m2mkd.experiment.recipe import Recipe
 from m2mkd.experiment.recipe_file import parse_recipe
@@ -42,6 +43,27 @@ def claim_folder(recipe: Recipe) -> None:
         with explained_write_errors(path):
             write_json(path, recipe.model_dump(mode="json"))
     PartialState().wait_for_everyone()
+
+
+def remove_leftovers(recipe: Recipe) -> None:
+    """
+    Remove what killed processes left in a run's folder: locks, temporary files, and the checkpoints of finished
+    artifacts. Does nothing while other processes make artifacts.
+    """
+    folder, here = RunFolder(recipe.output_dir, recipe.seed), Writer.here()
+    if not PartialState().is_main_process or other_writers(folder):
+        return
+    left = [*folder.locks(), *folder.temporary(), *(work for work in folder.work_folders() if _is_done(work, folder))]
+    for path in left:
+        with suppress(FileNotFoundError):
+            # a newer one belongs to a process that has just started
+            if path.stat().st_mtime < here.started:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _is_done(work: Path, folder: RunFolder) -> bool:
+    artifact = work.with_name(work.name.removeprefix(".").removesuffix(".work"))
+    return is_finished(folder.teacher if artifact == folder.incubation else artifact)
 
 
 def _changes(folder: RunFolder, recipe: Recipe) -> dict[str, str]:

@@ -1,6 +1,7 @@
 """Paths of everything in a run's folder; no other file joins them."""
 
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 
@@ -91,6 +92,10 @@ class RunFolder:
     def locks(self) -> Iterator[Path]:
         """Find the locks of all artifacts that are being made."""
         return self.path.rglob(".*.lock")
+
+    def temporary(self) -> Iterator[Path]:
+        """Find files and folders that were not yet in their place, and locks on their way out."""
+        return chain(self.path.rglob(".*.tmp"), self.path.rglob(".*.lock.*"))
 
 
 def work_folder(artifact: Path) -> Path:

@@ -8,7 +8,7 @@ import transformers
 from m2mkd.errors import RecipeError, RunError, WriteError
 from m2mkd.experiment.artifact import is_finished
 from m2mkd.experiment.check import check_arguments
-from m2mkd.experiment.claim import claim_folder
+from m2mkd.experiment.claim import claim_folder, remove_leftovers
 from m2mkd.experiment.engines.local import Task, run_tasks
 from m2mkd.experiment.machine import num_processes, use_all_cores
 from m2mkd.experiment.one_writer import one_writer
@@ -58,7 +58,7 @@ def _run(recipe: Recipe, name: str | None, take_over: bool) -> Path | None:
     check_arguments(phases)
     if name is not None:
         _run_one(_named(name, phases), phases, recipe, data, take_over)
-        return make_report(recipe) if all(phase.is_finished() for phase in phases) else None
+        return _end(recipe) if all(phase.is_finished() for phase in phases) else None
     # other processes run the remaining parts; the one that finds all parts goes on
     shared_out = [phase for phase in phases if phase.missing()]
     own = _with_what_they_read(shared_out, phases) if shared_out else phases
@@ -69,13 +69,18 @@ def _run(recipe: Recipe, name: str | None, take_over: bool) -> Path | None:
                 screen.say(f"{phase.title}: finished, skipped")
         run_tasks(_tasks(own, phases), partial(_work, recipe, data), processes)
     if not shared_out:
-        return make_report(recipe)
+        return _end(recipe)
     for phase in shared_out:
         if missing := phase.missing():
             phase.session.say(
                 f"{phase.name} {missing} are not distilled yet: set distill.pairs to them and run the recipe again"
             )
     return None if any(phase.missing() for phase in shared_out) else _run(recipe, None, take_over)
+
+
+def _end(recipe: Recipe) -> Path:
+    remove_leftovers(recipe)
+    return make_report(recipe)
 
 
 def _run_one(phase: Phase, phases: list[Phase], recipe: Recipe, data: RunData, take_over: bool) -> None:
