@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
+from torture_mutations import Mutations
 from torture_runs import Reference, Torture
 
 
@@ -66,6 +67,16 @@ def torture(folder: Path, options: argparse.Namespace) -> tuple[dict[str, Counte
     if os.geteuid() == 0:
         runs.fill_tmpfs(2 * options.disks)
     runs.start_twice(options.twice)
+    mutations = Mutations(folder, reference, options.seed)
+    areas = options.areas or list(mutations.areas)
+    for number in range(options.mutations):
+        area = areas[number % len(areas)]
+        ending, what = mutations.one(area)
+        name = f"mutated: {area}"
+        row = runs.counts.setdefault(name, Counter())
+        row.update(["times", *(["ends"] if ending.code == 0 else []), *([ending.fault] if ending.fault else [])])
+        if ending.fault:
+            runs.faults.append(f"{name}: {ending.fault}: {what}\n{ending.said.strip()[-2500:]}\n")
     return runs.counts, runs.faults
 
 

@@ -52,7 +52,7 @@ class Ending:
     @property
     def fault(self) -> str | None:
         """`"hang"`, `"traceback"`, `"crash"` or `"advice"`; `None`: it succeeded, or said what to do."""
-        if self.code is None:
+        if self.code in (None, -signal.SIGXCPU, -signal.SIGKILL):
             return "hang"
         if "Traceback (most recent call last)" in self.said or re.search(r"^Exception ignored", self.said, re.M):
             return "traceback"
@@ -92,15 +92,23 @@ class Process:
         watched: str = "run",
         on_event: Callable[[int, str, tuple[Any, ...]], None] | None = None,
         log: str | None = None,
+        limits: Callable[[], None] | None = None,
     ):
         self._log = folder.with_name(f"{folder.name}.{log or 'said'}.txt")
         self.started = time.monotonic()
         sys.stdout.flush()
         self.pid = os.fork()
         if self.pid == 0:
-            self._be(folder, arguments, watched, on_event)
+            self._be(folder, arguments, watched, on_event, limits)
 
-    def _be(self, folder: Path, arguments: Sequence[str], watched: str, on_event: Callable[..., None] | None) -> None:
+    def _be(
+        self,
+        folder: Path,
+        arguments: Sequence[str],
+        watched: str,
+        on_event: Callable[..., None] | None,
+        limits: Callable[[], None] | None,
+    ) -> None:
         code = 70
         try:
             os.setsid()
@@ -108,6 +116,8 @@ class Process:
             os.dup2(log, 1)
             os.dup2(log, 2)
             os.chdir(folder)
+            if limits is not None:
+                limits()
             # workers are forked too: nothing here has threads yet
             multiprocessing.get_context = lambda method=None: get_context("fork")
             if on_event is not None:

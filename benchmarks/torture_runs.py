@@ -55,6 +55,9 @@ def recipe_content(folder: Path) -> dict[str, Any]:
             "num_train_epochs": 2,
             "per_device_train_batch_size": 6,
             "learning_rate": 1e-3,
+            # a log entry beside every checkpoint: its averages would restart with a resumed run
+            "logging_strategy": "steps",
+            "logging_steps": 1,
             "save_strategy": "steps",
             "save_steps": 1,
         },

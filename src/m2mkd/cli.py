@@ -557,14 +557,18 @@ def _without_mendable_errors(work: Callable[[], None]) -> None:
     from transformers.utils import logging
 
     from m2mkd.errors import M2MKDError
+    from m2mkd.files import explained_disk_error
 
     # it warns for each of its image processors that torchvision is missing, and reports what a file lacks in a table
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
         work()
-    except M2MKDError as error:
-        print(f"Error: {error}", file=sys.stderr)
+    except (M2MKDError, OSError, RuntimeError) as error:
+        explained = error if isinstance(error, M2MKDError) else explained_disk_error(error)
+        if explained is None:
+            raise
+        print(f"Error: {explained}", file=sys.stderr)
         raise typer.Exit(1) from error
 
 

@@ -1,5 +1,6 @@
 """Files and folders that appear whole or not at all."""
 
+import errno
 import json
 import os
 import shutil
@@ -12,6 +13,9 @@ from accelerate import PartialState
 from safetensors import SafetensorError
 
 from m2mkd.errors import M2MKDError, WriteError
+
+
+_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
 
 
 def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
@@ -43,13 +47,24 @@ def explained_write_errors(path: Path) -> Iterator[None]:
         raise WriteError(_write_advice(path, error)) from error
     except RuntimeError as error:
         # torch.save reports a full disk as a RuntimeError of its zip writer
-        if "PytorchStreamWriter" in str(error) or "write" in str(error) and "disk" in str(error):
+        if _is_of_zip_writer(error):
             raise WriteError(_write_advice(path, error)) from error
         raise
 
 
+def explained_disk_error(error: OSError | RuntimeError) -> WriteError | None:
+    """What to say about an error that a full, read-only or failing disk caused; `None` for all others."""
+    is_disk = error.errno in _DISK_ERRORS if isinstance(error, OSError) else _is_of_zip_writer(error)
+    return WriteError(_write_advice(Path(getattr(error, "filename", None) or "."), error)) if is_disk else None
+
+
+def _is_of_zip_writer(error: RuntimeError) -> bool:
+    text = str(error)
+    return "PytorchStreamWriter" in text or "inline_container" in text or ("write" in text and "disk" in text)
+
+
 def _write_advice(path: Path, error: Exception) -> str:
-    existing = next(parent for parent in [path, *path.parents] if parent.exists())
+    existing = next(parent for parent in [path, *path.absolute().parents] if parent.exists())
     free = shutil.disk_usage(existing).free / 1e9
     return (
         f"Cannot write {path}: {error}. {free:.2f} GB are free there. Free up disk space, or check the permissions, "
