@@ -36,7 +36,9 @@ def main() -> None:
     """Torture, print a table and the faults, and end with status 1 if there are any."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20, help="how often a run is killed")
-    parser.add_argument("--disks", type=int, default=6, help="runs whose disk fills or becomes read-only, of each kind")
+    parser.add_argument(
+        "--disks", type=int, default=6, help="runs whose disk fills or becomes read-only, of each kind"
+    )
     parser.add_argument("--twice", type=int, default=3, help="runs that are started twice at a time")
     parser.add_argument("--mutations", type=int, default=200, help="mutated inputs")
     parser.add_argument("--areas", nargs="+", help="kinds of input to mutate; default: all")

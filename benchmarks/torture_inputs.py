@@ -61,7 +61,9 @@ def _containers(value: Any) -> list[Any]:
 def mutate_bytes(path: Path, rng: Random) -> str:
     """Truncate a file, change its bytes, or put something else in its place."""
     data = bytearray(path.read_bytes())
-    how = rng.choice(("truncated", "truncated", "flipped", "flipped", "header", "empty", "noise", "longer", "folder", "link"))
+    how = rng.choice(
+        ("truncated", "truncated", "flipped", "flipped", "header", "empty", "noise", "longer", "folder", "link")
+    )
     if how in ("folder", "link"):
         path.unlink()
         path.mkdir() if how == "folder" else path.symlink_to(rng.choice(("nowhere", path.name)))
@@ -107,7 +109,9 @@ def mutated_tensors(tensors: dict[str, torch.Tensor], rng: Random) -> dict[str, 
     elif how == "dtype":
         tensors[name] = tensor.to(rng.choice((torch.float16, torch.bfloat16, torch.float64, torch.int8, torch.bool)))
     elif how == "shape":
-        tensors[name] = tensor.reshape(-1).clone() if rng.random() < 0.5 else tensor[: max(len(tensor) // 2, 0)].clone()
+        tensors[name] = (
+            tensor.reshape(-1).clone() if rng.random() < 0.5 else tensor[: max(len(tensor) // 2, 0)].clone()
+        )
     elif how == "scalar":
         tensors[name] = torch.tensor(1.0)
     elif how == "none":
@@ -130,7 +134,9 @@ def mutate_weights(path: Path, rng: Random) -> str:
         return "tensors"
     content = torch.load(path, weights_only=True)
     model = mutated_tensors(content["model"], rng)
-    wrong: Any = rng.choice(({"model": model}, {"model": model}, model, [model], {"model": [1]}, {"model_stages": 3}, 7))
+    wrong: Any = rng.choice(
+        ({"model": model}, {"model": model}, model, [model], {"model": [1]}, {"model_stages": 3}, 7)
+    )
     torch.save(wrong, path)
     return "tensors"
 
@@ -150,7 +156,10 @@ def _bomb(path: Path, side: int) -> None:
     """A PNG of a few kilobytes whose header says `side` x `side`."""
     header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
     chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(bytes(10**6))), (b"IEND", b"")]
-    parts = [struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks]
+    parts = [
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in chunks
+    ]
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 import yaml
 from safetensors.torch import load_file
-from torture_inputs import FOLDERS, IMAGES, JUNK, mutate_text, mutate_weights, mutated_value, write_classes
+from torture_inputs import FOLDERS, IMAGES, JUNK, mutate_text, mutate_weights, write_classes
 from torture_process import Ending, Process
-from torture_runs import Reference, recipe_content
+from torture_runs import Reference
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -94,14 +94,18 @@ class Mutations:
         value = str(self.rng.choice(JUNK)).replace("\x00", "0")
         if self.rng.random() < 0.5:
             return ["run", "recipe.yaml", "--plan", f"--{self.rng.choice(keys)}", value], "a key"
-        command = [*self.rng.choice((*USES, ["assemble", "out", "run"], ["report", "run"], ["upcycle", "run/teacher", "out"]))]
+        command = [
+            *self.rng.choice((*USES, ["assemble", "out", "run"], ["report", "run"], ["upcycle", "run/teacher", "out"]))
+        ]
         place_of_junk = self.rng.randrange(1, len(command) + 1)
         command[place_of_junk : place_of_junk + self.rng.randrange(2)] = [value]
         return command, "an argument"
 
     def _model(self, place: Path) -> Case:
         if self.rng.random() < 0.2:
-            return ["upcycle", "run/dense", "out", "--experts", "2"], self._mutate(self._any_file(place, "run/dense/*[gs]"))
+            return ["upcycle", "run/dense", "out", "--experts", "2"], self._mutate(
+                self._any_file(place, "run/dense/*[gs]")
+            )
         what = self._mutate(self._any_file(place, "run/arms/kd/*[!m][gs]*"))
         return [*self.rng.choice(USES)], what
 
@@ -131,18 +135,26 @@ class Mutations:
         return ["run", "recipe.yaml", "--phase", "arms/kd"], what
 
     def _run(self, place: Path) -> Case:
-        command = self.rng.choice((["report", "run"], ["report", "run"], ["push", "run", "--dry-run"], ["run", "recipe.yaml"]))
+        command = self.rng.choice(
+            (["report", "run"], ["report", "run"], ["push", "run", "--dry-run"], ["run", "recipe.yaml"])
+        )
         if command[0] == "push":
             return [*command, "--repo-id", "user/name"], self._mutate(self._any_file(place, "run/**/*.json"))
         if command[0] == "run":
             shutil.rmtree(place / "run" / "arms" / "m2mkd")
             if self.rng.random() < 0.2:
-                (place / "run" / "arms" / ".m2mkd.lock").write_text(self.rng.choice(("{}", "", "[1]", "null", '{"pid": "x"}')))
+                (place / "run" / "arms" / ".m2mkd.lock").write_text(
+                    self.rng.choice(("{}", "", "[1]", "null", '{"pid": "x"}'))
+                )
                 return command, "a lock"
-        return command, self._mutate(self._any_file(place, self.rng.choice(("run/*.json", "run/*/*.json", "run/*/*/*"))))
+        return command, self._mutate(
+            self._any_file(place, self.rng.choice(("run/*.json", "run/*/*.json", "run/*/*/*")))
+        )
 
     def _checkpoint(self, place: Path) -> Case:
-        what = self._mutate(self._any_file(place, self.rng.choice(("run/arms/.kd.work/*/*", "run/arms/.kd.work/*/*.json"))))
+        what = self._mutate(
+            self._any_file(place, self.rng.choice(("run/arms/.kd.work/*/*", "run/arms/.kd.work/*/*.json")))
+        )
         return ["run", "recipe.yaml", "--phase", "arms/kd"], what
 
     def _image(self, place: Path) -> Case:
@@ -167,8 +179,18 @@ def _limit() -> None:
 
 
 def _study() -> dict[str, object]:
-    curves = {"kd": {"arm": "kd", "grid": {"finetune.training.num_train_epochs": [1, 2]}}, "e2e": {"arm": "e2e", "points": [{"seed": 1}]}}
-    return {"name": "s", "recipe": "recipe.yaml", "output_dir": "study", "seeds": [0, 1], "baseline": "kd", "curves": curves}
+    curves = {
+        "kd": {"arm": "kd", "grid": {"finetune.training.num_train_epochs": [1, 2]}},
+        "e2e": {"arm": "e2e", "points": [{"seed": 1}]},
+    }
+    return {
+        "name": "s",
+        "recipe": "recipe.yaml",
+        "output_dir": "study",
+        "seeds": [0, 1],
+        "baseline": "kd",
+        "curves": curves,
+    }
 
 
 def _keys(content: dict[str, object], prefix: str = "") -> list[str]:

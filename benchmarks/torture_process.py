@@ -20,20 +20,74 @@ import psutil
 
 # An event of the file system is one of these audit events of Python on a path below the watched folder.
 _FILE_EVENTS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.utime"}
-_WAYS_OUT = (
-    "add allow ask change check choose close convert copy cut delete distil download enlarge export fetch finish fix free "
-    "get give install join keep leave lift log lower make move name pass put raise reduce remove rename repair replace "
-    "resume run save see set split train try unpack unset use wait write"
-).split()
-_WAY_OUT = re.compile(rf"(?:^|[.:;,(]\s+|\b(?:or|and|must|to|can|only|instead|first)\s+)`?(?:{'|'.join(_WAYS_OUT)})\b", re.I | re.M)
+_WAYS_OUT = [
+    "add",
+    "allow",
+    "ask",
+    "change",
+    "check",
+    "choose",
+    "close",
+    "convert",
+    "copy",
+    "cut",
+    "delete",
+    "distil",
+    "download",
+    "enlarge",
+    "export",
+    "fetch",
+    "finish",
+    "fix",
+    "free",
+    "get",
+    "give",
+    "install",
+    "join",
+    "keep",
+    "leave",
+    "lift",
+    "log",
+    "lower",
+    "make",
+    "move",
+    "name",
+    "pass",
+    "put",
+    "raise",
+    "reduce",
+    "remove",
+    "rename",
+    "repair",
+    "replace",
+    "resume",
+    "run",
+    "save",
+    "see",
+    "set",
+    "split",
+    "train",
+    "try",
+    "unpack",
+    "unset",
+    "use",
+    "wait",
+    "write",
+]
+_WAY_OUT = re.compile(
+    rf"(?:^|[.:;,(]\s+|\b(?:or|and|must|to|can|only|instead|first)\s+)`?(?:{'|'.join(_WAYS_OUT)})\b",
+    re.IGNORECASE | re.MULTILINE,
+)
 _RULE = re.compile(
     r"\b(?:must|should|needs?|use one of|only|there is no|not a|cannot|is missing|is damaged|greater|less|at (?:least|most)|"
     r"valid|input)\b",
-    re.I,
+    re.IGNORECASE,
 )
-_VALUE = re.compile(r"[`'\"/=\d]")
+_VALUE = re.compile(r"[`'\"/=\d:\[]|\w\.\w|no image file|imagefolder")
 # what Python's own exceptions and libraries say, and no author of ours
-_RAW = re.compile(r"\b(?:NoneType|object has no attribute|list index out of range|unhashable|unexpected keyword argument)")
+_RAW = re.compile(
+    r"\b(?:NoneType|object has no attribute|list index out of range|unhashable|unexpected keyword argument)"
+)
 
 
 @dataclass(frozen=True)
@@ -54,7 +108,9 @@ class Ending:
         """`"hang"`, `"traceback"`, `"crash"` or `"advice"`; `None`: it succeeded, or said what to do."""
         if self.code in (None, -signal.SIGXCPU, -signal.SIGKILL):
             return "hang"
-        if "Traceback (most recent call last)" in self.said or re.search(r"^Exception ignored", self.said, re.M):
+        if "Traceback (most recent call last)" in self.said or re.search(
+            r"^Exception ignored", self.said, re.MULTILINE
+        ):
             return "traceback"
         if self.code < 0 or self.code > 2:
             return "crash"
@@ -70,7 +126,9 @@ class Ending:
 
 def is_good_advice(message: str) -> bool:
     """Whether a message names a value, and a rule or what to do, and is no text of an exception of Python."""
-    return bool(_VALUE.search(message) and (_WAY_OUT.search(message) or _RULE.search(message)) and not _RAW.search(message))
+    return bool(
+        _VALUE.search(message) and (_WAY_OUT.search(message) or _RULE.search(message)) and not _RAW.search(message)
+    )
 
 
 class Process:

@@ -146,7 +146,11 @@ def _differences(name: str, ours: Any, theirs: Any) -> list[str]:
 
 
 def _finished(run: Path) -> set[str]:
-    return {path.parent.relative_to(run).as_posix() for path in run.glob("[!.]*/**/train_results.json")} if run.is_dir() else set()
+    return (
+        {path.parent.relative_to(run).as_posix() for path in run.glob("[!.]*/**/train_results.json")}
+        if run.is_dir()
+        else set()
+    )
 
 
 class Torture:
@@ -204,7 +208,9 @@ class Torture:
         """Kill a worker, or the process that distributes the work, when there are workers."""
         limit, delay = time.monotonic() + SECONDS, self.rng.uniform(0, 3 * self.reference.seconds)
         is_worker = self.rng.random() < 0.5
-        while time.monotonic() < limit and os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+        while (
+            time.monotonic() < limit and os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+        ):
             if time.monotonic() - process.started > delay and (not is_worker or process.kill_worker(self.rng)):
                 if not is_worker:
                     process.kill()
@@ -300,7 +306,9 @@ def _tmpfs(folder: Path, kilobytes: int) -> Iterator[Any]:
 
     def remount(options: str) -> None:
         # it is busy while a file is open for writing
-        while subprocess.run(["mount", "-o", f"remount,{options}", folder], capture_output=True, check=False).returncode:
+        while subprocess.run(
+            ["mount", "-o", f"remount,{options}", folder], capture_output=True, check=False
+        ).returncode:
             time.sleep(0.001)
 
     try:

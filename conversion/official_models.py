@@ -271,7 +271,7 @@ def check_tensors(given: Mapping[str, Any], expected: Shapes, what: str) -> None
     if lines:
         raise ConversionError(
             f"The checkpoint does not contain {what} as the configuration describes it. {len(lines)} of its tensors "
-            "do not fit:\n  " + "\n  ".join(lines)
+            "do not fit:\n  " + "\n  ".join(lines) + "\nGive the --config that this checkpoint was trained with."
         )
 
 

@@ -1,5 +1,6 @@
 """Decoding of an image file to an RGB image, with errors that name the sample."""
 
+import os
 from io import BytesIO
 
 from PIL import Image, ImageOps
@@ -17,11 +18,17 @@ def decode_image(source: str | bytes, name: str | None = None) -> Image.Image:
         name: name of the image in an error. `None`: its path.
 
     Raises:
-        DataError: the file is missing, is truncated, is not an image, or has more than 8 bits per channel.
+        DataError: the file is missing, is truncated, is not an image, is PostScript, has more pixels than Pillow
+            allows, or has more than 8 bits per channel.
     """
     name = source if name is None else name
     try:
+        if not isinstance(source, bytes) and not os.path.isfile(source):
+            # a pipe or a device would never end
+            raise FileNotFoundError("it is not an ordinary file")
         with Image.open(BytesIO(source) if isinstance(source, bytes) else source) as image:
+            if image.format == "EPS":
+                raise ValueError("it is PostScript, which Pillow would let Ghostscript run")
             mode = image.mode
             ImageOps.exif_transpose(image, in_place=True)
             rgb = image.convert("RGB")

@@ -33,6 +33,12 @@ def _check_extension(path: str, extensions: set[str]) -> None:
         )
 
 
+def _check_no_loop(parent: str, folders: list[str]) -> None:
+    for path in (os.path.join(parent, name) for name in folders):
+        if os.path.islink(path) and (os.path.realpath(parent) + os.sep).startswith(os.path.realpath(path) + os.sep):
+            raise DataError(f"the link {path} leads back to a folder that it is in: remove it")
+
+
 def class_files(folder: str, extensions: set[str]) -> list[str]:
     """Sorted paths of all images below the folder of one class.
 
@@ -42,6 +48,7 @@ def class_files(folder: str, extensions: set[str]) -> list[str]:
     paths: list[str] = []
     for parent, folders, files in os.walk(folder, followlinks=True):
         folders[:] = [name for name in folders if not is_junk(name)]
+        _check_no_loop(parent, folders)
         paths.extend(os.path.join(parent, name) for name in files if not is_junk(name))
     for path in paths:
         _check_extension(path, extensions)
@@ -52,7 +59,7 @@ def class_files(folder: str, extensions: set[str]) -> list[str]:
 
 def _has_class_folders(folder: str, extensions: set[str]) -> bool:
     """Whether there are images in the sub-folders of a folder."""
-    deeper = (names for parent, _, names in os.walk(folder, followlinks=True) if parent != folder)
+    deeper = (names for parent, _, names in os.walk(folder) if parent != folder)
     return any(os.path.splitext(name)[1].lower() in extensions for names in deeper for name in names)
 
 

@@ -114,5 +114,10 @@ class PixelTransform:
         side, short = self.size[0], _short_side(self.size[0], self.center_crop)
         # rounded down, as transformers does
         width, height = (max(short, int(short * edge / min(image.size))) for edge in image.size)
+        if width * height > 2 * Image.MAX_IMAGE_PIXELS:
+            raise DataError(
+                f"an image of {image.width} x {image.height} pixels would become {width} x {height}: crop it, or "
+                "remove it"
+            )
         left, top = (width - side) // 2, (height - side) // 2
         return image.resize((width, height), self.resample).crop((left, top, left + side, top + side))

@@ -15,8 +15,10 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.image_processing_utils import BaseImageProcessor
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from m2mkd.errors import DataError, StageError
+from m2mkd.files import check_inside, read_json
 
 
 def load_network(source: str | Path, **kwargs: Any) -> PreTrainedModel:
@@ -27,8 +29,11 @@ def load_network(source: str | Path, **kwargs: Any) -> PreTrainedModel:
     Raises:
         `StageError`: there is no such model, its file is damaged, or it lacks weights, such as those of a head.
     """
+    _check_files(source)
     try:
-        model, info = AutoModelForImageClassification.from_pretrained(source, output_loading_info=True, **kwargs)
+        model, info = AutoModelForImageClassification.from_pretrained(
+            source, output_loading_info=True, trust_remote_code=False, **kwargs
+        )
     except Exception as error:
         raise StageError(_why_no_model(source, error)) from error
     if info["missing_keys"]:
@@ -45,7 +50,7 @@ def load_network_config(source: str | Path) -> PreTrainedConfig:
         `StageError`: there is no such model, its file is damaged, or it lacks weights, such as those of a head.
     """
     try:
-        config = AutoConfig.from_pretrained(source)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     except Exception as error:
         raise StageError(_why_no_model(source, error)) from error
     try:
@@ -57,6 +62,20 @@ def load_network_config(source: str | Path) -> PreTrainedConfig:
     elif config.architectures and not any("ImageClassification" in name for name in config.architectures):
         raise _untrained(source, ["classifier"])
     return config
+
+
+def _check_files(source: str | Path) -> None:
+    """Refuse links, and names of weights in the index, that lead out of a model's folder."""
+    folder = Path(source)
+    if not folder.is_dir():
+        return
+    check_inside(folder, folder.glob("*.*"), StageError)
+    if (folder / SAFE_WEIGHTS_INDEX_NAME).is_file():
+        content = read_json(folder / SAFE_WEIGHTS_INDEX_NAME, StageError, "Save or fetch the model again.")
+        files = content.get("weight_map")
+        if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
+            raise StageError(f"{folder / SAFE_WEIGHTS_INDEX_NAME} has no `weight_map`. Save or fetch the model again.")
+        check_inside(folder, [folder / name for name in set(files.values())], StageError)
 
 
 def _untrained(source: str | Path, missing: Iterable[str]) -> StageError:
@@ -72,7 +91,7 @@ def _untrained(source: str | Path, missing: Iterable[str]) -> StageError:
 def load_processor(source: str | Path) -> BaseImageProcessor:
     """Load the image processor of a saved network. Raises `DataError` if there is none."""
     try:
-        return AutoImageProcessor.from_pretrained(source)
+        return AutoImageProcessor.from_pretrained(source, trust_remote_code=False)
     except Exception as error:
         raise DataError(
             f"{source} has no image processor that can be loaded, so its input size and normalization are unknown. "
@@ -83,8 +102,16 @@ def load_processor(source: str | Path) -> BaseImageProcessor:
 def _why_no_model(source: str | Path, error: Exception) -> str:
     """Explain why there is no model to load, and what to do."""
     folder = Path(source)
+    if "trust_remote_code" in str(error):
+        return (
+            f"The model {source} needs code from its repository, and m2mkd runs no such code. Give a model of a type "
+            "that transformers or m2mkd knows."
+        )
     if (folder / "config.json").is_file():
-        return f"The model {source} cannot be loaded: {error}"
+        return (
+            f"The model {source} cannot be loaded: {error}. Its config.json and weights must be those of one saved "
+            "classifier: save or fetch it again."
+        )
     if folder.is_dir():
         arms = sorted(str(path.parent) for path in folder.glob("arms/*/config.json"))
         instead = f"one of this run's models: {', '.join(arms)}" if arms else "a folder that save_pretrained wrote"

@@ -112,7 +112,9 @@ class TargetCache:
     def teacher(self) -> PreTrainedModel:
         """The teacher's architecture, without weights."""
         with torch.device("meta"):
-            return AutoModelForImageClassification.from_config(AutoConfig.from_pretrained(self.folder))
+            return AutoModelForImageClassification.from_config(
+                AutoConfig.from_pretrained(self.folder, trust_remote_code=False)
+            )
 
     def check(self, **expected: Any) -> None:
         """

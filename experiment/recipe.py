@@ -15,7 +15,7 @@ from m2mkd.distillation.split import stage_class_of_type
 from m2mkd.distillation.target_cache import CacheDtype
 from m2mkd.errors import DataError
 from m2mkd.experiment.arms import DEFAULT_ARMS, PRESETS, Arm, ArmSpec, named_specs, resolve
-from m2mkd.experiment.section import Section, Training
+from m2mkd.experiment.section import FolderName, Section, Training
 from m2mkd.trainer.m2mkd_config import check_feed
 
 
@@ -228,12 +228,12 @@ class Recipe(Section):
     output_dir: str
     seed: int = Field(default=0, ge=0, lt=2**31)
     repeat_seeds: list[int] = Field(default_factory=list)
-    arms: dict[str, ArmSpec] = Field(
+    arms: dict[FolderName, ArmSpec] = Field(
         default_factory=lambda: {name: PRESETS[name] for name in DEFAULT_ARMS}, min_length=1
     )
     equal_compute: bool = False
     processes: int | None = Field(default=None, ge=1)
-    data: dict[str, DataConfig]
+    data: dict[FolderName, DataConfig]
     training: Training = Field(default_factory=dict)
     meta: MetaSpec | None = None
     teacher: TeacherSpec

@@ -2,9 +2,9 @@
 
 from dataclasses import fields
 from enum import Enum
-from typing import Any, ClassVar, get_args, get_type_hints
+from typing import Annotated, Any, ClassVar, get_args, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, TypeAdapter, ValidationError, field_validator
 
 from m2mkd.trainer.m2mkd_config import M2MKDConfig
 
@@ -43,6 +43,21 @@ _LOSS_ARGUMENTS = {
 Training = dict[str, Any]
 
 
+def _one_folder(name: str) -> str:
+    if (
+        not name
+        or name.startswith(".")
+        or {"/", "\\", "\0", "\n"} & set(name)
+        or len(name.encode(errors="replace")) > 100
+    ):
+        raise ValueError("a name must be that of one folder: 1 to 100 bytes, without slashes and no dot in front")
+    return name
+
+
+# Of an arm, a data set or a curve, for which a run has a folder.
+FolderName = Annotated[str, AfterValidator(_one_folder)]
+
+
 class Section(BaseModel):
     """A section of a recipe. Unknown keys and wrong types are refused; its training arguments are checked by name."""
 
@@ -77,6 +92,8 @@ def check_training(training: Training, has_teacher: bool) -> Training:
             raise ValueError(f"`{name}` is set by the runner from other keys of the recipe; leave it out here")
         if name == "push_to_hub" and value:
             raise ValueError("`push_to_hub` would push single phases; leave it out, and push an arm with `m2mkd push`")
+        if name == "hub_token":
+            raise ValueError("`hub_token` would be written into reports; log in with `hf auth login`, or set HF_TOKEN")
         if name in _LOSS_ARGUMENTS and not has_teacher:
             raise ValueError(
                 f"`{name}` needs a teacher, which this phase does not have; set it in distill.training or kd.training"

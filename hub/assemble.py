@@ -17,7 +17,7 @@ from m2mkd.distillation.pair_folder import (
 )
 from m2mkd.distillation.split import new_network, split_into_stages
 from m2mkd.errors import HubError
-from m2mkd.files import write_folder
+from m2mkd.files import check_inside, write_folder
 from m2mkd.hub.requests import explained_hub_errors, patiently
 
 
@@ -46,9 +46,12 @@ def assemble(out: str | Path, sources: Sequence[str], keep_stitches: bool = Fals
     out = Path(out).absolute()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise HubError(f"{out} already exists and is not empty. Give a new folder, or delete it.")
-    folders = match_pairs([folder for source in sources for folder in pair_folders(source)])
+    folders = [folder for source in sources for folder in pair_folders(source)]
+    for folder in folders:
+        check_inside(folder, folder.glob("*.*"), HubError)
+    folders = match_pairs(folders)
     depths = [len(read_contract(folder)["layers"]) for folder in folders]
-    model = new_network(AutoConfig.from_pretrained(folders[0]), depths, seed=0)
+    model = new_network(AutoConfig.from_pretrained(folders[0], trust_remote_code=False), depths, seed=0)
     fresh = dict(model.state_dict())
     for stage, folder in zip(split_into_stages(model, depths), folders, strict=True):
         load_stage(stage, folder)

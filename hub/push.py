@@ -17,7 +17,7 @@ from m2mkd.experiment.report.cards import render_card
 from m2mkd.experiment.report.pictures import ShownImages, png
 from m2mkd.experiment.report.read import read_report, result_of
 from m2mkd.experiment.run_folder import RunFolder
-from m2mkd.files import read_json, write_folder
+from m2mkd.files import check_inside, read_json, write_folder
 from m2mkd.hub.code_export import hub_code
 from m2mkd.hub.eval_results import eval_files
 from m2mkd.hub.requests import explained_hub_errors, patiently
@@ -206,6 +206,7 @@ def model_files(folder: Path) -> Files:
     # from an earlier export: it would name code that is not pushed
     config.pop("auto_map", None)
     found = sorted(path for pattern in _PUSHED for path in folder.glob(pattern))
+    check_inside(folder, found, HubError)
     return {"config.json": (json.dumps(config, indent=2) + "\n").encode(), **{path.name: path for path in found}}
 
 

@@ -13,7 +13,7 @@ from m2mkd.errors import RecipeError
 from m2mkd.experiment.arms import PRESETS
 from m2mkd.experiment.recipe import Recipe
 from m2mkd.experiment.recipe_file import EMBEDDED, explain, load_recipe, read_mapping
-from m2mkd.experiment.section import Section
+from m2mkd.experiment.section import FolderName, Section
 
 
 class CurveSpec(Section):
@@ -67,7 +67,7 @@ class StudySpec(Section):
     seeds: list[int] = Field(min_length=1)
     baseline: str | None = None
     set: dict[str, Any] = Field(default_factory=dict)
-    curves: dict[str, CurveSpec] = Field(min_length=1)
+    curves: dict[FolderName, CurveSpec] = Field(min_length=1)
 
     @model_validator(mode="after")
     def _check(self) -> "StudySpec":

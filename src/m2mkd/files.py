@@ -4,7 +4,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -103,6 +103,28 @@ def write_json(path: Path, content: Any) -> None:
     with replaced_file(path) as temporary:
         text = json.dumps(content, indent=2, allow_nan=False, ensure_ascii=False)
         temporary.write_bytes(f"{text}\n".encode())
+
+
+def check_inside(folder: Path, paths: Iterable[Path], kind: type[M2MKDError]) -> None:
+    """
+    Check that paths in a folder, with their links followed, do not lead out of it, so that what somebody else wrote
+    reads no other file of this machine. The links of the Hub's cache lead to the files of the same repository.
+
+    Args:
+        folder (`Path`)
+        paths (`Iterable[Path]`)
+        kind (`type[M2MKDError]`): What is raised if one does.
+    """
+    root = folder.resolve()
+    snapshots = next((parent for parent in root.parents if parent.name == "snapshots"), None)
+    allowed = root if snapshots is None else snapshots.parent
+    for path in paths:
+        try:
+            is_inside = path.resolve().is_relative_to(allowed)
+        except (OSError, RuntimeError, ValueError):  # a circle of links, or no path at all
+            is_inside = False
+        if not is_inside:
+            raise kind(f"{path} leads out of {folder}. Put the file itself into that folder, or remove the link.")
 
 
 def read_json(path: Path, kind: type[M2MKDError], way_out: str) -> dict[str, Any]:
