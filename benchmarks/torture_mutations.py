@@ -1,4 +1,4 @@
-"""Commands of m2mkd with mutated input: recipes, options, models, checkpoints, contracts, caches, images and folders."""
+"""Commands of m2mkd with mutated input: recipes, options, models, checkpoints, pairs, caches, images and folders."""
 
 import random
 import resource

@@ -79,8 +79,8 @@ _WAY_OUT = re.compile(
     re.IGNORECASE | re.MULTILINE,
 )
 _RULE = re.compile(
-    r"\b(?:must|should|needs?|use one of|only|there is no|not a|cannot|is missing|is damaged|greater|less|at (?:least|most)|"
-    r"valid|input)\b",
+    r"\b(?:must|should|needs?|use one of|only|there is no|not a|cannot|is missing|is damaged|greater|less|"
+    r"at (?:least|most)|valid|input)\b",
     re.IGNORECASE,
 )
 _VALUE = re.compile(r"[`'\"/=\d:\[]|\w\.\w|no image file|imagefolder")

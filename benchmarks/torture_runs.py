@@ -146,11 +146,9 @@ def _differences(name: str, ours: Any, theirs: Any) -> list[str]:
 
 
 def _finished(run: Path) -> set[str]:
-    return (
-        {path.parent.relative_to(run).as_posix() for path in run.glob("[!.]*/**/train_results.json")}
-        if run.is_dir()
-        else set()
-    )
+    """The artifacts that are there, by name."""
+    found = (path.parent.relative_to(run) for path in run.rglob("train_results.json"))
+    return {path.as_posix() for path in found if not any(part.startswith(".") for part in path.parts)}
 
 
 class Torture:
@@ -305,10 +303,9 @@ def _tmpfs(folder: Path, kilobytes: int) -> Iterator[Any]:
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", folder], check=True)
 
     def remount(options: str) -> None:
+        command = ["mount", "-o", f"remount,{options}", folder]
         # it is busy while a file is open for writing
-        while subprocess.run(
-            ["mount", "-o", f"remount,{options}", folder], capture_output=True, check=False
-        ).returncode:
+        while subprocess.run(command, capture_output=True, check=False).returncode:
             time.sleep(0.001)
 
     try:

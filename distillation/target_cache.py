@@ -154,9 +154,13 @@ class TargetCache:
         try:
             with safe_open(path, "pt") as file:
                 # a view on the mapped file; nothing is read yet
-                return file.get_tensor(name)
+                tensor = file.get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise CacheError(f"{path} is damaged ({error}). {_REPEAT.format(folder=self.folder)}") from error
+        if tensor.ndim < 2 or str(tensor.dtype) != f"torch.{self.content['dtype']}":
+            given = f"{tensor.dtype} of shape {tuple(tensor.shape)}"
+            raise CacheError(f"{path} is damaged (it holds {given}). {_REPEAT.format(folder=self.folder)}")
+        return tensor
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the open files: each process of a data loader opens those that it reads."""

@@ -133,6 +133,10 @@ def _created(lock: Path, writer: Writer) -> bool:
                 json.dump(asdict(writer), file)
         except FileExistsError:
             return False
+        except OSError:
+            # an empty lock, left by a full disk, would stop the next start
+            lock.unlink(missing_ok=True)
+            raise
     return True
 
 

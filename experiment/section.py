@@ -44,12 +44,8 @@ Training = dict[str, Any]
 
 
 def _one_folder(name: str) -> str:
-    if (
-        not name
-        or name.startswith(".")
-        or {"/", "\\", "\0", "\n"} & set(name)
-        or len(name.encode(errors="replace")) > 100
-    ):
+    is_short = 0 < len(name.encode(errors="replace")) <= 100
+    if not is_short or name.startswith(".") or {"/", "\\", "\0", "\n"} & set(name):
         raise ValueError("a name must be that of one folder: 1 to 100 bytes, without slashes and no dot in front")
     return name
 
