@@ -243,7 +243,7 @@ FOLDERS: dict[str, Callable[[Path, Random], Any]] = {
     "splits": lambda root, rng: write_classes(root, ["train/blue", "train/red", "test/blue"], rng),
     "loop": _with_loop,
     "10,000 classes": _many,
-    "other files": lambda root, rng: (write_classes(root, ["blue"], rng), (root / "blue" / "notes.txt").write_text("x")),
+    "other files": lambda root, rng: (write_classes(root, ["blue"], rng), (root / "blue/x.txt").write_text("x")),
     "dangling class": lambda root, rng: (write_classes(root, ["blue"], rng), (root / "red").symlink_to("nowhere")),
     "class is itself": lambda root, rng: (write_classes(root, ["blue"], rng), (root / "red").symlink_to("red")),
     "strange files": lambda root, rng: (write_classes(root, ["blue"], rng), os.mkfifo(root / "blue" / "pipe")),

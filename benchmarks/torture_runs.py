@@ -23,7 +23,7 @@ SECONDS = 600.0  # after which a process counts as hanging
 _CLASSES = {"blue": (0, 0, 120), "red": (120, 0, 0)}
 # Times, which differ from run to run. Everything else is the same.
 _CLOCKS = {"train_seconds", "parallel_seconds", "peak_memory", "date", "device"}
-_CLOCKS_IN_TEXT = re.compile(r"[\d.,]+ (?:ms|s|min|h|[KMG]iB)\b|\d{4}-\d\d-\d\dT\S+")
+_CLOCKS_IN_TEXT = re.compile(r"[\d.,e+-]+ (?:ms|s|min|h|[KMG]iB)\b|\d{4}-\d\d-\d\dT\S+")
 
 
 def write_images(folder: Path, per_class: int, seed: int) -> str:
@@ -142,6 +142,9 @@ def _differences(name: str, ours: Any, theirs: Any) -> list[str]:
         return []
     if isinstance(ours, dict) and isinstance(theirs, dict):
         return [f"{name}.{line}" for key in {*ours, *theirs} for line in _differences(key, ours, theirs)]
+    if isinstance(ours, str) and isinstance(theirs, str):
+        lines = zip(ours.splitlines(), theirs.splitlines(), strict=False)
+        ours, theirs = next(((one, other) for one, other in lines if one != other), (len(ours), len(theirs)))
     return [f"{name}: {str(ours)[:200]}, not {str(theirs)[:200]}"]
 
 

@@ -1,4 +1,6 @@
+import os
 from io import BytesIO
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -45,3 +47,25 @@ class TestDecodeImage:
     def test_missing_file(self, tmp_path):
         with pytest.raises(DataError, match="nothing.png"):
             decode_image(str(tmp_path / "nothing.png"), "nothing.png")
+
+
+class TestUntrustedFiles:
+    def test_a_pipe_is_not_waited_for(self, tmp_path):
+        os.mkfifo(tmp_path / "x.png")
+        with pytest.raises(DataError, match="x.png .*not an ordinary file.*replace or remove it"):
+            decode_image(str(tmp_path / "x.png"))
+
+    def test_no_program_is_run_for_an_image(self, monkeypatch):
+        started = Mock()
+        monkeypatch.setattr("subprocess.check_call", started)
+        monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", started)
+        with pytest.raises(DataError, match="x.jpg .*PostScript"):
+            decode_image(encode(GRADIENT.convert("RGB"), "EPS"), "x.jpg")
+        assert not started.called
+
+    def test_too_many_pixels_are_refused_before_they_are_decoded(self, monkeypatch):
+        data = encode(GRADIENT, "PNG")
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20)
+        monkeypatch.setattr(Image.Image, "load", Mock(side_effect=AssertionError))
+        with pytest.raises(DataError, match="DecompressionBombError.*48 pixels"):
+            decode_image(data, "x.png")
