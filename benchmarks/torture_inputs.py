@@ -199,7 +199,7 @@ IMAGES: dict[str, tuple[str, Callable[[Path, Random], Any]]] = {
     "empty": ("x.png", lambda path, rng: path.write_bytes(b"")),
     "noise": ("x.png", lambda path, rng: path.write_bytes(rng.randbytes(500))),
     "text": ("x.jpg", lambda path, rng: path.write_text("<html>404</html>")),
-    "script": ("x.eps", lambda path, rng: path.write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage")),
+    "script": ("x.eps", lambda path, rng: path.write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")),
     "pipe": ("x.png", lambda path, rng: os.mkfifo(path)),
     "endless": ("x.png", lambda path, rng: path.symlink_to("/dev/zero")),
     "dangling link": ("x.png", lambda path, rng: path.symlink_to("nowhere")),

@@ -98,7 +98,11 @@ class TestPaths:
 
     @pytest.mark.parametrize("name", ["../x", "/x", ".x", "", "a\nb", "x" * 101])
     def test_no_name_in_a_recipe_leaves_the_folder_of_its_run(self, tmp_path: Path, name: str) -> None:
+        content = recipe_content(tmp_path)
+        content["data"][name] = content["data"]["iid"]
         with pytest.raises(RecipeError, match="a name must be that of one folder"):
+            parse_recipe(content, "x")
+        with pytest.raises(RecipeError):
             parse_recipe(recipe_content(tmp_path, arms=[{name: {"init": "random"}}]), "x")
 
 
