@@ -4,8 +4,9 @@ Torture: runs that are killed, run out of disk or are started twice, and command
     python benchmarks/torture.py --kills 100 --mutations 1000 --json result.json
 
 A run is killed at random events of its file system and at random times, alone and with workers, several times in a
-row; then it must end with the files of a run that nothing has interrupted, bit for bit, times apart. Every other failure
-must end in one message that says what to do: a traceback, a crash, a hang and a message without advice count as faults.
+row. Then it must end with the files of a run that nothing has interrupted, bit for bit, times apart. Every other
+failure must end in one message that says what to do: a traceback, a crash, a hang and a message without advice are
+faults.
 
 What needs a file system that fills or becomes read-only mounts a tmpfs, and so needs root; without, it is left out and
 the table says so. Every moment and every mutation follows from --seed.

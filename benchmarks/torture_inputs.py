@@ -127,7 +127,7 @@ def mutated_tensors(tensors: dict[str, torch.Tensor], rng: Random) -> dict[str, 
 
 def mutate_weights(path: Path, rng: Random) -> str:
     """Mutate a safetensors, PyTorch or other binary file."""
-    if path.suffix not in (".safetensors", ".pth") or rng.random() < 0.4:
+    if not (path.suffix == ".safetensors" or path.name == "model.pth") or rng.random() < 0.4:
         return mutate_bytes(path, rng)
     if path.suffix == ".safetensors":
         save_file({name: value.contiguous() for name, value in mutated_tensors(load_file(path), rng).items()}, path)

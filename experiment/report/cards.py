@@ -38,7 +38,7 @@ def render_card(
     report = read_report(Path(run_folder))
     folder, seed = RunFolder(run_folder, report["seed"]), report["seed"] if seed is None else seed
     result_of(report, folder.path, arm, seed)
-    config = AutoConfig.from_pretrained(folder.arm(arm, seed))
+    config = AutoConfig.from_pretrained(folder.arm(arm, seed), trust_remote_code=False)
     options = {"license": license, "examples": examples, "has_routing": has_routing}
     return run_card(report, config, folder.path.resolve().name, arm, source, seed, with_code, pairs, **options)
 
