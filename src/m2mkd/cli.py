@@ -387,7 +387,7 @@ def evaluate_command(
 
         baselines = [_accuracy_pair(text) for text in baseline or []]
         results = evaluate_folder(model, data, split, partial, batch_size, iid_accuracy, baselines)
-        if int(os.environ.get("RANK", "0")) > 0:
+        if not _is_main_process():
             return
         if as_json:
             print(json.dumps(results, indent=2))
@@ -496,7 +496,7 @@ def _print_plan(recipe: Any, throughput: str, gpus: int | None) -> None:
 
     # in every process: they meet while the arguments are built
     check_arguments(phases_of(Session(recipe, RunData(recipe), recipe.seed, Screen())).values())
-    if int(os.environ.get("RANK", "0")) != 0:
+    if not _is_main_process():
         return
     try:
         measured = throughput == "measured"
@@ -544,10 +544,13 @@ def _explained(work: Callable[[], None], if_interrupted: str = "") -> None:
     Run `work`. An error that the user can fix prints only its message, and Ctrl-C prints only `if_interrupted`.
     Everything else ends in a traceback.
     """
+    if "torch" not in sys.modules and _is_main_process():
+        # not to the standard output, which may be JSON or a script
+        print(f"m2mkd {__version__}: loading torch and transformers", file=sys.stderr, flush=True)
     try:
         _without_mendable_errors(work)
     except KeyboardInterrupt:
-        if int(os.environ.get("RANK", "0")) == 0:
+        if _is_main_process():
             print(f"Interrupted. {if_interrupted}".strip(), file=sys.stderr)
         # the exit status that shells use for a command ended by Ctrl-C
         raise typer.Exit(128 + signal.SIGINT) from None
@@ -569,8 +572,13 @@ def _without_mendable_errors(work: Callable[[], None]) -> None:
 
 
 def _print_once(text: str) -> None:
-    if int(os.environ.get("RANK", "0")) == 0:
+    if _is_main_process():
         print(text)
+
+
+def _is_main_process() -> bool:
+    # without accelerate, which takes seconds to import
+    return os.environ.get("RANK", "0") == "0"
 
 
 if __name__ == "__main__":
