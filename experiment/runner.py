@@ -13,6 +13,7 @@ from m2mkd.experiment.engines.local import Task, run_tasks
 from m2mkd.experiment.machine import num_processes, use_all_cores
 from m2mkd.experiment.one_writer import one_writer
 from m2mkd.experiment.phases import Phase, phases_of
+from m2mkd.experiment.plan.expected import expect, print_expected, wall_clock
 from m2mkd.experiment.recipe import Recipe
 from m2mkd.experiment.recipe_networks import RecipeNetworks
 from m2mkd.experiment.report import make_report
@@ -21,7 +22,9 @@ from m2mkd.experiment.session import Session
 from m2mkd.screen import Screen
 
 
-def run(recipe: Recipe, phase: str | None = None, take_over: bool = False) -> Path | None:
+def run(
+    recipe: Recipe, phase: str | None = None, take_over: bool = False, shows_expected: bool = False
+) -> Path | None:
     """
     Run all phases of a recipe that are not finished yet, or one of them.
 
@@ -30,6 +33,8 @@ def run(recipe: Recipe, phase: str | None = None, take_over: bool = False) -> Pa
         phase (`str`, *optional*): Run only this phase, named as its artifact in the run's folder: `"meta"`,
             `"pairs/3"`, `"arms/kd"`, `"seeds/5/arms/kd"`; `"pairs"` is all pairs in one process.
         take_over (`bool`, *optional*, defaults to `False`): See `one_writer`.
+        shows_expected (`bool`, *optional*, defaults to `False`): Whether to measure a few steps and print how long the
+            phases will take before they run. Not for a single phase.
 
     Returns:
         Path of the report (`report.md`); `None` if phases are still missing that other processes run.
@@ -40,12 +45,12 @@ def run(recipe: Recipe, phase: str | None = None, take_over: bool = False) -> Pa
             what `phase` reads is not finished.
     """
     try:
-        return _run(recipe, phase, take_over)
+        return _run(recipe, phase, take_over, shows_expected)
     except WriteError as error:
         raise RunError(f"{error} Finished phases are kept.") from error
 
 
-def _run(recipe: Recipe, name: str | None, take_over: bool) -> Path | None:
+def _run(recipe: Recipe, name: str | None, take_over: bool, shows_expected: bool) -> Path | None:
     quieten()
     use_all_cores()
     processes = num_processes(recipe)
@@ -67,7 +72,12 @@ def _run(recipe: Recipe, name: str | None, take_over: bool) -> Path | None:
         for phase in phases:
             if phase.is_finished():
                 screen.say(f"{phase.title}: finished, skipped")
-        run_tasks(_tasks(own, phases), partial(_work, recipe, data), processes)
+        tasks = _tasks(own, phases)
+        if shows_expected and tasks:
+            expected = expect([phase for phase in own if not phase.is_finished()], processes)
+            seconds = {title: phase.seconds for title, phase in expected.items()}
+            print_expected(expected, wall_clock(tasks, seconds, processes), processes)
+        run_tasks(tasks, partial(_work, recipe, data), processes)
     if not shared_out:
         return make_report(recipe)
     for phase in shared_out:
@@ -75,7 +85,7 @@ def _run(recipe: Recipe, name: str | None, take_over: bool) -> Path | None:
             phase.session.say(
                 f"{phase.name} {missing} are not distilled yet: set distill.pairs to them and run the recipe again"
             )
-    return None if any(phase.missing() for phase in shared_out) else _run(recipe, None, take_over)
+    return None if any(phase.missing() for phase in shared_out) else _run(recipe, None, take_over, shows_expected)
 
 
 def _run_one(phase: Phase, phases: list[Phase], recipe: Recipe, data: RunData, take_over: bool) -> None:

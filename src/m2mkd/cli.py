@@ -87,7 +87,7 @@ def run_command(
             return
         from m2mkd.experiment.runner import run
 
-        report = run(recipe, phase, take_over)
+        report = run(recipe, phase, take_over, shows_expected=True)
         if report is not None:
             _print_once(f"The report is in {report} (report.json and report.png are in the same folder).")
 
