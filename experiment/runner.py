@@ -6,7 +6,7 @@ from pathlib import Path
 import transformers
 
 from m2mkd.errors import RecipeError, RunError, WriteError
-from m2mkd.experiment.artifact import is_finished
+from m2mkd.experiment.artifact import CHECKPOINT, TRAIN_RESULTS, is_finished
 from m2mkd.experiment.check import check_arguments
 from m2mkd.experiment.claim import claim_folder
 from m2mkd.experiment.engines.local import Task, run_tasks
@@ -18,6 +18,7 @@ from m2mkd.experiment.recipe import Recipe
 from m2mkd.experiment.recipe_networks import RecipeNetworks
 from m2mkd.experiment.report import make_report
 from m2mkd.experiment.run_data import RunData
+from m2mkd.experiment.run_folder import RunFolder
 from m2mkd.experiment.session import Session
 from m2mkd.screen import Screen
 
@@ -46,6 +47,9 @@ def run(
     """
     try:
         return _run(recipe, phase, take_over, shows_expected)
+    except KeyboardInterrupt:
+        Screen().say(_kept(recipe))
+        raise
     except WriteError as error:
         raise RunError(f"{error} Finished phases are kept.") from error
 
@@ -86,6 +90,16 @@ def _run(recipe: Recipe, name: str | None, take_over: bool, shows_expected: bool
                 f"{phase.name} {missing} are not distilled yet: set distill.pairs to them and run the recipe again"
             )
     return None if any(phase.missing() for phase in shared_out) else _run(recipe, None, take_over, shows_expected)
+
+
+def _kept(recipe: Recipe) -> str:
+    """What an interrupted run leaves in its folder."""
+    folder = RunFolder(recipe.output_dir, recipe.seed)
+    names = sorted(folder.name_of(path.parent) for path in folder.path.rglob(TRAIN_RESULTS))
+    finished = [name for name in names if not name.startswith(".") and "/." not in name]
+    resumed = sum(any(work.glob(f"{CHECKPOINT}*")) for work in folder.work_folders())
+    kept = f"{folder.path} keeps {', '.join(finished) or 'no finished phase yet'}"
+    return f"{kept}, and the checkpoints of {resumed} unfinished phase{'s' * (resumed != 1)}."
 
 
 def _run_one(phase: Phase, phases: list[Phase], recipe: Recipe, data: RunData, take_over: bool) -> None:

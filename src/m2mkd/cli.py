@@ -2,6 +2,7 @@
 
 import math
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Callable
@@ -90,6 +91,7 @@ def run_command(
         report = run(recipe, phase, take_over, shows_expected=True)
         if report is not None:
             _print_once(f"The report is in {report} (report.json and report.png are in the same folder).")
+            _print_next(report.parent)
 
     _explained(work, "Finished phases are kept; run the same command again to go on.")
 
@@ -569,6 +571,15 @@ def _without_mendable_errors(work: Callable[[], None]) -> None:
     except M2MKDError as error:
         print(f"Error: {error}", file=sys.stderr)
         raise typer.Exit(1) from error
+
+
+def _print_next(run_folder: Path) -> None:
+    from m2mkd.experiment.report.read import default_arm
+
+    arm = default_arm(run_folder)
+    model, run = shlex.quote(str(run_folder / "arms" / arm)), shlex.quote(str(run_folder))
+    _print_once(f"Try it:   m2mkd inspect {model} IMAGE --out picture.png")
+    _print_once(f"Share it: m2mkd push {run} --arm {arm} --repo-id USER/NAME --dry-run")
 
 
 def _print_once(text: str) -> None:
