@@ -15,7 +15,12 @@ from m2mkd.experiment.section import Section, Training, check_training
 
 
 class Budget(Section):
-    """`flops_of`: the arm trains for as many epochs as the FLOPs of that arm, including its distillation, allow."""
+    """
+    How long an arm trains.
+
+    Args:
+        flops_of (`str`): Name of an arm; as many epochs as its FLOPs, including its distillation, allow.
+    """
 
     flops_of: str
 

@@ -98,7 +98,13 @@ class TeacherSpec(Section):
 
 
 class StudentSpec(Section):
-    """The student, and the number of layers in each of its stages."""
+    """
+    The student.
+
+    Args:
+        model (`NetworkSpec`): Network to train.
+        depths (`list[int]`): Layers in each of its stages.
+    """
 
     model: NetworkSpec
     depths: list[int]
@@ -136,7 +142,14 @@ class DistillSpec(Section):
 
 
 class FinetuneSpec(Section):
-    """The end-to-end phase [FT / E2E], the same for every arm. `keep_stitches` applies to the distilled student."""
+    """
+    The end-to-end phase [FT / E2E], the same for every arm.
+
+    Args:
+        data (`str`): Name of the training set.
+        keep_stitches (`bool`): Keep the stitches between the modules of a distilled V-MoE, and train them too.
+        training (`dict`): Training arguments.
+    """
 
     data: str
     keep_stitches: bool = False
@@ -178,7 +191,13 @@ class UpcycleSpec(Section):
 
 
 class EvaluationSpec(Section):
-    """Names of the test sets; `ood` is another distribution of the same classes."""
+    """
+    The tests.
+
+    Args:
+        iid (`str`): Name of the test set.
+        ood (`str`, *optional*): Name of a test set with another distribution of the same classes.
+    """
 
     iid: str
     ood: str | None = None

@@ -87,7 +87,9 @@ def folder(finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     return tmp_path
 
 
-@pytest.mark.parametrize("document", [path for path in DOCUMENTS if "```python" in path.read_text()], ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "document", [path for path in DOCUMENTS if "```python" in path.read_text()], ids=lambda p: p.stem
+)
 def test_the_python_blocks_run_one_after_the_other(document: Path, folder: Path) -> None:
     # that of the embedded recipe, which the blocks cut
     vit(num_hidden_layers=4, image_size=27, patch_size=9, num_labels=10).save_pretrained("runs/digits/teacher")
@@ -212,7 +214,7 @@ def test_the_phases_by_hand_run_one_after_the_other(tmp_path: Path) -> None:
 
 def test_the_figures_of_the_studies_are_those_of_the_committed_results() -> None:
     results = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
-    for study in ("vmoe_digits", "nac_digits"):
+    for study in ("vmoe_digits", "vmoe_glyphs", "nac_digits"):
         assert "\n".join(rows(study)) in results
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     quoted = [line for line in readme.splitlines() if re.match(r"\| `\w+` \|.* ± ", line)]
@@ -230,3 +232,10 @@ def test_the_links_lead_somewhere(page: Path) -> None:
     for target in targets:
         path = (page.parent / target).resolve()
         assert path.exists() and path.is_relative_to(root), target
+
+
+@pytest.mark.parametrize("name", ["recipe.md", "cli.md"])
+def test_the_generated_references_are_current(name: str) -> None:
+    """After a change of a recipe's keys or of a command, run `python docs/generate_reference.py`."""
+    pages = runpy.run_path(str(ROOT / "docs" / "generate_reference.py"))["PAGES"]
+    assert (ROOT / "docs" / "reference" / name).read_text(encoding="utf-8") == pages[name]().rstrip() + "\n"

@@ -1,6 +1,6 @@
 """
-A Hub on this machine: real HTTP, as much of the Hub's routes as pushing, listing and loading a model need. A Space lies
-among the models.
+A Hub on this machine: real HTTP, as much of the Hub's routes as pushing, listing and loading a model need. A Space
+lies among the models.
 """
 
 import base64
