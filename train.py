@@ -1,6 +1,6 @@
 """`accelerate launch train.py [RECIPE.yaml] [--key.sub value …]`; without a recipe, the embedded digits recipe."""
 
-from m2mkd.cli import train
+from m2mkd_cli import train
 
 
 if __name__ == "__main__":

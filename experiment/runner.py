@@ -6,22 +6,26 @@ from pathlib import Path
 import transformers
 
 from m2mkd.errors import RecipeError, RunError, WriteError
-from m2mkd.experiment.artifact import is_finished
+from m2mkd.experiment.artifact import CHECKPOINT, TRAIN_RESULTS, is_finished
 from m2mkd.experiment.check import check_arguments
 from m2mkd.experiment.claim import claim_folder, remove_leftovers
 from m2mkd.experiment.engines.local import Task, run_tasks
 from m2mkd.experiment.machine import num_processes, use_all_cores
 from m2mkd.experiment.one_writer import one_writer
 from m2mkd.experiment.phases import Phase, phases_of
+from m2mkd.experiment.plan.expected import expect, print_expected, wall_clock
 from m2mkd.experiment.recipe import Recipe
 from m2mkd.experiment.recipe_networks import RecipeNetworks
 from m2mkd.experiment.report import make_report
 from m2mkd.experiment.run_data import RunData
+from m2mkd.experiment.run_folder import RunFolder
 from m2mkd.experiment.session import Session
 from m2mkd.screen import Screen
 
 
-def run(recipe: Recipe, phase: str | None = None, take_over: bool = False) -> Path | None:
+def run(
+    recipe: Recipe, phase: str | None = None, take_over: bool = False, shows_expected: bool = False
+) -> Path | None:
     """
     Run all phases of a recipe that are not finished yet, or one of them.
 
@@ -30,6 +34,8 @@ def run(recipe: Recipe, phase: str | None = None, take_over: bool = False) -> Pa
         phase (`str`, *optional*): Run only this phase, named as its artifact in the run's folder: `"meta"`,
             `"pairs/3"`, `"arms/kd"`, `"seeds/5/arms/kd"`; `"pairs"` is all pairs in one process.
         take_over (`bool`, *optional*, defaults to `False`): See `one_writer`.
+        shows_expected (`bool`, *optional*, defaults to `False`): Whether to measure a few steps and print how long the
+            phases will take before they run. Not for a single phase.
 
     Returns:
         Path of the report (`report.md`); `None` if phases are still missing that other processes run.
@@ -40,12 +46,15 @@ def run(recipe: Recipe, phase: str | None = None, take_over: bool = False) -> Pa
             what `phase` reads is not finished.
     """
     try:
-        return _run(recipe, phase, take_over)
+        return _run(recipe, phase, take_over, shows_expected)
+    except KeyboardInterrupt:
+        Screen().say(_kept(recipe))
+        raise
     except WriteError as error:
         raise RunError(f"{error} Finished phases are kept.") from error
 
 
-def _run(recipe: Recipe, name: str | None, take_over: bool) -> Path | None:
+def _run(recipe: Recipe, name: str | None, take_over: bool, shows_expected: bool) -> Path | None:
     quieten()
     use_all_cores()
     processes = num_processes(recipe)
@@ -67,7 +76,12 @@ def _run(recipe: Recipe, name: str | None, take_over: bool) -> Path | None:
         for phase in phases:
             if phase.is_finished():
                 screen.say(f"{phase.title}: finished, skipped")
-        run_tasks(_tasks(own, phases), partial(_work, recipe, data), processes)
+        tasks = _tasks(own, phases)
+        if shows_expected and tasks:
+            expected = expect([phase for phase in own if not phase.is_finished()], processes)
+            seconds = {title: phase.seconds for title, phase in expected.items()}
+            print_expected(expected, wall_clock(tasks, seconds, processes), processes)
+        run_tasks(tasks, partial(_work, recipe, data), processes)
     if not shared_out:
         return _end(recipe)
     for phase in shared_out:
@@ -75,7 +89,17 @@ def _run(recipe: Recipe, name: str | None, take_over: bool) -> Path | None:
             phase.session.say(
                 f"{phase.name} {missing} are not distilled yet: set distill.pairs to them and run the recipe again"
             )
-    return None if any(phase.missing() for phase in shared_out) else _run(recipe, None, take_over)
+    return None if any(phase.missing() for phase in shared_out) else _run(recipe, None, take_over, shows_expected)
+
+
+def _kept(recipe: Recipe) -> str:
+    """What an interrupted run leaves in its folder."""
+    folder = RunFolder(recipe.output_dir, recipe.seed)
+    names = sorted(folder.name_of(path.parent) for path in folder.path.rglob(TRAIN_RESULTS))
+    finished = [name for name in names if not name.startswith(".") and "/." not in name]
+    resumed = sum(any(work.glob(f"{CHECKPOINT}*")) for work in folder.work_folders())
+    kept = f"{folder.path} keeps {', '.join(finished) or 'no finished phase yet'}"
+    return f"{kept}, and the checkpoints of {resumed} unfinished phase{'s' * (resumed != 1)}."
 
 
 def _end(recipe: Recipe) -> Path:

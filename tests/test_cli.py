@@ -70,6 +70,9 @@ class TestTrain:
         )
         assert done.returncode == 0, done.stderr
         assert f"The report is in {tmp_path}/other/report.md" in done.stdout
+        # the plan first, the next steps last
+        assert done.stderr.startswith("m2mkd ") and "To run: about " in done.stdout.partition("e2e: IID")[0]
+        assert f"m2mkd push {tmp_path}/other --arm e2e" in done.stdout.splitlines()[-1]
         report = json.loads((tmp_path / "other" / "report.json").read_text())
         assert list(report["arms"]) == ["e2e"] and report["arms"]["e2e"]["epochs"] == 1
         # transformers has a warning for each of its image processors where torchvision is not installed

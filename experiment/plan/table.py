@@ -39,7 +39,7 @@ def print_plan(plan: Plan, throughput: float, how: str, console: Console | None 
     for name, flops in plan.totals.items():
         hours = flops / (throughput * 1e12) / 3600
         ratio = f"{flops / plan.totals[first]:.2f}"
-        totals.add_row(name, _flops(flops), _number(hours), _number(hours / plan.gpus), ratio)
+        totals.add_row(name, flops_in_words(flops), _number(hours), _number(hours / plan.gpus), ratio)
     console.print(totals)
 
 
@@ -54,11 +54,11 @@ _TOTALS_CAPTION = "FLOPs of forward and backward passes in training, without eva
 def _row(phase: PhaseCost) -> list[str]:
     millions = [f"{number / 1e6:,.1f} M" for number in (phase.parameters, phase.frozen)]
     counts = [f"{phase.images:,}", f"{phase.epochs:,.4g}", f"{phase.batch:,}", f"{phase.steps:,}"]
-    work = [f"{phase.flops_per_image / 1e9:,.4g}", _flops(phase.flops), _number(phase.memory / 2**30)]
+    work = [f"{phase.flops_per_image / 1e9:,.4g}", flops_in_words(phase.flops), _number(phase.memory / 2**30)]
     return [phase.name, *millions, *counts, *work]
 
 
-def _flops(value: float) -> str:
+def flops_in_words(value: float) -> str:
     """Format FLOPs in the largest unit in which the value is at least one, otherwise in the smallest unit."""
     name = next((name for name, unit in _UNITS.items() if value >= unit), "GFLOPs")
     return f"{_number(value / _UNITS[name])} {name}"

@@ -2,6 +2,7 @@
 
 import math
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Callable
@@ -87,9 +88,10 @@ def run_command(
             return
         from m2mkd.experiment.runner import run
 
-        report = run(recipe, phase, take_over)
+        report = run(recipe, phase, take_over, shows_expected=True)
         if report is not None:
             _print_once(f"The report is in {report} (report.json and report.png are in the same folder).")
+            _print_next(report.parent)
 
     _explained(work, "Finished phases are kept; run the same command again to go on.")
 
@@ -387,7 +389,7 @@ def evaluate_command(
 
         baselines = [_accuracy_pair(text) for text in baseline or []]
         results = evaluate_folder(model, data, split, partial, batch_size, iid_accuracy, baselines)
-        if int(os.environ.get("RANK", "0")) > 0:
+        if not _is_main_process():
             return
         if as_json:
             print(json.dumps(results, indent=2))
@@ -496,7 +498,7 @@ def _print_plan(recipe: Any, throughput: str, gpus: int | None) -> None:
 
     # in every process: they meet while the arguments are built
     check_arguments(phases_of(Session(recipe, RunData(recipe), recipe.seed, Screen())).values())
-    if int(os.environ.get("RANK", "0")) != 0:
+    if not _is_main_process():
         return
     try:
         measured = throughput == "measured"
@@ -544,10 +546,13 @@ def _explained(work: Callable[[], None], if_interrupted: str = "") -> None:
     Run `work`. An error that the user can fix prints only its message, and Ctrl-C prints only `if_interrupted`.
     Everything else ends in a traceback.
     """
+    if "torch" not in sys.modules and _is_main_process():
+        # not to the standard output, which may be JSON or a script
+        print(f"m2mkd {__version__}: loading torch and transformers", file=sys.stderr, flush=True)
     try:
         _without_mendable_errors(work)
     except KeyboardInterrupt:
-        if int(os.environ.get("RANK", "0")) == 0:
+        if _is_main_process():
             print(f"Interrupted. {if_interrupted}".strip(), file=sys.stderr)
         # the exit status that shells use for a command ended by Ctrl-C
         raise typer.Exit(128 + signal.SIGINT) from None
@@ -572,9 +577,23 @@ def _without_mendable_errors(work: Callable[[], None]) -> None:
         raise typer.Exit(1) from error
 
 
+def _print_next(run_folder: Path) -> None:
+    from m2mkd.experiment.report.read import default_arm
+
+    arm = default_arm(run_folder)
+    model, run = shlex.quote(str(run_folder / "arms" / arm)), shlex.quote(str(run_folder))
+    _print_once(f"Try it:   m2mkd inspect {model} IMAGE --out picture.png")
+    _print_once(f"Share it: m2mkd push {run} --arm {arm} --repo-id USER/NAME --dry-run")
+
+
 def _print_once(text: str) -> None:
-    if int(os.environ.get("RANK", "0")) == 0:
+    if _is_main_process():
         print(text)
+
+
+def _is_main_process() -> bool:
+    # without accelerate, which takes seconds to import
+    return os.environ.get("RANK", "0") == "0"
 
 
 if __name__ == "__main__":

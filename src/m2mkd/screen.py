@@ -1,20 +1,54 @@
-"""Output shown while phases run: lines of text, and a progress bar per running phase."""
+"""Output shown while phases run: lines of text, and in a terminal one live table of the running phases."""
 
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import TextIO, TypeVar
 
 from accelerate import PartialState
-from tqdm.auto import tqdm
+from rich.console import Console
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
 
 
-# A log file gets a line of progress at this interval; a terminal gets a bar.
+# A log file gets a line of progress of each phase at this interval; a terminal gets the table.
 SECONDS_BETWEEN_LINES = 30.0
-# Minimum time between two reports of a worker's steps.
+# Minimum time between two drawings of the table, and between two reports of a worker's steps.
 SECONDS_BETWEEN_REPORTS = 0.2
 T = TypeVar("T")
+
+
+def in_words(seconds: float) -> str:
+    """A duration in its usual unit: seconds, minutes or hours."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+@dataclass
+class _Running:
+    """How far a phase is, and since when and from which step on it has been seen."""
+
+    step: int
+    total: int
+    shown: dict[str, str]
+    since: float
+    first: int
+    last_line: float
+
+    def left(self) -> str:
+        """Time that the remaining steps take, at the mean pace so far."""
+        if self.step == self.first:
+            return ""
+        pace = (time.monotonic() - self.since) / (self.step - self.first)
+        return in_words(pace * (self.total - self.step))
+
+    def values(self) -> str:
+        return "".join(f", {key} {value}" for key, value in self.shown.items())
 
 
 class Screen:
@@ -22,32 +56,36 @@ class Screen:
     Screen that draws in this process. If several processes train together, only the main one draws.
 
     Args:
-        stream (`TextIO`, *optional*): Where lines go. `None`: the standard output.
+        stream (`TextIO`, *optional*): Where lines go. `None`: the standard output. The table is drawn on the standard
+            error, if that is a terminal.
     """
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self._stream = stream
-        self._bars: dict[str, tqdm] = {}
-        self._last_line: dict[str, float] = {}
+        self._running: dict[str, _Running] = {}
+        self._live: Live | None = None
+        self._last_drawing = 0.0
 
     def say(self, text: str) -> None:
-        """Print a line above the bars."""
-        if PartialState().is_main_process:
-            # tqdm hides its bars while it writes
-            stream = self._stream or sys.stdout
-            tqdm.write(text, file=stream)
-            stream.flush()
+        """Print a line, above the table."""
+        if not PartialState().is_main_process:
+            return
+        stream = self._stream or sys.stdout
+        if self._live is not None and stream.isatty():
+            self._live.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        else:
+            print(text, file=stream, flush=True)
 
     def advance(self, name: str, step: int, total: int, shown: dict[str, str]) -> None:
         """Show that the phase `name` has done `step` of `total` steps, with a few values."""
-        if not sys.stderr.isatty():
-            self._advance_by_line(name, step, total, shown)
-            return
-        if name not in self._bars:
-            self._bars[name] = tqdm(desc=name, initial=step, total=total, dynamic_ncols=True, leave=False)
-        bar = self._bars[name]
-        bar.set_postfix(shown, refresh=False)
-        bar.update(step - bar.n)
+        now = time.monotonic()
+        phase = self._running.setdefault(name, _Running(step, total, shown, now, step, now))
+        phase.step, phase.total, phase.shown = step, total, shown
+        if sys.stderr.isatty():
+            self._draw(now)
+        elif now - phase.last_line >= SECONDS_BETWEEN_LINES:
+            phase.last_line = now
+            self.say(f"{name}: step {step:,} of {total:,}{phase.values()}, {phase.left()} left")
 
     def track(self, name: str, items: Iterable[T], total: int) -> Iterator[T]:
         """Yield the items one by one, and show how many of `total` are done."""
@@ -57,28 +95,57 @@ class Screen:
             self.advance(name, step, total, {})
         self.finish(name)
 
-    def _advance_by_line(self, name: str, step: int, total: int, shown: dict[str, str]) -> None:
-        now = time.monotonic()
-        if now - self._last_line.setdefault(name, now) >= SECONDS_BETWEEN_LINES:
-            self._last_line[name] = now
-            values = "".join(f", {key} {value}" for key, value in shown.items())
-            self.say(f"{name}: step {step:,} of {total:,}{values}")
-
     def finish(self, name: str) -> None:
-        """Turn the bar of a phase into a line above the others."""
-        self._last_line.pop(name, None)
-        if name in self._bars:
-            bar = self._bars.pop(name)
-            as_line = str(bar)
-            # a bar that tqdm leaves behind moves the others down, and their old drawings stay
-            bar.close()
-            # from the start of the line, where tqdm may not have gone back to
-            tqdm.write(f"\r{as_line}", file=sys.stderr)
+        """Replace the row of a phase by a line."""
+        if name in self._running:
+            phase = self._running.pop(name)
+            took = in_words(time.monotonic() - phase.since)
+            self.say(f"{name}: {phase.step - phase.first:,} steps in {took}{phase.values()}")
+            self._end_or_redraw()
 
     def finish_all(self) -> None:
-        """Turn all bars into lines, so that an error message stands below them."""
-        for name in list(self._bars):
-            self.finish(name)
+        """Replace the rows of all phases, which have been stopped, by lines; an error message stands below them."""
+        stopped, self._running = self._running, {}
+        for name, phase in stopped.items():
+            self.say(f"{name}: stopped at step {phase.step:,} of {phase.total:,}{phase.values()}")
+        self._end_or_redraw()
+
+    def _draw(self, now: float) -> None:
+        if self._live is None:
+            # drawn by this thread: data loaders fork, and a thread would leave a lock taken in their processes
+            self._live = Live(
+                console=Console(stderr=True),
+                get_renderable=self._table,
+                auto_refresh=False,
+                transient=True,
+                redirect_stdout=sys.stdout.isatty(),
+            )
+            self._live.start()
+        elif now - self._last_drawing < SECONDS_BETWEEN_REPORTS:
+            return
+        self._last_drawing = now
+        self._live.refresh()
+
+    def _end_or_redraw(self) -> None:
+        if self._live is not None and self._running:
+            self._live.refresh()
+        elif self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def _table(self) -> Table:
+        table = Table(box=None, expand=True, pad_edge=False, header_style="bold")
+        keys = list(dict.fromkeys(key for phase in self._running.values() for key in phase.shown))
+        table.add_column("Phase", no_wrap=True, overflow="ellipsis")
+        table.add_column("", ratio=1)
+        for heading in ("Step", *map(str.capitalize, keys), "Left"):
+            table.add_column(heading, justify="right", no_wrap=True)
+        for name, phase in self._running.items():
+            values = [phase.shown.get(key, "") for key in keys]
+            bar = ProgressBar(total=phase.total, completed=phase.step)
+            # brackets are not markup here
+            table.add_row(Text(name), bar, f"{phase.step:,}/{phase.total:,}", *values, phase.left())
+        return table
 
 
 class RemoteScreen(Screen):

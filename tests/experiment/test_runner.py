@@ -171,6 +171,18 @@ class TestRun:
         with pytest.raises(RunError, match=r"training.learning_rate: 0.001 → 0.002 \(.*teacher"):
             runner.run(parse_recipe(content, "changed"))
 
+    def test_an_interrupted_run_says_what_it_keeps(
+        self, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        recipe = _copy_of(finished, tmp_path, without=["kd"])
+        (tmp_path / "run" / "arms" / ".kd.work" / "checkpoint-3").mkdir(parents=True)
+        monkeypatch.setattr(runner, "run_tasks", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            runner.run(recipe)
+        said = capsys.readouterr().out.splitlines()[-1]
+        assert f"{tmp_path / 'run'} keeps arms/e2e, " in said and "arms/kd," not in said and "pairs/1" in said
+        assert said.endswith("teacher, and the checkpoints of 1 unfinished phase.")
+
     @pytest.mark.parametrize(
         "phase",
         [
