@@ -61,17 +61,17 @@ def _largest_deficit(name: str, arms: tuple[str, ...]) -> float:
 
 def facts(page: str) -> list[str]:
     """The figures in the text of README.md or docs/results.md."""
-    v, n, again, g = "vmoe_digits", "nac_digits", "nac_digits_again", "vmoe_glyphs"
+    v, n, ten, g = "vmoe_digits", "nac_digits", "nac_digits_again", "vmoe_glyphs"
     if page == "README.md":
         return [
             f"{difference(v, 'm2mkd_kd', '5 + 15', 'iid')} points IID",
             f"{difference(v, 'm2mkd_kd', '5 + 15', 'ood')} OOD",
             f"V-MoE, 40 epochs: {short(v, 'e2e_all', '40')}, `kd` with 40 passes: {short(v, 'kd', '40')}",
             f"V-MoE, 20 passes: {short(v, 'm2mkd_kd_own', '5 + 15')}, `kd`: {short(v, 'kd', '20')}",
-            f"NAC, 10 passes: {short(again, 'm2mkd_kd', '3 + 7')}, `kd`: {short(again, 'kd', '10')}",
+            f"NAC, 10 passes: {short(ten, 'm2mkd_kd', '3 + 7')}, `kd`: {short(ten, 'kd', '10')}",
             f"letters, 10 passes: {short(g, 'm2mkd_kd', '3 + 7')}, `kd`: {short(g, 'kd', '10')}",
             f"{difference(g, 'm2mkd_kd', '3 + 7', 'iid')} and {difference(g, 'm2mkd_kd', '3 + 7', 'ood')}",
-            f"{difference(again, 'm2mkd_kd', '3 + 7', 'iid')} and {difference(again, 'm2mkd_kd', '3 + 7', 'ood')}",
+            f"{difference(ten, 'm2mkd_kd', '3 + 7', 'iid')} and {difference(ten, 'm2mkd_kd', '3 + 7', 'ood')}",
             f"modules alone: {short(v, 'modules_only', '20')}",
             f"10 + 10 passes: {short(v, 'upcycle_kd', '10 + 10')}",
         ]
@@ -82,7 +82,7 @@ def facts(page: str) -> list[str]:
         f"{difference(v, 'modules_only', '20', 'iid')} IID, {difference(v, 'modules_only', '20', 'ood')} OOD",
         f"{difference(n, 'm2mkd_kd', '3 + 7', 'iid')} points IID and {difference(n, 'm2mkd_kd', '3 + 7', 'ood')}",
         f"{difference(n, 'm2mkd_kd', '5 + 15', 'iid')} and {difference(n, 'm2mkd_kd', '5 + 15', 'ood')}",
-        f"{difference(again, 'm2mkd_kd', '3 + 7', 'iid')} points IID and {difference(again, 'm2mkd_kd', '3 + 7', 'ood')}",
+        f"{difference(ten, 'm2mkd_kd', '3 + 7', 'iid')} points IID and {difference(ten, 'm2mkd_kd', '3 + 7', 'ood')}",
         f"{difference(g, 'm2mkd_kd', '1 + 4', 'iid')} points IID and {difference(g, 'm2mkd_kd', '1 + 4', 'ood')} OOD",
         f"{difference(g, 'm2mkd_kd', '3 + 7', 'iid')} and {difference(g, 'm2mkd_kd', '3 + 7', 'ood')}",
         f"{difference(g, 'm2mkd_kd', '5 + 15', 'iid')} and {difference(g, 'm2mkd_kd', '5 + 15', 'ood')}",
