@@ -40,7 +40,7 @@ class Overlay:
 
 @torch.no_grad()
 def weights_of_patches(model: PreTrainedModel, pixel_values: torch.Tensor) -> dict[int, torch.Tensor]:
-    """See [`~m2mkd.evaluation.routing.patch_weights`]. Raises `ValueError` for images that do not fit."""
+    """What `patch_weights` returns. Raises `ValueError` if the model does not take the images."""
     outputs = model.vmoe(pixel_values, output_router_logits=True, output_dropped_mask=True)
     layers = sorted(model.config.moe_layers)
     per_token = outputs.last_hidden_state.new_empty(*outputs.last_hidden_state.shape[:2], model.config.num_experts)
@@ -55,7 +55,7 @@ def weights_of_patches(model: PreTrainedModel, pixel_values: torch.Tensor) -> di
 
 @torch.no_grad()
 def attention_of_latents(model: PreTrainedModel, pixel_values: torch.Tensor) -> torch.Tensor:
-    """See [`~m2mkd.evaluation.read_in.read_in_attention`]. Raises `ValueError` for images that do not fit."""
+    """What `read_in_attention` returns. Raises `ValueError` if the model does not take the images."""
     attention = model.nac.read_in.attention
     seen: list[torch.Tensor] = []
     # queries and keys as the attention compares them, whatever its backend

@@ -120,7 +120,7 @@ def test_the_app_in_a_browser(space: Path, tmp_path: Path) -> None:
         image = gradio_client.handle_file(str(space / "examples" / "0.png"))
         sliders = Demo(space).sliders
         classes, taught, shown = client.predict(image, *(own["value"] for own in sliders), api_name="/classify")
-        assert classes["label"] and taught["label"] and len(shown) == 1
+        assert classes["label"] and taught["label"] and len(shown) == 2
         options = ("--headless=new", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=20000")
         command = [CHROMIUM, *options, f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", address]
         page = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True).stdout
