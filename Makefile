@@ -1,4 +1,4 @@
-.PHONY: style quality test test-slow build
+.PHONY: style quality test test-slow docs build
 
 # Fix everything that a tool can fix.
 style:
@@ -16,6 +16,12 @@ test:
 
 test-slow:
 	pytest -m slow
+
+# Build the site of docs/ in build/site, and run its notebook.
+docs:
+	python -m pip install --quiet --no-deps --upgrade --target build/tree .
+	mkdocs build --strict
+	pytest -n 0 -m slow -k notebook tests/test_docs.py
 
 # Build the wheel in dist/.
 build:

@@ -26,7 +26,9 @@ from testing_utils import code_blocks, commands, vit
 from tiny_run import write_images
 from typer.testing import CliRunner
 
+import m2mkd
 from m2mkd.cli import _overrides, app
+from m2mkd.errors import M2MKDError
 from m2mkd.experiment.recipe_file import load_recipe, parse_recipe
 from m2mkd.experiment.run_data import RunData
 
@@ -232,6 +234,27 @@ def test_the_links_lead_somewhere(page: Path) -> None:
     for target in targets:
         path = (page.parent / target).resolve()
         assert path.exists() and path.is_relative_to(root), target
+
+
+def test_every_kind_of_error_has_a_section() -> None:
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    sections = re.findall(r"^## (\w+)$", page, re.MULTILINE)
+    assert sorted(sections) == sorted(kind.__name__ for kind in M2MKDError.__subclasses__())
+
+
+def test_every_public_name_is_in_the_python_reference() -> None:
+    page = (ROOT / "docs" / "reference" / "python.md").read_text(encoding="utf-8")
+    assert sorted(re.findall(r"^::: .*\.(\w+)$", page, re.MULTILINE)) == sorted(m2mkd.__all__)
+
+
+@pytest.mark.slow
+def test_the_notebook_runs(tmp_path: Path) -> None:
+    nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
+    notebook = nbformat.read(ROOT / "docs" / "first_steps.ipynb", as_version=4)
+    (parameters,) = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
+    parameters.source = "TEACHER_EPOCHS, MODULE_EPOCHS, KD_EPOCHS, IMAGES_PER_CLASS = 1, 1, 1, 2"
+    nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": tmp_path}}).execute()
+    assert (tmp_path / "student.png").is_file() and (tmp_path / "smaller" / "model.safetensors").is_file()
 
 
 @pytest.mark.parametrize("name", ["recipe.md", "cli.md"])

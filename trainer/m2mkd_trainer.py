@@ -60,7 +60,7 @@ class M2MKDTrainer(StatisticsTrainer):
         model (`PreTrainedModel`):
             The student. Like the other networks, it is an ordinary classifier that `split_into_stages` can cut. Only
             the stages of `args.pairs` are touched and moved to the device; the others may be on the meta device.
-        args ([`M2MKDConfig`])
+        args ([`M2MKDConfig`]): What is trained, and how.
         teacher (`PreTrainedModel`, *optional*): Required if `args.alpha > 0`, `args.context` is `"teacher"` or
             `args.match` is `"boundary"`. It is frozen and, under mixed precision, cast to the compute dtype, in place;
             only the stages in use are kept.
