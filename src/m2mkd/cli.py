@@ -582,6 +582,7 @@ def _print_next(run_folder: Path) -> None:
 
     arm = default_arm(run_folder)
     model, run = shlex.quote(str(run_folder / "arms" / arm)), shlex.quote(str(run_folder))
+    _print_once(f"Read it:  {run_folder / 'report.html'} in a browser")
     _print_once(f"Try it:   m2mkd inspect {model} IMAGE --out picture.png")
     _print_once(f"Share it: m2mkd push {run} --arm {arm} --repo-id USER/NAME --dry-run")
 
