@@ -154,10 +154,12 @@ class VMoEExperts(nn.Module):
             top_k_weights (`torch.Tensor` of shape `(num_tokens, num_experts_per_tok)`)
         """
         output = torch.zeros_like(hidden_states)
-        for expert in range(self.num_experts):
+        weights = (self.up_proj, self.up_proj_bias, self.down_proj, self.down_proj_bias)
+        # each unbound once: the gradient of an index would be a tensor of all experts, for each expert
+        for expert, (up, up_bias, down, down_bias) in enumerate(zip(*weights, strict=True)):
             token, slot = torch.where(top_k_index == expert)
-            hidden = F.linear(hidden_states[token], self.up_proj[expert], self.up_proj_bias[expert])
-            hidden = F.linear(self.act_fn(hidden), self.down_proj[expert], self.down_proj_bias[expert])
+            hidden = F.linear(hidden_states[token], up, up_bias)
+            hidden = F.linear(self.act_fn(hidden), down, down_bias)
             output.index_add_(0, token, (hidden * top_k_weights[token, slot, None]).to(output.dtype))
         return output
 
