@@ -64,6 +64,9 @@ class StitchedStudent(nn.Module):
                     kind = stitch or "layernorm_linear"
                     pair = StitchedStage(stage, stitch_size, kind, special_tokens, self.is_chained)
                 self.pairs[str(stage.index)] = pair
+        # FSDP shards these one by one; a process may have only some of them
+        kinds = {type(module).__name__ for module in self.modules()}
+        self._no_split_modules = sorted(kinds.intersection(student._no_split_modules))
         # a tuple keeps the student out of this module's parameters: other stages are not trained here
         self._student = (student,)
 

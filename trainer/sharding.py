@@ -1,0 +1,51 @@
+"""Weights that processes share by shards: FSDP2 of torch, ZeRO of DeepSpeed."""
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers import Trainer
+
+from m2mkd.errors import StageError
+
+
+def check_sharding(trainer: Trainer) -> None:
+    """Raise `StageError` if a trainer cannot clip the gradient of each of its pairs by itself."""
+    args = trainer.args
+    if trainer.is_fsdp_enabled and not trainer.accelerator.is_fsdp2:
+        raise StageError("FSDP is of version 1, which merges the weights of different pairs. Set `fsdp_version: 2`.")
+    if trainer.is_deepspeed_enabled and len(args.pair_indices) > 1 and args.max_grad_norm > 0:
+        raise StageError(
+            f"DeepSpeed clips the gradients of the pairs {args.pair_indices} by one common norm, but each pair has its "
+            "own. Train one pair at a time (`pairs: [0]`; in a run, --phase pairs/0), or use FSDP2."
+        )
+
+
+@torch.no_grad()
+def copy_whole(sharded: nn.Module, whole: nn.Module) -> None:
+    """
+    Copy the weights of a sharded model into an equal one that is whole, tensor by tensor. All processes of the shards
+    call this together.
+    """
+    own = whole.state_dict()
+    for name, tensor in sharded.state_dict(keep_vars=True).items():
+        own[name].copy_(whole_tensor(tensor))
+
+
+def whole_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """All of a tensor of which a process may hold a shard. All processes of the shards call this together."""
+    if isinstance(tensor, DTensor):
+        return tensor.full_tensor()
+    if hasattr(tensor, "_hp_mapping") or hasattr(tensor, "ds_id"):
+        return _of_deepspeed(tensor)
+    return tensor
+
+
+def _of_deepspeed(tensor: nn.Parameter) -> torch.Tensor:
+    from deepspeed.utils import safe_get_full_fp32_param
+    from deepspeed.zero import GatheredParameters
+
+    if tensor.requires_grad:
+        # the optimizer's, where those of the passes are of half precision
+        return safe_get_full_fp32_param(tensor)
+    with GatheredParameters([tensor]):
+        return tensor.clone()
