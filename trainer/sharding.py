@@ -1,6 +1,7 @@
 """Weights that processes share by shards: FSDP2 of torch, ZeRO of DeepSpeed."""
 
 import torch
+from accelerate.utils import parse_flag_from_env
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import Trainer
@@ -9,8 +10,14 @@ from m2mkd.errors import StageError
 
 
 def check_sharding(trainer: Trainer) -> None:
-    """Raise `StageError` if a trainer cannot clip the gradient of each of its pairs by itself."""
+    """
+    Raise `StageError` if a trainer does not shard although it was launched to, or cannot clip the gradient of each of
+    its pairs by itself.
+    """
     args = trainer.args
+    for name, is_enabled in (("FSDP", trainer.is_fsdp_enabled), ("DEEPSPEED", trainer.is_deepspeed_enabled)):
+        if parse_flag_from_env(f"ACCELERATE_USE_{name}") and not is_enabled:
+            raise StageError(f"{name} was asked for, but accelerate shards only on GPUs, not on {args.device}. Use DDP.")
     if trainer.is_fsdp_enabled and not trainer.accelerator.is_fsdp2:
         raise StageError("FSDP is of version 1, which merges the weights of different pairs. Set `fsdp_version: 2`.")
     if trainer.is_deepspeed_enabled and len(args.pair_indices) > 1 and args.max_grad_norm > 0:

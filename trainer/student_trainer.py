@@ -41,8 +41,8 @@ class StudentTrainer(Trainer):
     def __init__(self, model: StitchedStudent, **arguments: Any):
         super().__init__(model=model, **arguments)
         self.stitched = model
+        check_sharding(self)
         if self.is_sharded:
-            check_sharding(self)
             self.model = self.model_wrapped = copy.deepcopy(model).to(self.args.device)
 
     @property

@@ -33,6 +33,8 @@ def main_options(
 
 
 _TAKE_OVER = "Take over what a process on another host was making, if it has ended there."
+_GPUS = "GPUs for --plan (default: one per process) and --accelerate (default: all of this machine)."
+_ACCELERATE = "Start a process per GPU: ddp, fsdp2, deepspeed_zero2 or deepspeed_zero3."
 # Everything that is not a parameter of a command is a value of the recipe.
 _OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
 
@@ -47,7 +49,8 @@ def run_command(
     throughput: Annotated[
         str, typer.Option(help="TFLOP/s per GPU for --plan. 'measured': measure this machine.")
     ] = "",
-    gpus: Annotated[int | None, typer.Option(help="GPUs for --plan. Default: one per process.")] = None,
+    gpus: Annotated[int | None, typer.Option(min=1, help=_GPUS)] = None,
+    accelerate: Annotated[str | None, typer.Option(metavar="NAME", help=_ACCELERATE)] = None,
     phase: Annotated[
         str | None, typer.Option(help="Run only this phase: meta, teacher, pairs/3, arms/kd, seeds/5/arms/kd, …")
     ] = None,
@@ -63,7 +66,8 @@ def run_command(
 
     Any value of the recipe can be overridden: --seed 1 --finetune.training.num_train_epochs 3.
 
-    Several processes: accelerate launch train.py RECIPE.yaml, or torchrun --nproc_per_node N train.py RECIPE.yaml.
+    Several GPUs: train.py RECIPE.yaml --accelerate ddp (or fsdp2, deepspeed_zero2, deepspeed_zero3), or with a launcher
+    of your own: torchrun --nproc_per_node N train.py RECIPE.yaml.
 
     To see what it would cost, without data or GPUs: train.py RECIPE.yaml --plan --gpus 8 --throughput 150.
 
@@ -79,6 +83,12 @@ def run_command(
             return
         path, options = _recipe_and_options(context.args)
         recipe = load_recipe(path, _overrides(options))
+        if accelerate is not None:
+            from m2mkd.experiment.launch import launch
+
+            switches = {"--miniature": miniature, "--take-over": take_over, "--plan": plan}
+            given = [name for name, is_given in switches.items() if is_given]
+            launch(accelerate, gpus, ["run", *context.args, *given, *(["--phase", phase] if phase else [])])
         if miniature:
             from m2mkd.experiment.miniature import make_miniature
 
