@@ -1,9 +1,13 @@
 """Weights that processes share by shards: FSDP2 of torch, ZeRO of DeepSpeed."""
 
+import copy
+import re
+
 import torch
 from accelerate.utils import parse_flag_from_env
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.nn.utils import parametrize
 from transformers import Trainer
 
 from m2mkd.errors import StageError
@@ -27,15 +31,36 @@ def check_sharding(trainer: Trainer) -> None:
         )
 
 
+class _AsVector(nn.Module):
+    """Keeps a scalar parameter as a vector of one element: FSDP2 refuses scalars."""
+
+    def forward(self, vector: torch.Tensor) -> torch.Tensor:
+        return vector.reshape(())
+
+    def right_inverse(self, scalar: torch.Tensor) -> torch.Tensor:
+        return scalar.reshape(1)
+
+
+def copy_to_shard(whole: nn.Module, device: torch.device) -> nn.Module:
+    """Copy a model to a device, in a form that FSDP2 can shard."""
+    copied = copy.deepcopy(whole).to(device)
+    for module in list(copied.modules()):
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter.ndim == 0:
+                parametrize.register_parametrization(module, name, _AsVector())
+    return copied
+
+
 @torch.no_grad()
 def copy_whole(sharded: nn.Module, whole: nn.Module) -> None:
     """
-    Copy the weights of a sharded model into an equal one that is whole, tensor by tensor. All processes of the shards
-    call this together.
+    Copy the weights of a model from [`copy_to_shard`] back, tensor by tensor. All processes of the shards call this
+    together.
     """
     own = whole.state_dict()
     for name, tensor in sharded.state_dict(keep_vars=True).items():
-        own[name].copy_(whole_tensor(tensor))
+        name = re.sub(r"parametrizations\.(\w+)\.original$", r"\1", name)
+        own[name].copy_(whole_tensor(tensor).reshape(own[name].shape))
 
 
 def whole_tensor(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,5 @@
 """Trainer whose result is a student: it saves and pushes the student, whole or by modules."""
 
-import copy
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from m2mkd.distillation.stitched_student import StitchedStudent
 from m2mkd.model_cards.parts import CARD_FILE
 from m2mkd.model_cards.trainer_card import render_trainer_card
 from m2mkd.trainer.m2mkd_config import M2MKDConfig
-from m2mkd.trainer.sharding import check_sharding, copy_whole
+from m2mkd.trainer.sharding import check_sharding, copy_to_shard, copy_whole
 
 
 class StudentTrainer(Trainer):
@@ -43,7 +42,7 @@ class StudentTrainer(Trainer):
         self.stitched = model
         check_sharding(self)
         if self.is_sharded:
-            self.model = self.model_wrapped = copy.deepcopy(model).to(self.args.device)
+            self.model = self.model_wrapped = copy_to_shard(model, self.args.device)
 
     @property
     def is_sharded(self) -> bool:

@@ -49,7 +49,8 @@ def run_command(
     throughput: Annotated[
         str, typer.Option(help="TFLOP/s per GPU for --plan. 'measured': measure this machine.")
     ] = "",
-    gpus: Annotated[int | None, typer.Option(min=1, help=_GPUS)] = None,
+    gpus: Annotated[int | None, typer.Option("--gpus", "--devices", min=1, help=_GPUS)] = None,
+    memory: Annotated[float | None, typer.Option(min=0, help="GiB of a GPU: --plan says what fits.")] = None,
     accelerate: Annotated[str | None, typer.Option(metavar="NAME", help=_ACCELERATE)] = None,
     phase: Annotated[
         str | None, typer.Option(help="Run only this phase: meta, teacher, pairs/3, arms/kd, seeds/5/arms/kd, …")
@@ -69,7 +70,7 @@ def run_command(
     Several GPUs: train.py RECIPE.yaml --accelerate ddp (or fsdp2, deepspeed_zero2, deepspeed_zero3), or with a launcher
     of your own: torchrun --nproc_per_node N train.py RECIPE.yaml.
 
-    To see what it would cost, without data or GPUs: train.py RECIPE.yaml --plan --gpus 8 --throughput 150.
+    To see what it would cost, without data or GPUs: train.py RECIPE.yaml --plan --gpus 8 --throughput 150 --memory 80.
 
     To check in seconds that it runs: train.py RECIPE.yaml --miniature.
     """
@@ -94,7 +95,7 @@ def run_command(
 
             recipe = make_miniature(recipe)
         if plan:
-            _print_plan(recipe, throughput, gpus)
+            _print_plan(recipe, throughput, gpus, memory)
             return
         from m2mkd.experiment.runner import run
 
@@ -493,7 +494,7 @@ def train() -> None:
     app(["run", *sys.argv[1:]], prog_name="train.py")
 
 
-def _print_plan(recipe: Any, throughput: str, gpus: int | None) -> None:
+def _print_plan(recipe: Any, throughput: str, gpus: int | None, memory: float | None) -> None:
     from rich.console import Console
 
     from m2mkd.errors import RecipeError
@@ -523,7 +524,7 @@ def _print_plan(recipe: Any, throughput: str, gpus: int | None) -> None:
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     with Console(stderr=True).status("Counting a step of each phase"):
         plan = make_plan(recipe, gpus or processes)
-    print_plan(plan, value, how)
+    print_plan(plan, value, how, memory)
 
 
 def _recipe_and_options(arguments: list[str]) -> tuple[str | None, list[str]]:
