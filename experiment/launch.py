@@ -40,4 +40,4 @@ def launch(name: str, devices: int | None, arguments: Sequence[str]) -> NoReturn
         raise RecipeError(f"--accelerate {name} starts a process per GPU, but there is none here. Leave it out.")
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(known[name])]
     own = ["--num_processes", str(devices), "-m", "m2mkd.cli", *arguments]
-    os.execv(sys.executable, [*launcher, *own])  # noqa: S606 - no shell is wanted
+    os.execv(sys.executable, [*launcher, *own])

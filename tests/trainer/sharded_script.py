@@ -58,13 +58,26 @@ def outcome_of(trainer: M2MKDTrainer, start: dict[str, Any]) -> dict[str, Any]:
 
 
 def main(folder: Path) -> None:
+    # the reference where random numbers or the loss depend on a process's own images
+    ddp = {name: SHARDED[name] for name in ("ddp_backend", "per_device_train_batch_size")}
+    references = {
+        "kd": distillation_trainer(folder / "ddp_kd", model=nac(), **WHOLE, **ddp),
+        "fed": distillation_trainer(folder / "ddp_fed", **FED, **ddp, teacher=teacher()),
+    }
+    report = {}
+    for name, trainer in references.items():
+        start = snapshot(trainer.frozen)
+        trainer.train()
+        report[f"ddp_{name}"] = outcome_of(trainer, start)
+        if trainer.args.process_index == 0:
+            save_file(snapshot(trainer.stitched), folder / f"ddp_{name}.safetensors")
     shard_on_cpu()
     saving = {"save_strategy": "steps", "save_steps": 2}
 
     pairs = distillation_trainer(folder / "pairs", **SHARDED, **PAIRS, eval_dataset=NoiseImages(11, seed=3))
     start = snapshot(pairs.frozen)
     pairs.train()
-    report = {"pairs": outcome_of(pairs, start), "evaluation": pairs.evaluate()}
+    report |= {"pairs": outcome_of(pairs, start), "evaluation": pairs.evaluate()}
     pairs.save_model(str(folder / "student"))
 
     whole = distillation_trainer(folder / "kd", model=nac(), **WHOLE, **SHARDED, **saving)

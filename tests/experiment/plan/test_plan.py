@@ -77,7 +77,9 @@ class TestMakePlan:
         for devices, expected in ((1, sum(pairs)), (2, max(pairs)), (4, max(pairs) / 2)):
             assert flops[devices]["m2mkd"]["pairs"] == expected
             assert flops[devices]["m2mkd"]["arms/m2mkd"] == own["arm m2mkd"] / devices
-            assert flops[devices]["kd"]["teacher"] == (own["teacher: incubation"] + own["teacher: fine-tuning"]) / devices
+            assert (
+                flops[devices]["kd"]["teacher"] == (own["teacher: incubation"] + own["teacher: fine-tuning"]) / devices
+            )
 
     @pytest.mark.parametrize("devices, expected", [(1, 14), (2, 8), (3, 6), (4, 6), (8, 3)])
     def test_parts_are_shared_out_the_longest_first(self, devices: int, expected: float) -> None:
