@@ -28,8 +28,8 @@ def check_sharding(trainer: Trainer) -> None:
         raise StageError("FSDP is of version 1, which merges the weights of different pairs. Set `fsdp_version: 2`.")
     if trainer.is_deepspeed_enabled and len(args.pair_indices) > 1 and args.max_grad_norm > 0:
         raise StageError(
-            f"DeepSpeed clips the gradients of the pairs {args.pair_indices} by one common norm, but each pair has its "
-            "own. Train one pair at a time (`pairs: [0]`; in a run, --phase pairs/0), or use FSDP2."
+            f"DeepSpeed clips the gradients of the pairs {args.pair_indices} by one common norm, but each pair has "
+            "its own. Train one pair at a time (`pairs: [0]`; in a run, --phase pairs/0), or use FSDP2."
         )
 
 
