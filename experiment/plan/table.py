@@ -62,8 +62,8 @@ _CAPTION = (
     "one device batch; fused attention and grouped experts are assumed. Fits: or the largest device batch that does."
 )
 _PATHS_CAPTION = (
-    "The pairs side by side, each on devices of its own; the devices share every other phase. Without evaluation, data "
-    "and communication."
+    "The pairs side by side, each on devices of its own; the devices share every other phase. Without evaluation, "
+    "data and communication."
 )
 _TOTALS_CAPTION = "FLOPs of forward and backward passes in training, without evaluation, data and communication."
 
