@@ -3,12 +3,12 @@
 import os
 import sys
 from collections.abc import Sequence
+from importlib import resources
 from pathlib import Path
 from typing import NoReturn
 
 import torch
 
-import m2mkd.accelerate_configs
 from m2mkd.errors import RecipeError
 
 
@@ -24,7 +24,8 @@ def launch(name: str, devices: int | None, arguments: Sequence[str]) -> NoReturn
     Raises:
         `RecipeError`: there is no such configuration, there are no accelerators, or this process was launched itself.
     """
-    known = {path.stem: path for path in sorted(Path(m2mkd.accelerate_configs.__file__).parent.glob("*.yaml"))}
+    folder = Path(str(resources.files("m2mkd.accelerate_configs")))
+    known = {path.stem: path for path in sorted(folder.glob("*.yaml"))}
     if name not in known:
         raise RecipeError(
             f"--accelerate is {name!r}, but there are only {', '.join(known)}. For a file of your own: accelerate "

@@ -33,6 +33,8 @@ def main_options(
 
 
 _TAKE_OVER = "Take over what a process on another host was making, if it has ended there."
+_THROUGHPUT = "TFLOP/s per GPU for --plan. 'measured': measure this machine."
+_PHASE = "Run only this phase: meta, teacher, pairs/3, arms/kd, seeds/5/arms/kd, …"
 _GPUS = "GPUs for --plan (default: one per process) and --accelerate (default: all of this machine)."
 _ACCELERATE = "Start a process per GPU: ddp, fsdp2, deepspeed_zero2 or deepspeed_zero3."
 # Everything that is not a parameter of a command is a value of the recipe.
@@ -46,15 +48,11 @@ def run_command(
     miniature: Annotated[
         bool, typer.Option("--miniature", help="Run the same phases on tiny networks and a few generated images.")
     ] = False,
-    throughput: Annotated[
-        str, typer.Option(help="TFLOP/s per GPU for --plan. 'measured': measure this machine.")
-    ] = "",
+    throughput: Annotated[str, typer.Option(help=_THROUGHPUT)] = "",
     gpus: Annotated[int | None, typer.Option("--gpus", "--devices", min=1, help=_GPUS)] = None,
     memory: Annotated[float | None, typer.Option(min=0, help="GiB of a GPU: --plan says what fits.")] = None,
     accelerate: Annotated[str | None, typer.Option(metavar="NAME", help=_ACCELERATE)] = None,
-    phase: Annotated[
-        str | None, typer.Option(help="Run only this phase: meta, teacher, pairs/3, arms/kd, seeds/5/arms/kd, …")
-    ] = None,
+    phase: Annotated[str | None, typer.Option(help=_PHASE)] = None,
     take_over: Annotated[bool, typer.Option("--take-over", help=_TAKE_OVER)] = False,
     is_list: Annotated[
         bool, typer.Option("--list", help="List the embedded recipe and those in the folder recipes; run nothing.")
@@ -84,12 +82,6 @@ def run_command(
             return
         path, options = _recipe_and_options(context.args)
         recipe = load_recipe(path, _overrides(options))
-        if accelerate is not None:
-            from m2mkd.experiment.launch import launch
-
-            switches = {"--miniature": miniature, "--take-over": take_over, "--plan": plan}
-            given = [name for name, is_given in switches.items() if is_given]
-            launch(accelerate, gpus, ["run", *context.args, *given, *(["--phase", phase] if phase else [])])
         if miniature:
             from m2mkd.experiment.miniature import make_miniature
 
@@ -97,6 +89,11 @@ def run_command(
         if plan:
             _print_plan(recipe, throughput, gpus, memory)
             return
+        if accelerate is not None:
+            from m2mkd.experiment.launch import launch
+
+            given = [*["--miniature"] * miniature, *["--take-over"] * take_over, *(["--phase", phase] if phase else [])]
+            launch(accelerate, gpus, ["run", *context.args, *given])
         from m2mkd.experiment.runner import run
 
         report = run(recipe, phase, take_over, shows_expected=True)
