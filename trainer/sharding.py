@@ -75,8 +75,8 @@ def whole_tensor(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _of_deepspeed(tensor: nn.Parameter) -> torch.Tensor:
-    from deepspeed.utils import safe_get_full_fp32_param
     from deepspeed.runtime.zero import GatheredParameters
+    from deepspeed.utils import safe_get_full_fp32_param
 
     if tensor.requires_grad:
         # the optimizer's, where those of the passes are of half precision

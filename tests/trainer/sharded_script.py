@@ -1,6 +1,7 @@
-"""What test_sharding.py starts in two processes under FSDP2; each writes what it saw to `rank_<i>.json`."""
+"""What test_sharding.py starts in two processes; each writes what it saw to `rank_<i>.json`."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ def outcome_of(trainer: M2MKDTrainer, start: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def main(folder: Path) -> None:
+def with_fsdp2(folder: Path) -> None:
     # the reference where random numbers or the loss depend on a process's own images
     ddp = {name: SHARDED[name] for name in ("ddp_backend", "per_device_train_batch_size")}
     references = {
@@ -98,3 +99,22 @@ def main(folder: Path) -> None:
         for name, trainer in (("pairs", pairs), ("kd", whole), ("fed", fed)):
             save_file(snapshot(trainer.stitched), folder / f"{name}.safetensors")
     (folder / f"rank_{fed.args.process_index}.json").write_text(json.dumps(report))
+
+
+def with_deepspeed(stage: int, folder: Path) -> None:
+    """The settings of recipes/accelerate/deepspeed_zero<stage>.yaml, with the optimizer of the recipe on CPUs."""
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    # accelerate's state starts no DeepSpeed on CPUs
+    PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_CPU)
+    auto = ("gradient_accumulation_steps", "gradient_clipping", "train_micro_batch_size_per_gpu")
+    config = {"zero_optimization": {"stage": stage}, "zero_force_ds_cpu_optimizer": False, **dict.fromkeys(auto, "auto")}
+    settings = {**WHOLE, "deepspeed": config, "use_cpu": False, "per_device_train_batch_size": 4}
+
+    trainer = distillation_trainer(folder, model=nac(), **settings, save_strategy="steps", save_steps=2)
+    start = snapshot(trainer.frozen)
+    trainer.train()
+    report = {"kd": outcome_of(trainer, start), "zero": trainer.model_wrapped.zero_optimization_stage()}
+    resumed = distillation_trainer(folder, model=nac(), **settings)
+    resumed.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
+    report["resumed"] = outcome_of(resumed, start)
+    (folder / f"rank_{trainer.args.process_index}.json").write_text(json.dumps(report))

@@ -1,8 +1,11 @@
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import sharded_script
+from accelerate.utils import is_deepspeed_available
 from safetensors.torch import load_file
 from sharded_script import PAIRS, WHOLE
 from testing_utils import NoiseImages, assert_close, assert_equal, distillation_trainer, in_two_processes
@@ -11,7 +14,9 @@ from transformers import AutoModelForImageClassification
 from m2mkd import M2MKDTrainer
 from m2mkd.distillation.pair_folder import load_stage
 from m2mkd.distillation.split import split_into_stages
+from m2mkd.errors import StageError
 from m2mkd.evaluation.predict import evaluate_model
+from m2mkd.trainer.sharding import check_sharding
 
 
 TEST_SET = NoiseImages(11, seed=3)
@@ -25,7 +30,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def ranks(folder: Path) -> list[dict[str, Any]]:
     """What two processes report; see sharded_script.py."""
-    return in_two_processes(sharded_script.main, folder)
+    return in_two_processes(sharded_script.with_fsdp2, folder)
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +39,23 @@ def alone(folder: Path) -> M2MKDTrainer:
     trainer = distillation_trainer(folder / "a", per_device_train_batch_size=8, **PAIRS, eval_dataset=TEST_SET)
     trainer.train()
     return trainer
+
+
+class TestCheckSharding:
+    @pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED"])
+    def test_shards_are_refused_on_a_cpu(self, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        trainer = distillation_trainer(tmp_path)
+        monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
+        with pytest.raises(StageError, match=f"{name} was asked for, .* not on cpu. Use DDP"):
+            check_sharding(trainer)
+
+    def test_what_mixes_pairs_is_refused(self) -> None:
+        fsdp1 = Mock(is_fsdp_enabled=True, is_deepspeed_enabled=False, accelerator=Mock(is_fsdp2=False))
+        with pytest.raises(StageError, match="FSDP is of version 1"):
+            check_sharding(fsdp1)
+        args = Mock(pair_indices=[0, 2], max_grad_norm=1.0)
+        with pytest.raises(StageError, match=r"the pairs \[0, 2\] by one common norm"):
+            check_sharding(Mock(is_fsdp_enabled=False, is_deepspeed_enabled=True, args=args))
 
 
 @pytest.mark.slow
@@ -92,3 +114,18 @@ class TestFSDP2:
         for name in ("eval_pair_0_kl", "eval_pair_1_cross_entropy", "eval_pair_2_accuracy"):
             for rank in ranks:
                 assert rank["evaluation"][name] == pytest.approx(expected[name], rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not is_deepspeed_available(), reason="needs DeepSpeed")
+@pytest.mark.parametrize("stage", [2, 3])
+def test_deepspeed_trains_and_resumes_as_ddp(stage: int, ranks, folder: Path, tmp_path: Path) -> None:
+    for rank in in_two_processes(partial(sharded_script.with_deepspeed, stage), tmp_path):
+        assert rank["zero"] == stage
+        for own in (rank["kd"], rank["resumed"]):
+            assert own["losses"] == pytest.approx(ranks[0]["ddp_kd"]["losses"], rel=1e-4)
+            assert own["norms"] == pytest.approx(ranks[0]["ddp_kd"]["norms"], rel=1e-4)
+            assert own["checksum"] == pytest.approx(ranks[0]["ddp_kd"]["checksum"], abs=1e-3)
+            assert own["changed_frozen"] == []
+    saved = load_file(tmp_path / "checkpoint-4" / "model.safetensors")
+    assert_close(saved, load_file(folder / "ddp_kd.safetensors"), atol=1e-5)
