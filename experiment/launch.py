@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import torch
+from accelerate.utils import is_deepspeed_available
 
 from m2mkd.errors import RecipeError
 
@@ -22,7 +23,8 @@ def launch(name: str, devices: int | None, arguments: Sequence[str]) -> NoReturn
         arguments (`Sequence[str]`): What the command line `m2mkd` gets in each process.
 
     Raises:
-        `RecipeError`: there is no such configuration, there are no accelerators, or this process was launched itself.
+        `RecipeError`: there is no such configuration, DeepSpeed is missing, there are no accelerators, or this process
+            was launched itself.
     """
     folder = Path(str(resources.files("m2mkd.accelerate_configs")))
     known = {path.stem: path for path in sorted(folder.glob("*.yaml"))}
@@ -31,6 +33,8 @@ def launch(name: str, devices: int | None, arguments: Sequence[str]) -> NoReturn
             f"--accelerate is {name!r}, but there are only {', '.join(known)}. For a file of your own: accelerate "
             "launch --config_file FILE train.py RECIPE"
         )
+    if name.startswith("deepspeed") and not is_deepspeed_available():
+        raise RecipeError(f"--accelerate {name} needs DeepSpeed: pip install deepspeed. Or take fsdp2.")
     if "LOCAL_RANK" in os.environ:
         raise RecipeError(
             f"--accelerate {name} starts a process per device, but a launcher has already started this one. Leave "

@@ -192,6 +192,7 @@ class M2MKDTrainer(StatisticsTrainer):
         labels = inputs.get("labels")
         pair_inputs, targets = self.frozen.inputs_and_targets(inputs, self.args.pair_indices)
         outputs = model(pair_inputs, seed=self._next_seed() if model.training else None)
+        outputs = {int(name): output for name, output in outputs.items()}
 
         losses, statistics, all_logits = [], [], []
         for index, (hidden_states, balance) in outputs.items():

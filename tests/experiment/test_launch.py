@@ -9,7 +9,6 @@ from tiny_run import recipe_content
 
 from m2mkd.errors import RecipeError
 from m2mkd.experiment.launch import launch
-from m2mkd.files import read_json
 
 
 def run(folder: Path, name: str) -> subprocess.CompletedProcess[str]:
@@ -25,6 +24,11 @@ class TestLaunch:
         with pytest.raises(RecipeError, match="'fsdp', but there are only ddp, deepspeed_zero2, .*, fsdp2"):
             launch("fsdp", 2, ["run"])
 
+    def test_deepspeed_must_be_there(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("m2mkd.experiment.launch.is_deepspeed_available", lambda: False)
+        with pytest.raises(RecipeError, match="pip install deepspeed"):
+            launch("deepspeed_zero2", 2, ["run"])
+
     def test_a_launched_process_does_not_launch(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("LOCAL_RANK", "0")
         with pytest.raises(RecipeError, match="a launcher has already started this one"):
@@ -39,7 +43,7 @@ class TestLaunch:
     def test_two_processes_train_together(self, tmp_path: Path) -> None:
         done = run(tmp_path, "ddp")
         assert done.returncode == 0, done.stderr
-        print(done.stdout, done.stderr, read_json(tmp_path / "run" / "meta" / "train_results.json"))
+        print(done.stdout, done.stderr, (tmp_path / "run" / "meta" / "train_results.json").read_text())
 
     @pytest.mark.slow
     def test_shards_on_a_cpu_are_refused(self, tmp_path: Path) -> None:

@@ -8,7 +8,9 @@ from typing import Any
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
+from numpy.linalg import norm
 from safetensors.torch import save_file
+from test_alignment_trainer import alignment_trainer
 from testing_utils import NoiseImages, distillation_trainer, nac, snapshot, teacher
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -95,6 +97,14 @@ def with_fsdp2(folder: Path) -> None:
     start = snapshot(fed.frozen)
     fed.train()
     report["fed"] = outcome_of(fed, start)
+
+    aligned, meta, _ = alignment_trainer(folder / "meta", lambda found: {"norm": norm(found.predictions)}, **SHARDED)
+    aligned.train()
+    before = aligned.evaluate(NoiseImages())["eval_norm"]
+    for weights in meta.vit.layers.parameters():
+        weights.data.zero_()
+    # as in the middle of training, the weights of the shards count and not those that came back last
+    report["aligned"] = [before, aligned.evaluate(NoiseImages())["eval_norm"]]
     if fed.args.process_index == 0:
         for name, trainer in (("pairs", pairs), ("kd", whole), ("fed", fed)):
             save_file(snapshot(trainer.stitched), folder / f"{name}.safetensors")

@@ -109,6 +109,10 @@ class TestFSDP2:
         for rank in ranks:
             assert rank["accuracy"] == pytest.approx(accuracy, rel=1e-5)
 
+    def test_the_meta_model_is_evaluated_with_the_weights_of_the_shards(self, ranks) -> None:
+        before, after = ranks[0]["aligned"]
+        assert before == after > 0
+
     def test_evaluation_is_exact(self, ranks, alone) -> None:
         expected = alone.evaluate()
         for name in ("eval_pair_0_kl", "eval_pair_1_cross_entropy", "eval_pair_2_accuracy"):
