@@ -92,8 +92,8 @@ def run_command(
         if accelerate is not None:
             from m2mkd.experiment.launch import launch
 
-            given = [*["--miniature"] * miniature, *["--take-over"] * take_over, *(["--phase", phase] if phase else [])]
-            launch(accelerate, gpus, ["run", *context.args, *given])
+            own = ["--miniature"] * miniature + ["--take-over"] * take_over + (["--phase", phase] if phase else [])
+            launch(accelerate, gpus, ["run", *context.args, *own])
         from m2mkd.experiment.runner import run
 
         report = run(recipe, phase, take_over, shows_expected=True)

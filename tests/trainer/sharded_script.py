@@ -117,7 +117,11 @@ def with_deepspeed(stage: int, folder: Path) -> None:
     # accelerate's state starts no DeepSpeed on CPUs
     PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_CPU)
     auto = ("gradient_accumulation_steps", "gradient_clipping", "train_micro_batch_size_per_gpu")
-    config = {"zero_optimization": {"stage": stage}, "zero_force_ds_cpu_optimizer": False, **dict.fromkeys(auto, "auto")}
+    config = {
+        "zero_optimization": {"stage": stage},
+        "zero_force_ds_cpu_optimizer": False,
+        **dict.fromkeys(auto, "auto"),
+    }
     settings = {**WHOLE, "deepspeed": config, "use_cpu": False, "per_device_train_batch_size": 4}
 
     trainer = distillation_trainer(folder, model=nac(), **settings, save_strategy="steps", save_steps=2)
