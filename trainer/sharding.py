@@ -22,7 +22,7 @@ def check_sharding(trainer: Trainer) -> None:
     for name, is_enabled in (("FSDP", trainer.is_fsdp_enabled), ("DEEPSPEED", trainer.is_deepspeed_enabled)):
         if parse_flag_from_env(f"ACCELERATE_USE_{name}") and not is_enabled:
             raise StageError(
-                f"{name} was asked for, but accelerate shards only on GPUs, not on {args.device}. Use DDP."
+                f"{name} was asked for, but accelerate shards only on GPUs, not on {args.device.type}. Use DDP."
             )
     if trainer.is_fsdp_enabled and not trainer.accelerator.is_fsdp2:
         raise StageError("FSDP is of version 1, which merges the weights of different pairs. Set `fsdp_version: 2`.")

@@ -1,3 +1,4 @@
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -43,11 +44,12 @@ class TestLaunch:
     def test_two_processes_train_together(self, tmp_path: Path) -> None:
         done = run(tmp_path, "ddp")
         assert done.returncode == 0, done.stderr
-        print(done.stdout, done.stderr, (tmp_path / "run" / "meta" / "train_results.json").read_text())
+        results = json.loads((tmp_path / "run" / "meta" / "train_results.json").read_text())
+        # 2 epochs of 24 images, 6 in each of the processes
+        assert results["log_history"][-1]["step"] == 4
 
     @pytest.mark.slow
     def test_shards_on_a_cpu_are_refused(self, tmp_path: Path) -> None:
         done = run(tmp_path, "fsdp2")
         assert done.returncode != 0
         assert "FSDP was asked for, but accelerate shards only on GPUs, not on cpu. Use DDP." in done.stderr
-        print(done.stderr)
