@@ -159,14 +159,15 @@ def test_the_commands_with_a_switch_run(tmp_path: Path, monkeypatch: pytest.Monk
     quick = [words for words in runs() if not SWITCHES.isdisjoint(words)]
     assert {word for words in quick for word in words} >= {"--plan", "--miniature"}
     monkeypatch.chdir(ROOT)
-    for words in quick:
-        arguments = ["run", *recipe_arguments(words), "--output_dir", str(tmp_path / "run")]
+    for index, words in enumerate(quick):
+        own = tmp_path / str(index)
+        arguments = ["run", *recipe_arguments(words), "--output_dir", str(own / "run")]
         done = CliRunner().invoke(app, arguments)
         assert done.exit_code == 0, f"{words}: {done.output}"
         if "--plan" in words:
-            assert "In total, at" in done.output and not list(tmp_path.iterdir())
+            assert "In total, at" in done.output and not own.exists()
         else:
-            assert (tmp_path / "run-miniature" / "run" / "report.md").is_file()
+            assert (own / "run-miniature" / "run" / "report.md").is_file()
 
 
 def test_the_commands_with_several_processes_start_them(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -65,8 +65,7 @@ def run_command(
 
     Any value of the recipe can be overridden: --seed 1 --finetune.training.num_train_epochs 3.
 
-    Several GPUs: train.py RECIPE.yaml --accelerate ddp (or fsdp2, deepspeed_zero2, deepspeed_zero3), or with another
-    launcher: torchrun --nproc_per_node N train.py RECIPE.yaml.
+    Several GPUs: train.py RECIPE.yaml --accelerate ddp, or torchrun --nproc_per_node N train.py RECIPE.yaml.
 
     To see what it would cost, without data or GPUs: train.py RECIPE.yaml --plan --gpus 8 --throughput 150 --memory 80.
 
