@@ -1,6 +1,5 @@
 """The command line: `train.py`, and `m2mkd run`, `report`, `evaluate`, `push`, `assemble`, `upcycle`, `convert`, …"""
 
-import math
 import os
 import shlex
 import signal
@@ -73,6 +72,7 @@ def run_command(
     """
 
     def work() -> None:
+        from m2mkd.experiment.plan.command import print_plan_of
         from m2mkd.experiment.recipe_file import list_recipes, load_recipe
 
         if is_list:
@@ -86,7 +86,7 @@ def run_command(
 
             recipe = make_miniature(recipe)
         if plan:
-            _print_plan(recipe, throughput, gpus, memory)
+            print_plan_of(recipe, throughput, gpus, memory)
             return
         if accelerate is not None:
             from m2mkd.experiment.launch import launch
@@ -488,39 +488,6 @@ def main() -> None:
 def train() -> None:
     """Entry point of `train.py`: `m2mkd run` under its own name."""
     app(["run", *sys.argv[1:]], prog_name="train.py")
-
-
-def _print_plan(recipe: Any, throughput: str, gpus: int | None, memory: float | None) -> None:
-    from rich.console import Console
-
-    from m2mkd.errors import RecipeError
-    from m2mkd.experiment.check import check_arguments
-    from m2mkd.experiment.phases import phases_of
-    from m2mkd.experiment.plan.plan import make_plan
-    from m2mkd.experiment.plan.table import print_plan
-    from m2mkd.experiment.plan.throughput import THROUGHPUT, measure_throughput
-    from m2mkd.experiment.run_data import RunData
-    from m2mkd.experiment.session import Session
-    from m2mkd.screen import Screen
-
-    # in every process: they meet while the arguments are built
-    check_arguments(phases_of(Session(recipe, RunData(recipe), recipe.seed, Screen())).values())
-    if not _is_main_process():
-        return
-    try:
-        measured = throughput == "measured"
-        value = measure_throughput() if measured else float(throughput or THROUGHPUT)
-        if not 0 < value < math.inf:
-            raise ValueError
-    except ValueError as error:
-        raise RecipeError(
-            f"--throughput is {throughput!r}; give a positive number of TFLOP/s, or 'measured'."
-        ) from error
-    how = "measured on this machine" if measured else "stated" if throughput else "assumed; see --throughput"
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    with Console(stderr=True).status("Counting a step of each phase"):
-        plan = make_plan(recipe, gpus or processes)
-    print_plan(plan, value, how, memory)
 
 
 def _recipe_and_options(arguments: list[str]) -> tuple[str | None, list[str]]:
