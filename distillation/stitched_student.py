@@ -64,28 +64,34 @@ class StitchedStudent(nn.Module):
                     kind = stitch or "layernorm_linear"
                     pair = StitchedStage(stage, stitch_size, kind, special_tokens, self.is_chained)
                 self.pairs[str(stage.index)] = pair
+        # FSDP shards these one by one; a process may have only some of them
+        kinds = {type(module).__name__ for module in self.modules()}
+        self._no_split_modules = sorted(kinds.intersection(student._no_split_modules))
         # a tuple keeps the student out of this module's parameters: other stages are not trained here
         self._student = (student,)
 
     def forward(
         self, hidden_states: Mapping[int, torch.Tensor], seed: int | None = None
-    ) -> dict[int, tuple[torch.Tensor, dict[str, torch.Tensor]]]:
+    ) -> dict[str, tuple[torch.Tensor, dict[str, torch.Tensor]]]:
         """
         Args:
             hidden_states (`dict[int, torch.Tensor]`): Input of each pair, by index; of a chain, only that of the first
                 pair is read.
             seed (`int`, *optional*): Draw each pair's random numbers (dropout, drop path, router noise) from this
                 seed and its index, so that a pair sees the same ones whether it is trained alone or with others.
+
+        Returns:
+            What each pair returns, by its name in `pairs`: DeepSpeed refuses keys that are numbers.
         """
         return {
-            index: (self.pairs[str(index)].stitched(states), losses)
+            str(index): (self.pairs[str(index)].stitched(states), losses)
             for index, (states, losses) in self.run(hidden_states, seed).items()
         }
 
     def run(
         self, hidden_states: Mapping[int, torch.Tensor], seed: int | None = None
     ) -> dict[int, tuple[torch.Tensor, dict[str, torch.Tensor]]]:
-        """What [`forward`] returns, before the stitches behind the stages."""
+        """What [`forward`] returns, by index and before the stitches behind the stages."""
         outputs, inputs = {}, None
         for name, pair in self.pairs.items():
             index = int(name)

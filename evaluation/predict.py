@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import patch_environment
 from torch import nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
@@ -96,7 +97,9 @@ def run_over(
         dataset (`Dataset`), batch_size (`int`), use_cpu (`bool`): See [`predict`].
         keep (`Callable`, *optional*): Called with what the model gives and the labels; makes of it what is gathered.
     """
-    with tempfile.TemporaryDirectory() as folder:
+    # each process has the whole model: shards (FSDP, DeepSpeed) are for training
+    whole = patch_environment(accelerate_use_fsdp="false", accelerate_use_deepspeed="false")
+    with tempfile.TemporaryDirectory() as folder, whole:
         args = TrainingArguments(
             output_dir=folder,
             per_device_eval_batch_size=batch_size,

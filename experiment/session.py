@@ -279,7 +279,7 @@ def _train_or_restore(trainer: M2MKDTrainer, checkpoint: Path | None) -> list[di
         state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         if state.global_step >= state.max_steps:
             # the Trainer would do one step too many
-            trainer._load_from_checkpoint(str(checkpoint))
+            trainer.restore(checkpoint)
             return state.log_history
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint is not None else None)
     return trainer.state.log_history

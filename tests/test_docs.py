@@ -4,6 +4,7 @@ cards: test_cards, test_push, test_student_trainer.)
 """
 
 import json
+import os
 import re
 import runpy
 import shutil
@@ -13,10 +14,12 @@ from configparser import ConfigParser
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 import yaml
+from accelerate.commands.launch import launch_command_parser
 from jax_files import write_checkpoint
 from jax_vmoe import tree
 from official_nac_cases import nac_case
@@ -52,8 +55,9 @@ def all_commands() -> list[list[str]]:
 
 
 def runs() -> list[list[str]]:
-    """The commands that take a recipe, each once."""
+    """The commands that take a recipe and start no processes, each once."""
     found = [words for words in all_commands() if "train.py" in words or words[:2] == ["m2mkd", "run"]]
+    found = [words for words in found if "--accelerate" not in words]
     return [words for index, words in enumerate(found) if words not in found[:index]]
 
 
@@ -157,14 +161,32 @@ def test_the_commands_with_a_switch_run(tmp_path: Path, monkeypatch: pytest.Monk
     quick = [words for words in runs() if not SWITCHES.isdisjoint(words)]
     assert {word for words in quick for word in words} >= {"--plan", "--miniature"}
     monkeypatch.chdir(ROOT)
-    for words in quick:
-        arguments = ["run", *recipe_arguments(words), "--output_dir", str(tmp_path / "run")]
+    for index, words in enumerate(quick):
+        own = tmp_path / str(index)
+        arguments = ["run", *recipe_arguments(words), "--output_dir", str(own / "run")]
         done = CliRunner().invoke(app, arguments)
         assert done.exit_code == 0, f"{words}: {done.output}"
         if "--plan" in words:
-            assert "In total, at" in done.output and not list(tmp_path.iterdir())
+            assert "In total, at" in done.output and not own.exists()
         else:
-            assert (tmp_path / "run-miniature" / "run" / "report.md").is_file()
+            assert (own / "run-miniature" / "run" / "report.md").is_file()
+
+
+def test_the_commands_with_several_processes_start_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    execv = Mock(side_effect=SystemExit)
+    monkeypatch.setattr(os, "execv", execv)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 8)
+    monkeypatch.chdir(ROOT)
+    several = [words for words in all_commands() if "--accelerate" in words]
+    assert len(several) > 2
+    for words in several:
+        CliRunner().invoke(app, words[1:])
+        started = launch_command_parser().parse_args(execv.call_args.args[1][3:])
+        name = words.index("--accelerate")
+        assert Path(started.config_file).stem == words[name + 1] and started.num_processes == 8
+        assert [started.training_script, *started.training_script_args] == [
+            *("m2mkd.cli", *words[1:name], *words[name + 2 :])
+        ]
 
 
 def test_what_is_to_be_installed_is_there() -> None:

@@ -16,7 +16,7 @@ import m2mkd
 
 ROOT = Path(__file__).resolve().parents[1]
 # Folders with Python files that are not part of the package.
-NOT_PACKAGED = {"tests", "benchmarks", "recipes"}
+NOT_PACKAGED = {"tests", "benchmarks"}
 
 
 def setup_cfg() -> ConfigParser:

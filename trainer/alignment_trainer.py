@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
+from transformers.trainer_utils import EvalLoopOutput
 
 from m2mkd.distillation.frozen_networks import TeacherContext
 from m2mkd.distillation.split import count_layers, split_into_stages
@@ -50,6 +51,11 @@ class AlignmentTrainer(M2MKDTrainer):
         # the teacher is the context and the target
         self.frozen = TeacherContext(list(self.frozen.meta), args.pair_indices)
         self._needed = ["pixel_values"]
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """Evaluate, as [`~transformers.Trainer.evaluation_loop`], the whole meta model too."""
+        self._collect_weights()
+        return super().evaluation_loop(*args, **kwargs)
 
     def _has_logits(self, index: int) -> bool:
         # the logits of the last stage are compared like the hidden states of the others

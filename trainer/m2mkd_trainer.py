@@ -37,6 +37,7 @@ from m2mkd.errors import NonFiniteError
 from m2mkd.trainer.cached_images import CachedImages
 from m2mkd.trainer.inputs import check_arguments, check_batch, check_cache, check_networks
 from m2mkd.trainer.m2mkd_config import M2MKDConfig
+from m2mkd.trainer.sharding import whole_tensor
 from m2mkd.trainer.statistics_trainer import STATISTICS, StatisticsTrainer
 
 
@@ -191,6 +192,7 @@ class M2MKDTrainer(StatisticsTrainer):
         labels = inputs.get("labels")
         pair_inputs, targets = self.frozen.inputs_and_targets(inputs, self.args.pair_indices)
         outputs = model(pair_inputs, seed=self._next_seed() if model.training else None)
+        outputs = {int(name): output for name, output in outputs.items()}
 
         losses, statistics, all_logits = [], [], []
         for index, (hidden_states, balance) in outputs.items():
@@ -286,19 +288,20 @@ class M2MKDTrainer(StatisticsTrainer):
 
     def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor:
         """Clip each pair by its own norm, as if it were trained alone. Returns the norm of all before clipping."""
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+        if self.is_deepspeed_enabled:
             return super()._clip_grad_norm(model)
         # once for all pairs: the loss scaler of fp16 refuses to do it twice
         self.accelerator.unscale_gradients()
-        clip, limit = nn.utils.clip_grad_norm_, self.args.max_grad_norm
-        norms = [clip(list(pair.parameters()), limit) for pair in self.trained_pairs().values()]
-        return torch.linalg.vector_norm(torch.stack(norms))
+        pairs = self.accelerator.unwrap_model(self.model, keep_torch_compile=False).pairs
+        norms = [nn.utils.clip_grad_norm_(list(pair.parameters()), self.args.max_grad_norm) for pair in pairs.values()]
+        return torch.linalg.vector_norm(torch.stack([whole_tensor(norm) for norm in norms]))
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         # with a loss scaler (fp16) a gradient that overflows is expected: the step is skipped and the scale lowered
         if self.accelerator.scaler is None and grad_norm is not None:
-            self._stop_unless_finite(torch.as_tensor(grad_norm, device=self.args.device).reshape(1), "gradient norm")
+            grad_norm = whole_tensor(torch.as_tensor(grad_norm, device=self.args.device))
+            self._stop_unless_finite(grad_norm.reshape(1), "gradient norm")
         return grad_norm
 
     def _stop_unless_finite(self, values: torch.Tensor, what: str) -> None:
@@ -320,7 +323,8 @@ class M2MKDTrainer(StatisticsTrainer):
 
     def _save_last_good_state(self) -> str:
         # the weights are those before this step's update
-        if not all(bool(torch.isfinite(parameter).all()) for parameter in self.model.parameters()):
+        self._collect_weights()
+        if not all(bool(torch.isfinite(parameter).all()) for parameter in self.stitched.parameters()):
             return "The weights are not finite either, so they were not saved; earlier checkpoints are untouched."
         self._save_checkpoint(self.model, trial=None)
         return f"The last good state is {Path(self.args.output_dir) / f'checkpoint-{self.state.global_step}'}."

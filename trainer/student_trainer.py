@@ -5,21 +5,31 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi
+from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel, Trainer
-from transformers.trainer_utils import HubStrategy
-from transformers.utils import PushInProgress, logging
+from transformers.trainer_utils import HubStrategy, TrainOutput
+from transformers.utils import SAFE_WEIGHTS_NAME, PushInProgress, logging
 
 from m2mkd.distillation.pair_folder import save_pair
+from m2mkd.distillation.stitched_student import StitchedStudent
 from m2mkd.model_cards.parts import CARD_FILE
 from m2mkd.model_cards.trainer_card import render_trainer_card
 from m2mkd.trainer.m2mkd_config import M2MKDConfig
+from m2mkd.trainer.sharding import check_sharding, copy_to_shard, copy_whole
 
 
 class StudentTrainer(Trainer):
     """
     A [`~transformers.Trainer`] of the stitched stages of a student. Checkpoints contain the stitched stages; at the
     end, the student is saved and pushed. A subclass sets `student`, `stitch_size` and `network_hashes`.
+
+    With FSDP2 or DeepSpeed, `model` is a copy of the stitched stages, which the processes share by shards; the weights
+    come back to the student at each checkpoint and at the end.
+
+    Args:
+        model (`StitchedStudent`): The stitched stages of the student.
+        arguments: The other arguments of [`~transformers.Trainer`].
     """
 
     _tag_names = ["m2mkd", "image-classification", "knowledge-distillation"]
@@ -27,7 +37,34 @@ class StudentTrainer(Trainer):
     stitch_size: int
     network_hashes: dict[str, str | None]
 
+    def __init__(self, model: StitchedStudent, **arguments: Any):
+        super().__init__(model=model, **arguments)
+        self.stitched = model
+        check_sharding(self)
+        if self.is_sharded:
+            self.model = self.model_wrapped = copy_to_shard(model, self.args.device)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether the processes share the trained weights by shards."""
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
+        """Train, as [`~transformers.Trainer.train`]; then every process has the student's weights."""
+        output = super().train(resume_from_checkpoint, **kwargs)
+        self._collect_weights()
+        return output
+
+    def restore(self, checkpoint: str | Path) -> None:
+        """Take the weights of a checkpoint, strictly, without training."""
+        self.stitched.load_state_dict(load_file(Path(checkpoint) / SAFE_WEIGHTS_NAME))
+
+    def _collect_weights(self) -> None:
+        if self.is_sharded:
+            copy_whole(self.accelerator.unwrap_model(self.model, keep_torch_compile=False), self.stitched)
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self._collect_weights()
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
@@ -41,7 +78,8 @@ class StudentTrainer(Trainer):
         """
         if _internal_call and output_dir is not None:
             # a checkpoint, from which training can continue
-            super().save_model(output_dir, _internal_call=True)
+            if self.args.should_save:
+                self._save(output_dir, state_dict=self.stitched.state_dict())
             return
         if self.args.should_save:
             self._save_student(Path(output_dir or self.args.output_dir))
@@ -137,8 +175,7 @@ class StudentTrainer(Trainer):
 
     def trained_pairs(self) -> dict[int, nn.Module]:
         """The stitched stages that this trainer trains, by pair index."""
-        pairs = self.accelerator.unwrap_model(self.model, keep_torch_compile=False).pairs
-        return {int(name): pair for name, pair in pairs.items()}
+        return {int(name): pair for name, pair in self.stitched.pairs.items()}
 
 
 def _method(args: M2MKDConfig) -> str:

@@ -155,6 +155,11 @@ class PairsPhase(Phase):
         """FLOPs of all pairs together, the last part; the others are the pairs one by one."""
         return costs[-1].flops
 
+    def side_by_side(self, costs: list["PhaseCost"]) -> list[float]:
+        """FLOPs of each pair alone; of all together if the student feeds them."""
+        is_chained = self.recipe.distill.feed == "student"
+        return super().side_by_side(costs) if is_chained else [part.flops for part in costs[:-1]]
+
     def cost(self, costs: "Costs") -> list["PhaseCost"]:
         """Cost of `pair <i>`, each alone in its own process, and of `pairs`, all together."""
         spec = self.recipe.distill

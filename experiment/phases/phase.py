@@ -91,6 +91,10 @@ class Phase(ABC):
         """FLOPs of all of it, from its [`cost`]."""
         return sum(part.flops for part in costs)
 
+    def side_by_side(self, costs: list["PhaseCost"]) -> list[float]:
+        """FLOPs of the parts that run at the same time, each on devices of its own."""
+        return [self.flops_of(costs)]
+
     def tested_on(self) -> tuple[str, ...]:
         """Names of the recipe's test sets."""
         evaluation = self.recipe.evaluation

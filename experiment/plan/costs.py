@@ -47,8 +47,9 @@ class PhaseCost:
         epochs (`float`)
         batch (`int`): Images per step, over all GPUs and accumulation steps.
         flops_per_image (`float`): Forward and backward; multiplications and additions count separately.
-        memory (`float`): Bytes on each GPU: weights, gradients, AdamW's moments, and the activations of one device
-            batch without attention maps, which fused attention does not keep.
+        device_batch (`int`): Images at once on each device.
+        weights (`float`): Bytes on each device of weights, gradients and AdamW's moments.
+        activations (`float`): Bytes that one image takes, without attention maps, which fused attention does not keep.
     """
 
     name: str
@@ -58,7 +59,18 @@ class PhaseCost:
     epochs: float
     batch: int
     flops_per_image: float
-    memory: float
+    device_batch: int
+    weights: float
+    activations: float
+
+    @property
+    def memory(self) -> float:
+        """Bytes on each device at the peak."""
+        return self.weights + self.activations * self.device_batch
+
+    def largest_batch(self, memory: float) -> int:
+        """Number of images that fit at once into the bytes of a device."""
+        return max(0, math.floor((memory - self.weights) / self.activations))
 
     @property
     def steps(self) -> int:
@@ -142,8 +154,11 @@ class Costs:
         if training["max_steps"] > 0:
             epochs = training["max_steps"] / math.ceil(images / batch)
         weights = step.parameters * BYTES_A_TRAINED_PARAMETER + step.frozen * (2 if half else 4)
-        memory = weights + step.saved * device_batch / (2 if half else 1)
-        return PhaseCost(name, step.parameters, step.frozen, images, epochs, batch, step.flops, memory)
+        activations = step.saved / (2 if half else 1)
+        return PhaseCost(
+            *(name, step.parameters, step.frozen, images, epochs, batch, step.flops),
+            *(device_batch, weights, activations),
+        )
 
     # ---- Steps: what M2MKDTrainer and AlignmentTrainer do with one image ----
 

@@ -1,6 +1,6 @@
 """Cost of a recipe: parameters, FLOPs, memory and steps of every phase, without data, GPUs or training."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from m2mkd.experiment.arms import Arm
@@ -24,13 +24,16 @@ class Plan:
         parts (`dict[str, list[PhaseCost]]`): Costs by name of the phase. Those of `pairs` are `pair 0`, `pair 1`, …,
             single pairs, each in its own process, and `pairs`, all pairs together.
         totals (`dict[str, float]`): FLOPs by arm, with and without the networks that the arm needs beforehand.
-        gpus (`int`): Number of GPUs that steps and memory refer to.
+        paths (`dict[str, dict[str, float]]`): By arm, all phases that it needs in their order, with the FLOPs of the
+            busiest device: the pairs run side by side, and the devices share everything else.
+        gpus (`int`): Number of GPUs that steps, memory and paths refer to.
         data (`list[str]`): One line per data set: its images and classes.
     """
 
     name: str
     parts: dict[str, list[PhaseCost]]
     totals: dict[str, float]
+    paths: dict[str, dict[str, float]]
     gpus: int
     data: list[str] = field(default_factory=list)
 
@@ -68,7 +71,23 @@ def make_plan(recipe: Recipe, gpus: int = 1) -> Plan:
         if arm.name in totals and beforehand:
             what = " and ".join(_IN_WORDS[name] for name in arm.extra)
             totals[f"{arm.name}, {what} included"] = totals[arm.name] + beforehand
-    return Plan(recipe.name, parts, totals, gpus, costs.sets)
+    busiest = {name: _busiest(phases[name].side_by_side(own), gpus) for name, own in parts.items()}
+    paths = {arm.name: _path(f"arms/{arm.name}", phases, busiest) for arm in arms.values()}
+    return Plan(recipe.name, parts, totals, paths, gpus, costs.sets)
+
+
+def _path(name: str, phases: Mapping[str, Phase], busiest: Mapping[str, float]) -> dict[str, float]:
+    needed = _beforehand(name, phases) | {name}
+    return {other: flops for other, flops in busiest.items() if other in needed}
+
+
+def _busiest(parts: Sequence[float], devices: int) -> float:
+    """FLOPs of the busiest device, if each part gets the same number of devices and the longest starts first."""
+    each = max(devices // len(parts), 1)
+    busy = [0.0] * (devices // each)
+    for flops in sorted(parts, reverse=True):
+        busy[busy.index(min(busy))] += flops / each
+    return max(busy)
 
 
 def _total(arm: Arm, flops: Mapping[str, float]) -> float:

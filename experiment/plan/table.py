@@ -11,7 +11,9 @@ COLUMNS = ("Phase", "Trained", "Frozen", "Images", "Epochs", "Batch", "Steps", "
 _UNITS = {"EFLOPs": 1e18, "PFLOPs": 1e15, "TFLOPs": 1e12, "GFLOPs": 1e9}
 
 
-def print_plan(plan: Plan, throughput: float, how: str, console: Console | None = None) -> None:
+def print_plan(
+    plan: Plan, throughput: float, how: str, memory: float | None = None, console: Console | None = None
+) -> None:
     """
     Print the phases and the cost of each arm.
 
@@ -19,6 +21,7 @@ def print_plan(plan: Plan, throughput: float, how: str, console: Console | None 
         plan (`Plan`)
         throughput (`float`): TFLOP/s of one GPU in training.
         how (`str`): Where that number comes from, e.g. `"stated"`.
+        memory (`float`, *optional*): GiB of one device, to say what fits.
         console (`Console`, *optional*): Defaults to the terminal.
     """
     console = console or Console(width=None if Console().is_terminal else 140)
@@ -28,8 +31,10 @@ def print_plan(plan: Plan, throughput: float, how: str, console: Console | None 
     phases = Table(title=f"Plan of {plan.name} on {gpus}", caption=_CAPTION, caption_justify="left")
     for column in COLUMNS:
         phases.add_column(column, justify="left" if column == "Phase" else "right", no_wrap=True)
+    if memory is not None:
+        phases.add_column(f"Fits {memory:g} GiB", justify="right", no_wrap=True)
     for phase in plan.phases:
-        phases.add_row(*_row(phase))
+        phases.add_row(*_row(phase), *([] if memory is None else [_fit(phase, memory * 2**30)]))
     console.print(phases)
     title = f"In total, at {throughput:g} TFLOP/s per GPU ({how})"
     totals = Table(title=title, caption=_TOTALS_CAPTION, caption_justify="left")
@@ -41,12 +46,24 @@ def print_plan(plan: Plan, throughput: float, how: str, console: Console | None 
         ratio = f"{flops / plan.totals[first]:.2f}"
         totals.add_row(name, flops_in_words(flops), _number(hours), _number(hours / plan.gpus), ratio)
     console.print(totals)
+    paths = Table(title=f"Wall-clock on {gpus}, from nothing", caption=_PATHS_CAPTION, caption_justify="left")
+    for column in ("Arm", "Hours", "Path"):
+        paths.add_column(column, justify="right" if column == "Hours" else "left")
+    for name, path in plan.paths.items():
+        steps = {phase: flops / (throughput * 1e12) / 3600 for phase, flops in path.items()}
+        way = " → ".join(f"{phase} {_number(hours)}" for phase, hours in steps.items())
+        paths.add_row(name, _number(sum(steps.values())), way)
+    console.print(paths)
 
 
 _CAPTION = (
     "Trained and frozen: parameters. Each pair is planned alone, in its own process; `pairs` trains all of them in "
     "one process, with one pass through the meta model. GiB/device: weights, gradients, AdamW and the activations of "
-    "one device batch; fused attention and grouped experts are assumed."
+    "one device batch; fused attention and grouped experts are assumed. Fits: or the largest device batch that does."
+)
+_PATHS_CAPTION = (
+    "The pairs side by side, each on devices of its own; the devices share every other phase. Without evaluation, "
+    "data and communication."
 )
 _TOTALS_CAPTION = "FLOPs of forward and backward passes in training, without evaluation, data and communication."
 
@@ -56,6 +73,13 @@ def _row(phase: PhaseCost) -> list[str]:
     counts = [f"{phase.images:,}", f"{phase.epochs:,.4g}", f"{phase.batch:,}", f"{phase.steps:,}"]
     work = [f"{phase.flops_per_image / 1e9:,.4g}", flops_in_words(phase.flops), _number(phase.memory / 2**30)]
     return [phase.name, *millions, *counts, *work]
+
+
+def _fit(phase: PhaseCost, memory: float) -> str:
+    if phase.memory <= memory:
+        return "yes"
+    largest = phase.largest_batch(memory)
+    return f"batch {largest:,}" if largest else "no"
 
 
 def flops_in_words(value: float) -> str:

@@ -1,6 +1,5 @@
 """The command line: `train.py`, and `m2mkd run`, `report`, `evaluate`, `push`, `assemble`, `upcycle`, `convert`, …"""
 
-import math
 import os
 import shlex
 import signal
@@ -33,6 +32,10 @@ def main_options(
 
 
 _TAKE_OVER = "Take over what a process on another host was making, if it has ended there."
+_THROUGHPUT = "TFLOP/s per GPU for --plan. 'measured': measure this machine."
+_PHASE = "Run only this phase: meta, teacher, pairs/3, arms/kd, seeds/5/arms/kd, …"
+_GPUS = "GPUs for --plan (default: one per process) and --accelerate (default: all of this machine)."
+_ACCELERATE = "Start a process per GPU: ddp, fsdp2, deepspeed_zero2 or deepspeed_zero3."
 # Everything that is not a parameter of a command is a value of the recipe.
 _OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
 
@@ -44,13 +47,11 @@ def run_command(
     miniature: Annotated[
         bool, typer.Option("--miniature", help="Run the same phases on tiny networks and a few generated images.")
     ] = False,
-    throughput: Annotated[
-        str, typer.Option(help="TFLOP/s per GPU for --plan. 'measured': measure this machine.")
-    ] = "",
-    gpus: Annotated[int | None, typer.Option(help="GPUs for --plan. Default: one per process.")] = None,
-    phase: Annotated[
-        str | None, typer.Option(help="Run only this phase: meta, teacher, pairs/3, arms/kd, seeds/5/arms/kd, …")
-    ] = None,
+    throughput: Annotated[str, typer.Option(help=_THROUGHPUT)] = "",
+    gpus: Annotated[int | None, typer.Option("--gpus", "--devices", min=1, help=_GPUS)] = None,
+    memory: Annotated[float | None, typer.Option(min=0, help="GiB of a GPU: --plan says what fits.")] = None,
+    accelerate: Annotated[str | None, typer.Option(metavar="NAME", help=_ACCELERATE)] = None,
+    phase: Annotated[str | None, typer.Option(help=_PHASE)] = None,
     take_over: Annotated[bool, typer.Option("--take-over", help=_TAKE_OVER)] = False,
     is_list: Annotated[
         bool, typer.Option("--list", help="List the embedded recipe and those in the folder recipes; run nothing.")
@@ -63,14 +64,15 @@ def run_command(
 
     Any value of the recipe can be overridden: --seed 1 --finetune.training.num_train_epochs 3.
 
-    Several processes: accelerate launch train.py RECIPE.yaml, or torchrun --nproc_per_node N train.py RECIPE.yaml.
+    Several GPUs: train.py RECIPE.yaml --accelerate ddp, or torchrun --nproc_per_node N train.py RECIPE.yaml.
 
-    To see what it would cost, without data or GPUs: train.py RECIPE.yaml --plan --gpus 8 --throughput 150.
+    To see what it would cost, without data or GPUs: train.py RECIPE.yaml --plan --gpus 8 --throughput 150 --memory 80.
 
     To check in seconds that it runs: train.py RECIPE.yaml --miniature.
     """
 
     def work() -> None:
+        from m2mkd.experiment.plan.command import print_plan_of
         from m2mkd.experiment.recipe_file import list_recipes, load_recipe
 
         if is_list:
@@ -84,8 +86,13 @@ def run_command(
 
             recipe = make_miniature(recipe)
         if plan:
-            _print_plan(recipe, throughput, gpus)
+            print_plan_of(recipe, throughput, gpus, memory)
             return
+        if accelerate is not None:
+            from m2mkd.experiment.launch import launch
+
+            own = ["--miniature"] * miniature + ["--take-over"] * take_over + (["--phase", phase] if phase else [])
+            launch(accelerate, gpus, ["run", *context.args, *own])
         from m2mkd.experiment.runner import run
 
         report = run(recipe, phase, take_over, shows_expected=True)
@@ -481,39 +488,6 @@ def main() -> None:
 def train() -> None:
     """Entry point of `train.py`: `m2mkd run` under its own name."""
     app(["run", *sys.argv[1:]], prog_name="train.py")
-
-
-def _print_plan(recipe: Any, throughput: str, gpus: int | None) -> None:
-    from rich.console import Console
-
-    from m2mkd.errors import RecipeError
-    from m2mkd.experiment.check import check_arguments
-    from m2mkd.experiment.phases import phases_of
-    from m2mkd.experiment.plan.plan import make_plan
-    from m2mkd.experiment.plan.table import print_plan
-    from m2mkd.experiment.plan.throughput import THROUGHPUT, measure_throughput
-    from m2mkd.experiment.run_data import RunData
-    from m2mkd.experiment.session import Session
-    from m2mkd.screen import Screen
-
-    # in every process: they meet while the arguments are built
-    check_arguments(phases_of(Session(recipe, RunData(recipe), recipe.seed, Screen())).values())
-    if not _is_main_process():
-        return
-    try:
-        measured = throughput == "measured"
-        value = measure_throughput() if measured else float(throughput or THROUGHPUT)
-        if not 0 < value < math.inf:
-            raise ValueError
-    except ValueError as error:
-        raise RecipeError(
-            f"--throughput is {throughput!r}; give a positive number of TFLOP/s, or 'measured'."
-        ) from error
-    how = "measured on this machine" if measured else "stated" if throughput else "assumed; see --throughput"
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    with Console(stderr=True).status("Counting a step of each phase"):
-        plan = make_plan(recipe, gpus or processes)
-    print_plan(plan, value, how)
 
 
 def _recipe_and_options(arguments: list[str]) -> tuple[str | None, list[str]]:

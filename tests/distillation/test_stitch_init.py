@@ -59,4 +59,4 @@ def test_fed_by_itself_each_stage_is_fitted_behind_the_others() -> None:
     outputs, (_, targets) = ours({0: images(40)}), frozen.boundaries(BATCH, [0, 1, 2])
     for index in (0, 1):
         spread = (targets[index] - targets[index].mean(dim=(0, 1))).square().mean()
-        assert (outputs[index][0] - targets[index]).square().mean() < spread
+        assert (outputs[str(index)][0] - targets[index]).square().mean() < spread

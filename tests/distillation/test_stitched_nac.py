@@ -138,9 +138,9 @@ def test_buffers_depend_on_the_seed_alone(codes: str) -> None:
 def test_tokens_of_the_read_in(codes: str, read_in_latents: str, num_tokens: int) -> None:
     student = student_of(circuit(), nac_codes=codes, read_in_latents=read_in_latents).eval()
     outputs = student(inputs_of(2))
-    assert outputs[0][0].shape == (2, num_tokens, STITCH_SIZE)
-    assert outputs[1][0].shape == outputs[2][0].shape == (2, 17, STITCH_SIZE)
-    assert outputs[3][0].shape == (2, 10)
+    assert outputs["0"][0].shape == (2, num_tokens, STITCH_SIZE)
+    assert outputs["1"][0].shape == outputs["2"][0].shape == (2, 17, STITCH_SIZE)
+    assert outputs["3"][0].shape == (2, 10)
 
 
 def test_own_codes_are_those_of_the_student() -> None:
@@ -161,8 +161,8 @@ def test_an_image_does_not_depend_on_its_batch(codes: str) -> None:
     batch = inputs_of(3)
     together = student(batch)
     alone = student({index: tensor[1:2] for index, tensor in batch.items()})
-    for index in batch:
-        torch.testing.assert_close(together[index][0][1:2], alone[index][0], atol=1e-5, rtol=1e-5)
+    for name in together:
+        torch.testing.assert_close(together[name][0][1:2], alone[name][0], atol=1e-5, rtol=1e-5)
 
 
 def test_own_codes_meet_other_tokens_in_every_step() -> None:

@@ -157,17 +157,17 @@ class TestStitchedStudent:
     def test_every_pair_gets_its_own_input(self) -> None:
         stitched = student([0, 2])
         outputs = stitched(inputs())
-        assert list(outputs) == [0, 2]
-        for index, (hidden_states, _) in outputs.items():
-            assert torch.equal(hidden_states, stitched.pairs[str(index)](inputs()[index])[0])
+        assert list(outputs) == ["0", "2"]
+        for name, (hidden_states, _) in outputs.items():
+            assert torch.equal(hidden_states, stitched.pairs[name](inputs()[int(name)])[0])
 
     def test_a_pair_draws_the_same_random_numbers_alone_or_with_others(self) -> None:
         noise = {"drop_path_rate": 0.5, "router_noise_std": 4.0, "hidden_dropout_prob": 0.2}
         together = student([0, 1, 2], **noise).train()(inputs(), seed=11)
         torch.manual_seed(99)
         alone = student([1], **noise).train()(inputs(), seed=11)
-        assert torch.equal(alone[1][0], together[1][0])
-        assert not torch.equal(student([1], **noise).train()(inputs(), seed=12)[1][0], together[1][0])
+        assert torch.equal(alone["1"][0], together["1"][0])
+        assert not torch.equal(student([1], **noise).train()(inputs(), seed=12)["1"][0], together["1"][0])
 
     def test_pairs_and_seeds_draw_different_random_numbers(self) -> None:
         stitched = student([1, 2], hidden_dropout_prob=0.5).train()

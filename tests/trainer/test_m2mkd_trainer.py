@@ -531,11 +531,11 @@ class TestContexts:
         student.eval()
         trainer.model.eval()
         outputs = trainer.model({0: images()})
-        assert torch.equal(outputs[2][0], student(images()).logits)
+        assert torch.equal(outputs["2"][0], student(images()).logits)
 
     def test_no_gradient_passes_between_the_stages(self, tmp_path) -> None:
         trainer = in_context(tmp_path, vmoe(), context="teacher", match="boundary", feed="student")
-        last = trainer.model({0: images()})[2][0]
+        last = trainer.model({0: images()})["2"][0]
         last.sum().backward()
         touched = {name.split(".")[1] for name, p in trainer.model.named_parameters() if p.grad is not None}
         assert touched == {"2"}

@@ -63,7 +63,8 @@ class TestLoss:
         loss = trainer.compute_loss(trainer.model.eval(), batch)
         inputs, teachers = trainer.frozen.inputs_and_targets(batch, trainer.args.pair_indices)
         expected = 0.0
-        for index, (hidden_states, balance) in trainer.model(inputs, seed=None).items():
+        for name, (hidden_states, balance) in trainer.model(inputs, seed=None).items():
+            index = int(name)
             student, teacher = trainer.frozen.suffix(hidden_states, index), teachers[index]
             smooth = batch["labels"] * 0.9 + 0.1 / NUM_LABELS
             cross_entropy = -(smooth * student.log_softmax(dim=-1)).sum(dim=-1).mean()

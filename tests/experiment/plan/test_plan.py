@@ -9,7 +9,7 @@ from torch import nn
 from transformers import Trainer, ViTConfig, ViTForImageClassification
 
 from m2mkd.errors import DataError, StageError
-from m2mkd.experiment.plan.plan import Plan, make_plan
+from m2mkd.experiment.plan.plan import Plan, _busiest, make_plan
 from m2mkd.experiment.recipe import Recipe
 from m2mkd.experiment.recipe_file import load_recipe, parse_recipe
 from m2mkd.experiment.run_data import RunData
@@ -67,6 +67,36 @@ class TestMakePlan:
         # the meta model and the teacher's two stages
         assert phases["pairs"].frozen == phases["meta"].parameters + phases["teacher: fine-tuning"].parameters
         assert all(phase.memory >= 16 * phase.parameters for phase in phases.values())
+
+    def test_the_path_of_an_arm_has_all_that_it_reads_and_the_pairs_side_by_side(self, recipe: Recipe) -> None:
+        flops = {devices: make_plan(recipe, devices).paths for devices in (1, 2, 4)}
+        own = planned(make_plan(recipe))
+        pairs = [own["pair 0"], own["pair 1"]]
+        assert list(flops[1]["m2mkd"]) == ["meta", "teacher", "pairs", "arms/m2mkd"]
+        assert list(flops[1]["e2e"]) == ["arms/e2e"]
+        for devices, expected in ((1, sum(pairs)), (2, max(pairs)), (4, max(pairs) / 2)):
+            assert flops[devices]["m2mkd"]["pairs"] == expected
+            assert flops[devices]["m2mkd"]["arms/m2mkd"] == own["arm m2mkd"] / devices
+            assert (
+                flops[devices]["kd"]["teacher"] == (own["teacher: incubation"] + own["teacher: fine-tuning"]) / devices
+            )
+
+    @pytest.mark.parametrize("devices, expected", [(1, 14), (2, 8), (3, 6), (4, 6), (8, 3)])
+    def test_parts_are_shared_out_the_longest_first(self, devices: int, expected: float) -> None:
+        # on 2 devices 6 + 2 and 4 + 2; on 8, each part has 2 of them
+        assert _busiest([2, 6, 2, 4], devices) == expected
+
+    def test_pairs_that_feed_each_other_are_one_part(self, tmp_path: Path) -> None:
+        own = content(tmp_path)
+        own["distill"] = {**own["distill"], "context": "teacher", "match": "boundary", "feed": "student"}
+        plan = make_plan(parse_recipe(own, "fed"), gpus=2)
+        assert plan.paths["m2mkd"]["pairs"] == planned(plan)["pairs"] / 2
+
+    def test_the_largest_batch_that_fits(self, recipe: Recipe) -> None:
+        for phase in make_plan(recipe).phases:
+            assert phase.device_batch == 6 and phase.memory == phase.weights + 6 * phase.activations
+            assert phase.largest_batch(phase.memory + 1) == 6
+            assert phase.largest_batch(phase.weights - 1) == 0
 
     def test_published_sets_need_no_data(self, tmp_path: Path) -> None:
         own = content(tmp_path)

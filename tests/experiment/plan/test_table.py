@@ -8,14 +8,14 @@ from m2mkd.experiment.plan.table import print_plan
 
 def test_phases_and_hours_against_e2e(capsys: pytest.CaptureFixture[str]) -> None:
     phases = [
-        PhaseCost(
-            "pair 0", 5_000_000, 20_000_000, images=1000, epochs=2, batch=64, flops_per_image=3e12, memory=2**30
-        ),
-        PhaseCost("arm e2e", 5_000_000, 0, images=1000, epochs=4, batch=64, flops_per_image=1.35e13, memory=2**31),
+        PhaseCost("pair 0", 5_000_000, 20_000_000, 1000, 2, 64, 3e12, 8, weights=2**29, activations=2**26),
+        PhaseCost("arm e2e", 5_000_000, 0, 1000, 4, 64, 1.35e13, 8, weights=2**30, activations=2**27),
     ]
     # 150 TFLOP/s are 5.4e17 FLOPs an hour
     totals = {"e2e": 5.4e16, "m2mkd": 5.4e16 * 2.5}
-    print_plan(Plan("tiny", {"all": phases}, totals, gpus=8), 150.0, "stated", Console(width=200))
+    paths = {"e2e": {"arms/e2e": 5.4e17}, "m2mkd": {"pairs": 2.7e17, "arms/m2mkd": 5.4e17}}
+    plan = Plan("tiny", {"all": phases}, totals, paths, gpus=8)
+    print_plan(plan, 150.0, "stated", memory=1.5, console=Console(width=200))
     lines = capsys.readouterr().out.splitlines()
     assert any("Plan of tiny on 8 GPUs" in line for line in lines)
     assert any("at 150 TFLOP/s per GPU (stated)" in line for line in lines)
@@ -23,9 +23,12 @@ def test_phases_and_hours_against_e2e(capsys: pytest.CaptureFixture[str]) -> Non
         line.split("│")[1].strip(): [cell.strip() for cell in line.split("│")[2:-1]] for line in lines if "│" in line
     }
     # 16 steps of 64 images an epoch
-    assert rows["pair 0"] == ["5.0 M", "20.0 M", "1,000", "2", "64", "32", "3,000", "6 PFLOPs", "1"]
-    assert rows["e2e"] == ["54 PFLOPs", "0.1", "0.0125", "1.00"]
-    assert rows["m2mkd"] == ["135 PFLOPs", "0.25", "0.0312", "2.50"]
+    assert rows["pair 0"] == ["5.0 M", "20.0 M", "1,000", "2", "64", "32", "3,000", "6 PFLOPs", "1", "yes"]
+    assert rows["arm e2e"][-2:] == ["2", "batch 4"]
+    e2e, m2mkd = ([line for line in lines if f"│ {name} " in line] for name in ("e2e", "m2mkd"))
+    assert [cell.strip() for cell in e2e[0].split("│")[2:-1]] == ["54 PFLOPs", "0.1", "0.0125", "1.00"]
+    assert [cell.strip() for cell in m2mkd[0].split("│")[2:-1]] == ["135 PFLOPs", "0.25", "0.0312", "2.50"]
+    assert [cell.strip() for cell in m2mkd[1].split("│")[2:-1]] == ["1.5", "pairs 0.5 → arms/m2mkd 1"]
 
 
 @pytest.mark.parametrize(
@@ -40,9 +43,11 @@ def test_phases_and_hours_against_e2e(capsys: pytest.CaptureFixture[str]) -> Non
     ],
 )
 def test_compute_is_in_a_unit_of_its_size(flops: float, said: str, capsys: pytest.CaptureFixture[str]) -> None:
-    phase = PhaseCost("arm e2e", 5_000, 0, images=1, epochs=1, batch=1, flops_per_image=flops, memory=2**30)
-    print_plan(Plan("tiny", {"all": [phase]}, {"e2e": flops}, gpus=1), 1.0, "stated", Console(width=200))
+    phase = PhaseCost("arm e2e", 5_000, 0, 1, 1, 1, flops, 1, weights=2**30, activations=1)
+    plan = Plan("tiny", {"all": [phase]}, {"e2e": flops}, {"e2e": {"arms/e2e": flops}}, gpus=1)
+    print_plan(plan, 1.0, "stated", console=Console(width=200))
     printed = capsys.readouterr().out
     assert printed.count(f" {said} ") == 2
+    assert "Fits" not in printed.partition("Fits: or")[0]
     # whatever the device is
     assert "GiB/device" in printed and "GiB/GPU" not in printed
