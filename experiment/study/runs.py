@@ -10,7 +10,8 @@ from pathlib import Path
 from m2mkd.data.labeled_images import LabeledImages
 from m2mkd.experiment.check import check_arguments
 from m2mkd.experiment.claim import claim_folder
-from m2mkd.experiment.engines.local import Task, run_tasks
+from m2mkd.experiment.engines import run_tasks
+from m2mkd.experiment.engines.task import Task
 from m2mkd.experiment.fingerprint import fingerprint
 from m2mkd.experiment.machine import num_processes, use_all_cores
 from m2mkd.experiment.one_writer import one_writer
@@ -112,11 +113,14 @@ def _run_units(points: Sequence[Point], units: Sequence[Unit], links: Sequence[L
             names[unit.title],
             (unit.point, unit.phase.session.seed, unit.phase.name),
             tuple(names[title] for title in unit.reads if title in names),
+            unit.phase.parts(),
+            unit.phase.resources(),
         )
         for unit in missing
     ]
     work = partial(_work, [point.recipe for point in points], links)
-    run_tasks(tasks, work, processes or num_processes(points[0].recipe))
+    recipe = points[0].recipe
+    run_tasks(recipe, tasks, work, processes or num_processes(recipe))
     link_finished(links)
 
 
@@ -130,12 +134,21 @@ def link_finished(links: Iterable[Link]) -> None:
                 link.target.symlink_to(os.path.relpath(link.source, link.target.parent), target_is_directory=True)
 
 
-def _work(recipes: Sequence[Recipe], links: Sequence[Link], screen: Screen, point: int, seed: int, name: str) -> None:
-    """Run one phase of a point, in this process or in a worker."""
+def _work(
+    recipes: Sequence[Recipe],
+    links: Sequence[Link],
+    screen: Screen,
+    point: int,
+    seed: int,
+    name: str,
+    part: str | None = None,
+) -> None:
+    """Run one phase of a point or a part of it, in this process or in a worker."""
     quieten()
     link_finished(links)
     recipe = recipes[point]
-    phases_of(Session(recipe, _data_of(recipe), seed, screen))[name].run()
+    phase = phases_of(Session(recipe, _data_of(recipe), seed, screen))[name]
+    (phase if part is None else phase.by_name()[part]).run()
 
 
 def _data_of(recipe: Recipe) -> RunData:
