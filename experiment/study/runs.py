@@ -8,6 +8,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 
 from m2mkd.data.labeled_images import LabeledImages
+from m2mkd.errors import RecipeError
 from m2mkd.experiment.check import check_arguments
 from m2mkd.experiment.claim import claim_folder
 from m2mkd.experiment.engines import run_tasks
@@ -19,7 +20,7 @@ from m2mkd.experiment.phases import Phase, phases_of
 from m2mkd.experiment.recipe import Recipe
 from m2mkd.experiment.recipe_networks import RecipeNetworks
 from m2mkd.experiment.run_data import RunData
-from m2mkd.experiment.runner import quieten
+from m2mkd.experiment.runner import quieten, run
 from m2mkd.experiment.session import Session
 from m2mkd.experiment.study.spec import Point
 from m2mkd.screen import Screen
@@ -95,6 +96,33 @@ def run_study(points: Sequence[Point], processes: int | None = None, take_over: 
     units, links = units_and_links(points)
     with one_writer([path for unit in units for path in unit.phase.to_make()], take_over):
         _run_units(points, units, links, processes)
+
+
+def run_phase(points: Sequence[Point], name: str, take_over: bool = False) -> bool:
+    """
+    Run one phase of a study.
+
+    Args:
+        points (`Sequence[Point]`)
+        name (`str`): Name of the point, and of the artifact in its folder: `"kd-1f2e3d4c/arms/kd"`.
+        take_over (`bool`, *optional*, defaults to `False`): See `one_writer`.
+
+    Returns:
+        Whether all phases of the study are finished now.
+
+    Raises:
+        `RecipeError`: the study has no such phase.
+        `RunError`: as in `run`.
+    """
+    units, links = units_and_links(points)
+    names = [f"{points[unit.point].name}/{part}" for unit in units for part in unit.phase.by_name()]
+    if name not in names:
+        raise RecipeError(f"--phase is {name!r}, but the study has only {', '.join(names)}")
+    own, _, phase = name.partition("/")
+    link_finished(links)
+    run(next(point.recipe for point in points if point.name == own), phase, take_over)
+    link_finished(links)
+    return all(unit.phase.is_finished() for unit in units)
 
 
 def _run_units(points: Sequence[Point], units: Sequence[Unit], links: Sequence[Link], processes: int | None) -> None:

@@ -1,4 +1,4 @@
-"""Work for the tasks of test_ray.py, sent to the nodes by value."""
+"""Work for the tasks of test_ray.py, which the processes of nodes import by name."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""The engine on a real Ray: two nodes on this machine, of which one is lost, like processes, in the middle of a phase."""
+"""The engine on a real Ray on this machine, whose processes, nodes and driver are lost in the middle of a phase."""
 
 import json
 import os
@@ -12,7 +12,6 @@ from typing import Any
 import psutil
 import pytest
 import ray_work
-import schedule_work
 import yaml
 from safetensors.torch import load_file
 from testing_utils import assert_equal
@@ -61,11 +60,10 @@ def test_parts_wait_for_all_parts_of_what_their_task_reads(tmp_path: Path) -> No
 def cluster() -> Iterator[Any]:
     """A cluster of one node, which says that it has two GPUs."""
     cluster_utils = pytest.importorskip("ray.cluster_utils")
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    # the processes of nodes find the work of this folder
+    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "PYTHONPATH": str(Path(__file__).parent)}
     cluster = cluster_utils.Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "num_gpus": 2})
     ray.init(address=cluster.address)
-    for module in (ray_work, schedule_work):
-        ray.cloudpickle.register_pickle_by_value(module)
     yield cluster
     ray.shutdown()
     cluster.shutdown()
@@ -138,7 +136,7 @@ class TestTasks:
         assert not list(tmp_path.iterdir())
 
 
-# Enough epochs to be in the middle of; of the nodes below, only those that are lost and their heirs have room for pairs.
+# Enough epochs to be in the middle of. Only further nodes have room for pairs.
 LONG = {
     "arms": ["kd", "m2mkd"],
     "distill": {"data": "train", "training": {"num_train_epochs": 40, "eval_strategy": "epoch"}},
