@@ -38,7 +38,6 @@ def test_the_runs_and_sections_of_the_page_are_valid(tmp_path: Path, monkeypatch
         phase = overrides.pop("phase", None)
         recipe = load_recipe(path, overrides)
         assert (recipe.engine == "ray") == (phase is None)
-    assert recipe.resources == {}
     for block in code_blocks(PAGE, "yaml"):
         parse_recipe(recipe_content(tmp_path, **yaml.safe_load(block)), "the page")
     monkeypatch.chdir(ROOT)
