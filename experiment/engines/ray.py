@@ -32,6 +32,8 @@ RESTARTS = 5
 # How often the driver looks for messages and finished tasks.
 _SECONDS_BETWEEN_LOOKS = 0.2
 _SECONDS_TO_STOP = 30.0
+_SAME_FOLDER = "Mount it there under the same path, or start the command in a folder that all nodes see."
+_SAME_PACKAGE = "Install the same m2mkd[ray] on all nodes."
 Message = tuple[Any, ...]
 Send = Callable[[Message], object]
 
@@ -54,9 +56,10 @@ def run_tasks(tasks: Sequence[Task], work: Work, folder: str | Path) -> None:
             was lost too often. An error in a task is raised here as well. In all cases, the other tasks are stopped.
     """
     screen = Screen()
-    with _cluster(), _probe(Path(folder)) as probe:
+    with _cluster():
+        _check_folder(Path(folder).absolute())
         parts = [part for task in tasks for part in _apart(task, tasks)]
-        driver = _Driver(parts, work, probe, screen)
+        driver = _Driver(parts, work, Path(folder), screen)
         try:
             driver.run()
         finally:
@@ -90,40 +93,43 @@ def _nodes() -> list[dict[str, Any]]:
     return [node for node in ray.nodes() if node["Alive"] and {"CPU", "GPU"} & node["Resources"].keys()]
 
 
-@contextmanager
-def _probe(folder: Path) -> Iterator[Path]:
-    """A file that each node has to find in `folder`, and beside which it has to be able to write."""
-    probe = folder.absolute() / f".probe-{uuid.uuid4().hex}"
+def _check_folder(folder: Path) -> None:
+    """Check that each node finds a file of this process in `folder`, and this process one of each node."""
+    probe = folder / f".probe-{uuid.uuid4().hex}"
     look = ray.remote(num_cpus=0, max_retries=0)(_look)
+    answers = []
     try:
         with explained_write_errors(probe):
-            probe.parent.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
             probe.touch()
         for node in _nodes():
+            there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
             own = probe.with_name(f"{probe.name}.{node['NodeID']}")
-            on_node = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            problem = ray.get(look.options(scheduling_strategy=on_node).remote(Path.cwd(), probe, own))
+            answers.append((node, own, look.options(scheduling_strategy=there).remote(Path.cwd(), probe, own)))
+        for node, own, answer in answers:
+            try:
+                problem = ray.get(answer)
+            except RayError as error:
+                problem = f"it cannot start a task: {error}. {_SAME_PACKAGE}"
             if problem is None and not own.exists():
-                problem = f"what it writes into {probe.parent} does not appear on {socket.gethostname()}"
+                problem = f"what it writes into {folder} does not appear on {socket.gethostname()}. {_SAME_FOLDER}"
             if problem is not None:
                 raise RunError(f"Node {node['NodeManagerHostname']} ({node['NodeManagerAddress']}): {problem}")
-        yield probe
     finally:
         for path in folder.glob(f"{probe.name}*"):
             path.unlink()
 
 
-def _look(here: Path, probe: Path, own: Path | None = None) -> str | None:
-    """On a node: work in the driver's folder. Returns what is wrong with it or with the folder of `probe`."""
-    way_out = "Mount it there under the same path, or start the command in a folder that all nodes see."
+def _look(here: Path, there: Path, own: Path | None = None) -> str | None:
+    """On a node: work in the driver's folder, see `there` and write `own`. Returns what is wrong."""
     try:
         os.chdir(here)
-        if not probe.exists():
-            return f"it does not see {probe.parent} of {here}. {way_out}"
+        if not there.exists():
+            return f"it does not see {there} of {here}. {_SAME_FOLDER}"
         if own is not None:
             own.touch()
     except OSError as error:
-        return f"it cannot use the run's folder: {error}. {way_out}"
+        return f"it cannot use the run's folder: {error}. {_SAME_FOLDER}"
     return None
 
 
@@ -167,10 +173,10 @@ class _Failure:
 class _Driver:
     """Distributes tasks, and takes their messages and results."""
 
-    def __init__(self, tasks: Sequence[Task], work: Work, probe: Path, screen: Screen):
+    def __init__(self, tasks: Sequence[Task], work: Work, folder: Path, screen: Screen):
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         self._mailbox = ray.remote(num_cpus=0, scheduling_strategy=here)(_Mailbox).remote()
-        self._work, self._probe, self._screen = ray.put(work), probe, screen
+        self._work, self._folder, self._screen = ray.put(work), folder, screen
         self._remote = ray.remote(max_retries=0)(_serve)
         self._order = Order(tasks)
         self._running: dict[ray.ObjectRef, Task] = {}
@@ -199,7 +205,7 @@ class _Driver:
     def _start(self, task: Task) -> None:
         needs = self._needs[task.name]
         remote = self._remote.options(name=task.name, **needs)
-        self._running[remote.remote(self._work, task, needs, Path.cwd(), self._probe, self._mailbox)] = task
+        self._running[remote.remote(self._work, task, needs, Path.cwd(), self._folder, self._mailbox)] = task
 
     def _show(self) -> None:
         for kind, *content in ray.get(self._mailbox.take.remote()):
@@ -211,9 +217,7 @@ class _Driver:
             failure = ray.get(reference)
         except RayTaskError as error:
             # not in the work, which returns its errors
-            raise RunError(
-                f"{task.name} cannot start on a node: {error.cause}. Is m2mkd[ray] installed there?"
-            ) from error
+            raise RunError(f"{task.name} cannot start on a node: {error.cause}. {_SAME_PACKAGE}") from error
         except RayError as error:
             self._start_again(task, f"{type(error).__name__}: {error}")
             return
@@ -257,7 +261,7 @@ def _check_needs(task: Task, needs: Mapping[str, float]) -> None:
 
 
 def _serve(
-    work: Work, task: Task, needs: Mapping[str, float], here: Path, probe: Path, mailbox: Any
+    work: Work, task: Task, needs: Mapping[str, float], here: Path, folder: Path, mailbox: Any
 ) -> _Failure | None:
     """Do a task on a node. An error is returned, so that Ray does not take it for a lost process."""
     host, sent = socket.gethostname(), []
@@ -267,7 +271,7 @@ def _serve(
 
     threads, processes = max(int(needs["num_cpus"]), 1), max(int(needs["num_gpus"]), 1)
     try:
-        if problem := _look(here, probe):
+        if problem := _look(here, folder):
             raise RunError(f"Node {host}: {problem}")
         send(("say", f"{task.name}: on {host}"))
         if processes > 1:

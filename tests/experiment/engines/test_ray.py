@@ -128,9 +128,7 @@ class TestTasks:
     ) -> None:
         """A node for which the folder has another name."""
         see = engine._look
-        monkeypatch.setattr(
-            engine, "_look", lambda here, probe, own=None: see(here, probe.parent / "other" / "x", own)
-        )
+        monkeypatch.setattr(engine, "_look", lambda here, there, own: see(here, there.parent / "other" / "x", own))
         with pytest.raises(RunError, match=f"Node .*: it does not see {tmp_path}.* Mount it there"):
             engine.run_tasks([part("arm", tmp_path)], ray_work.meet, tmp_path)
         assert not list(tmp_path.iterdir())
