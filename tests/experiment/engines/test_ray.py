@@ -135,10 +135,10 @@ class TestTasks:
         assert not list(tmp_path.iterdir())
 
 
-# Enough epochs to be in the middle of. Only further nodes have room for pairs.
+# Enough epochs to be in the middle of. Only the further nodes have room for pairs.
 LONG = {
     "arms": ["kd", "m2mkd"],
-    "distill": {"data": "train", "training": {"num_train_epochs": 400, "eval_strategy": "epoch"}},
+    "distill": {"data": "train", "training": {"num_train_epochs": 60, "eval_strategy": "epoch"}},
     "resources": {
         kind: {"gpus": 0, "cpus": 3 if kind == "pairs" else 1} for kind in ("meta", "teacher", "pairs", "arms")
     },
@@ -167,9 +167,12 @@ def eventually(find: Callable[[], Any], seconds: float = 300) -> Any:
 def process_of(pair: str) -> psutil.Process | None:
     """The process that distils a pair, by the title that Ray gives it."""
     processes = psutil.process_iter(["cmdline"])
-    return next(
-        (own for own in processes if any(f"pairs: {pair}" in word for word in own.info["cmdline"] or [])), None
-    )
+    return next((own for own in processes if f"pairs: {pair}" in " ".join(own.info["cmdline"] or [])), None)
+
+
+def node_of(process: psutil.Process, nodes: list[Any]) -> Any:
+    """The node whose raylet has started a process."""
+    return next(node for node in nodes if node.all_processes["raylet"][0].process.pid == process.ppid())
 
 
 def started(recipe: Path, cluster: Any, log: Path) -> subprocess.Popen:
@@ -189,14 +192,14 @@ def test_a_worker_a_node_and_the_driver_are_lost_and_the_end_is_the_same(
 ) -> None:
     recipe, run, log = tmp_path / "recipe.yaml", tmp_path / "run", tmp_path / "log"
     recipe.write_text(yaml.safe_dump(recipe_content(tmp_path, **LONG)))
-    node = cluster.add_node(num_cpus=6)
+    nodes = [cluster.add_node(num_cpus=6) for _ in range(2)]
     driver = started(recipe, cluster, log)
     eventually(lambda: list(run.glob("pairs/.work-0.work/checkpoint-*/trainer_state.json")))
     process_of("pairs/0").kill()
-    eventually(lambda: log.read_text().count("lost, and started again") == 1 and process_of("pairs/0"))
-    cluster.add_node(num_cpus=6)
-    cluster.remove_node(node)
-    eventually(lambda: log.read_text().count("lost, and started again") >= 2 and process_of("pairs/0"))
+    eventually(lambda: log.read_text().count("lost, and started again") == 1)
+    cluster.remove_node(node_of(process_of("pairs/1"), nodes))
+    eventually(lambda: log.read_text().count("lost, and started again") >= 2 and process_of("pairs/1"))
+    assert driver.poll() is None and not (run / "pairs" / "1").exists()
     driver.kill()
     driver.wait()
     again = started(recipe, cluster, log)
