@@ -4,6 +4,7 @@ import math
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
+from graphlib import TopologicalSorter
 
 from m2mkd.experiment.plan.costs import PhaseCost
 from m2mkd.experiment.plan.plan import make_plan
@@ -74,17 +75,18 @@ def slurm_script(
 def _jobs(points: Sequence[Point], devices: int, is_study: bool) -> list[_Job]:
     jobs: dict[tuple[str, int, tuple[str, ...]], _Job] = {}
     job_of: dict[str, str] = {}
-    units = [unit for unit in units_and_links(points)[0] if not unit.phase.is_finished()]
-    plans = {index: make_plan(points[index].recipe, devices).parts for index in {unit.point for unit in units}}
-    for unit in units:
+    units = {unit.title: unit for unit in units_and_links(points)[0] if not unit.phase.is_finished()}
+    plans = {index: make_plan(points[index].recipe, devices).parts for index in {own.point for own in units.values()}}
+    for title in TopologicalSorter({title: units.keys() & unit.reads for title, unit in units.items()}).static_order():
+        unit = units[title]
         phase, prefix = unit.phase, f"{points[unit.point].name}/" if is_study else ""
         kind, parts, costs = phase.name.partition("/")[0], phase.by_name(), plans[unit.point][phase.name]
-        after = tuple(dict.fromkeys(job_of[title] for title in unit.reads if title in job_of))
+        after = tuple(dict.fromkeys(job_of[read] for read in unit.reads if read in job_of))
         # what reads parts waits for those of its own phase only
-        key = (unit.title if len(phase.parts()) > 1 else kind, phase.session.seed, after)
+        key = (title if len(phase.parts()) > 1 else kind, phase.session.seed, after)
         job = jobs.setdefault(key, _Job(f"{kind}_{len(jobs)}", {}, after))
         job.tasks.update({f"{prefix}{part}": parts[part].costs_of_own(costs) for part in phase.parts()})
-        job_of[unit.title] = job.variable
+        job_of[title] = job.variable
     return list(jobs.values())
 
 

@@ -80,11 +80,15 @@ def test_each_phase_is_submitted_once_after_what_it_reads(tmp_path: Path) -> Non
     options = [path.read_text() for path in sorted(jobs.glob("*.options"), key=lambda path: int(path.stem))]
     assert all("--gpus=1" in line and re.search(r"--time=\d+ --mem=9G", line) for line in options)
     assert len(list(jobs.glob("*.ok"))) == len(options)
-    of = {path.stem: (jobs / f"{path.stem}.options").read_text() for path in jobs.glob("*.sh")}
-    (pairs,) = [number for number in of if "(pairs/0 pairs/1)" in (jobs / f"{number}.sh").read_text()]
-    assert "--array=0-1" in of[pairs] and "--dependency=afterok:1:2" in of[pairs]
-    (modular,) = [number for number in of if "(arms/m2mkd)" in (jobs / f"{number}.sh").read_text()]
-    assert f"--dependency=afterok:{pairs}" in of[modular]
+    of = {re.search(r"phases=\((.+)\)", path.read_text())[1]: path.stem for path in jobs.glob("*.sh")}
+    for what, after in {
+        "pairs/0 pairs/1": ["meta", "teacher"],
+        "arms/m2mkd": ["pairs/0 pairs/1"],
+        "arms/kd_equal_compute": ["pairs/0 pairs/1", "teacher", "arms/kd"],
+    }.items():
+        needed = f"--dependency=afterok:{':'.join(of[name] for name in after)}"
+        assert needed in (jobs / f"{of[what]}.options").read_text().split()
+    assert "--array=0-1" in (jobs / f"{of['pairs/0 pairs/1']}.options").read_text()
 
 
 def test_what_reads_a_job_that_failed_does_not_run(tmp_path: Path) -> None:
