@@ -60,14 +60,16 @@ def test_parts_wait_for_all_parts_of_what_their_task_reads(tmp_path: Path) -> No
 def cluster() -> Iterator[Any]:
     """A cluster of one node, which says that it has two GPUs."""
     cluster_utils = pytest.importorskip("ray.cluster_utils")
-    # the processes of nodes find the work of this folder; by default, they are nice and wait for all others
-    folder = str(Path(__file__).parent)
-    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0", "PYTHONPATH": folder}
-    cluster = cluster_utils.Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "num_gpus": 2})
-    ray.init(address=cluster.address)
-    yield cluster
-    ray.shutdown()
-    cluster.shutdown()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        # processes of nodes find the work of this folder; by default, they are nice and wait for all others
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent))
+        patch.setenv("RAY_worker_niceness", "0")
+        cluster = cluster_utils.Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "num_gpus": 2})
+        ray.init(address=cluster.address)
+        yield cluster
+        ray.shutdown()
+        cluster.shutdown()
 
 
 @pytest.mark.slow
