@@ -1,8 +1,5 @@
-"""The engine on a real Ray on this machine, whose processes, nodes and driver are lost in the middle of a phase."""
+"""The engine on a real Ray on this machine."""
 
-import json
-import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -12,10 +9,7 @@ from typing import Any
 import psutil
 import pytest
 import ray_work
-import yaml
-from safetensors.torch import load_file
-from testing_utils import assert_equal
-from tiny_run import recipe_content, tiny_recipe
+from tiny_run import tiny_recipe
 from tiny_study import write_study
 
 from m2mkd.errors import RunError
@@ -138,25 +132,6 @@ class TestTasks:
         assert not list(tmp_path.iterdir())
 
 
-# Enough epochs to be in the middle of. Only the further nodes have room for pairs.
-LONG = {
-    "arms": ["kd", "m2mkd"],
-    "distill": {"data": "train", "training": {"num_train_epochs": 60, "eval_strategy": "epoch"}},
-    "resources": {
-        kind: {"gpus": 0, "cpus": 3 if kind == "pairs" else 1} for kind in ("meta", "teacher", "pairs", "arms")
-    },
-}
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of one phase after the other, without Ray."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    for phase in ("meta", "teacher", "pairs/0", "pairs/1", "arms/kd", "arms/m2mkd"):
-        runner.run(tiny_recipe(folder, **LONG), phase)
-    return folder / "run"
-
-
 def eventually(find: Callable[[], Any], seconds: float = 300) -> Any:
     """The first answer of `find` that is not empty."""
     end = time.monotonic() + seconds
@@ -165,55 +140,6 @@ def eventually(find: Callable[[], Any], seconds: float = 300) -> Any:
             return found
         time.sleep(0.05)
     raise TimeoutError
-
-
-def process_of(pair: str) -> psutil.Process | None:
-    """The process that distils a pair, by the title that Ray gives it."""
-    processes = psutil.process_iter(["cmdline"])
-    return next((own for own in processes if f"pairs: {pair}" in " ".join(own.info["cmdline"] or [])), None)
-
-
-def node_of(process: psutil.Process, nodes: list[Any]) -> Any:
-    """The node whose raylet has started a process."""
-    return next(node for node in nodes if node.all_processes["raylet"][0].process.pid == process.ppid())
-
-
-def started(recipe: Path, cluster: Any, log: Path) -> subprocess.Popen:
-    """`m2mkd run` in a process of its own, on the cluster."""
-    command = [sys.executable, "-m", "m2mkd.cli", "run", str(recipe), "--engine", "ray"]
-    with log.open("w") as out:
-        return subprocess.Popen(command, env={**os.environ, "RAY_ADDRESS": cluster.address}, stdout=out, stderr=out)
-
-
-def weights(run: Path) -> dict[str, Any]:
-    return {str(path.relative_to(run)): load_file(path) for path in sorted(run.rglob("model.safetensors"))}
-
-
-@pytest.mark.slow
-def test_a_worker_a_node_and_the_driver_are_lost_and_the_end_is_the_same(
-    cluster: Any, undisturbed: Path, tmp_path: Path
-) -> None:
-    recipe, run, log = tmp_path / "recipe.yaml", tmp_path / "run", tmp_path / "log"
-    recipe.write_text(yaml.safe_dump(recipe_content(tmp_path, **LONG)))
-    nodes = [cluster.add_node(num_cpus=6) for _ in range(2)]
-    driver = started(recipe, cluster, log)
-    eventually(lambda: list(run.glob("pairs/.work-0.work/checkpoint-*/trainer_state.json")))
-    process_of("pairs/0").kill()
-    eventually(lambda: log.read_text().count("lost, and started again") == 1)
-    cluster.remove_node(node_of(process_of("pairs/1"), nodes))
-    eventually(lambda: log.read_text().count("lost, and started again") >= 2 and process_of("pairs/1"))
-    assert driver.poll() is None and not (run / "pairs" / "1").exists()
-    driver.kill()
-    driver.wait()
-    again = started(recipe, cluster, log)
-    assert again.wait(timeout=500) == 0, log.read_text()
-    assert "[seed 0] teacher: finished, skipped" in log.read_text()
-    assert json.loads((run / "report.json").read_text())["device"] == "nodes of a Ray cluster"
-    ours, theirs = weights(run), weights(undisturbed)
-    assert ours.keys() == theirs.keys() and len(theirs) == 6
-    for name in theirs:
-        assert_equal(ours[name], theirs[name])
-    assert not list(run.rglob(".*"))
 
 
 @pytest.mark.slow
