@@ -48,7 +48,9 @@ def sections_in(annotation: Any) -> list[type[BaseModel]]:
 
 def type_of(field: FieldInfo) -> str:
     text = str(field.annotation) if get_args(field.annotation) else getattr(field.annotation, "__name__", "")
-    return re.sub(r"\b(?:typing|m2mkd(?:\.\w+)*)\.", "", text).replace(" | ", " or ")
+    text = re.sub(r"\b(?:typing|m2mkd(?:\.\w+)*)\.", "", text).replace(" | ", " or ")
+    # its checks have no text
+    return re.sub(r"Annotated\[(\w+), AfterValidator\(.+?\)\]", r"\1", text)
 
 
 def default_of(field: FieldInfo) -> str:

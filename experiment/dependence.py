@@ -6,7 +6,7 @@ from m2mkd.experiment.recipe import Recipe
 
 # Keys that may change at any time: arms and seeds can be added, and phases or pairs distributed, without touching
 # finished phases.
-_FREE = ("name", "output_dir", "repeat_seeds", "equal_compute", "processes", "distill.pairs")
+_FREE = ("name", "output_dir", "repeat_seeds", "equal_compute", "processes", "engine", "resources", "distill.pairs")
 # Training arguments may change in the middle of a phase, e.g. after a loss that was not finite.
 TRAINING = ("training", "incubation", "finetuning")
 # Training arguments that affect neither weights nor results, so they may change at any time: how images are read (but

@@ -19,6 +19,11 @@ SMALL_IMAGE = 32
 def num_processes(recipe: Recipe) -> int:
     """Number of phases that run at once. Raises `RunError` if several processes already share each phase."""
     alone = PartialState().num_processes == 1
+    if recipe.engine == "ray" and not alone:
+        raise RunError(
+            f"`engine` is ray, but {PartialState().num_processes} processes were started. Start one: Ray starts the "
+            "others, as many for each phase as `resources` has GPUs for it."
+        )
     if recipe.processes is not None:
         if recipe.processes > 1 and not alone:
             raise RunError(
@@ -87,6 +92,8 @@ def peak_memory() -> int | None:
 
 def device_in_words(recipe: Recipe) -> str:
     """Describe the device of the run as text."""
+    if recipe.engine == "ray":
+        return "nodes of a Ray cluster"
     processes = num_processes(recipe)
     aside = f", up to {processes} phases side by side" if processes > 1 else ""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"

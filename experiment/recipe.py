@@ -203,6 +203,31 @@ class EvaluationSpec(Section):
     ood: str | None = None
 
 
+Engine = Literal["local", "ray"]
+PhaseKind = Literal["meta", "teacher", "cache", "pairs", "dense", "arms"]
+
+
+class Resources(Section):
+    """
+    What a phase needs of one node of a Ray cluster.
+
+    Args:
+        gpus (`float`, *optional*): GPUs. A fraction: several phases share one. More than 1: so many processes
+            (torchrun) share the phase. `None`: 1, or 0 if the cluster has no GPU.
+        cpus (`float`): CPU cores, and threads of the phase.
+    """
+
+    gpus: float | None = Field(default=None, ge=0)
+    cpus: float = Field(default=1, ge=0)
+
+    @field_validator("gpus", "cpus")
+    @classmethod
+    def _whole_above_one(cls, value: float | None) -> float | None:
+        if value is not None and value > 1 and not value.is_integer():
+            raise ValueError("above 1, it must be a whole number: only one device or core can be shared")
+        return value
+
+
 class Recipe(Section):
     """
     A whole experiment.
@@ -220,6 +245,9 @@ class Recipe(Section):
         processes (`int`, *optional*): Number of phases to run at once on this machine, each in its own process with
             its part of the threads. `None`: on a CPU, one per arm and seed, but no more than there are threads; 1 with
             a GPU, or if several processes share each phase (torchrun).
+        engine (`str`): Where phases run: `"local"`: on this machine; `"ray"`: on the nodes of a Ray cluster.
+        resources (`dict[str, Resources]`): For Ray, by kind of phase: `meta`, `teacher`, `cache`, `pairs` (each pair),
+            `dense`, `arms` (each arm).
         data (`dict[str, DataConfig]`): Data sets by name; the phases refer to them.
         training (`dict`): Training arguments of every phase; those of a single phase override them.
     """
@@ -233,6 +261,8 @@ class Recipe(Section):
     )
     equal_compute: bool = False
     processes: int | None = Field(default=None, ge=1)
+    engine: Engine = "local"
+    resources: dict[PhaseKind, Resources] = Field(default_factory=dict)
     data: dict[FolderName, DataConfig]
     training: Training = Field(default_factory=dict)
     meta: MetaSpec | None = None

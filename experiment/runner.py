@@ -9,7 +9,8 @@ from m2mkd.errors import RecipeError, RunError, WriteError
 from m2mkd.experiment.artifact import CHECKPOINT, TRAIN_RESULTS, is_finished
 from m2mkd.experiment.check import check_arguments
 from m2mkd.experiment.claim import claim_folder, remove_leftovers
-from m2mkd.experiment.engines.local import Task, run_tasks
+from m2mkd.experiment.engines import local, run_tasks
+from m2mkd.experiment.engines.task import Task
 from m2mkd.experiment.machine import num_processes, use_all_cores
 from m2mkd.experiment.one_writer import one_writer
 from m2mkd.experiment.phases import Phase, phases_of
@@ -35,7 +36,7 @@ def run(
             `"pairs/3"`, `"arms/kd"`, `"seeds/5/arms/kd"`; `"pairs"` is all pairs in one process.
         take_over (`bool`, *optional*, defaults to `False`): See `one_writer`.
         shows_expected (`bool`, *optional*, defaults to `False`): Whether to measure a few steps and print how long the
-            phases will take before they run. Not for a single phase.
+            phases will take before they run. Not for a single phase, nor for another engine than `local`.
 
     Returns:
         Path of the report (`report.md`); `None` if phases are still missing that other processes run.
@@ -77,11 +78,13 @@ def _run(recipe: Recipe, name: str | None, take_over: bool, shows_expected: bool
             if phase.is_finished():
                 screen.say(f"{phase.title}: finished, skipped")
         tasks = _tasks(own, phases)
-        if shows_expected and tasks:
+        if shows_expected and tasks and recipe.engine == "local":
             expected = expect([phase for phase in own if not phase.is_finished()], processes)
             seconds = {title: phase.seconds for title, phase in expected.items()}
             print_expected(expected, wall_clock(tasks, seconds, processes), processes)
-        run_tasks(tasks, partial(_work, recipe, data), processes)
+        # nodes of a cluster load the images themselves: they may be files of this machine's cache
+        images = data if recipe.engine == "local" else RunData(recipe)
+        run_tasks(recipe, tasks, partial(_work, recipe, images), processes)
     if not shared_out:
         return _end(recipe)
     for phase in shared_out:
@@ -119,7 +122,7 @@ def _run_one(phase: Phase, phases: list[Phase], recipe: Recipe, data: RunData, t
             )
         if phase.is_finished():
             phase.session.screen.say(f"{phase.title}: finished, skipped")
-        run_tasks(_tasks([phase], phases), partial(_work, phase.recipe, data))
+        local.run_tasks(_tasks([phase], phases), partial(_work, phase.recipe, data))
 
 
 def _named(name: str, phases: list[Phase]) -> Phase:
@@ -162,16 +165,19 @@ def _tasks(chosen: list[Phase], phases: list[Phase]) -> list[Task]:
             phase.title,
             (phase.session.seed, phase.name),
             tuple(other.title for other in read_by(phase, phases)),
+            phase.parts(),
+            phase.resources(),
         )
         for phase in sorted(chosen, key=lambda phase: phase.rank)
         if not phase.is_finished()
     ]
 
 
-def _work(recipe: Recipe, data: RunData, screen: Screen, seed: int, name: str) -> None:
-    """Run one phase, in this process or in a worker."""
+def _work(recipe: Recipe, data: RunData, screen: Screen, seed: int, name: str, part: str | None = None) -> None:
+    """Run one phase or a part of it, in this process or in a worker."""
     quieten()
-    phases_of(Session(recipe, data, seed, screen))[name].run()
+    phase = phases_of(Session(recipe, data, seed, screen))[name]
+    (phase if part is None else phase.by_name()[part]).run()
 
 
 def quieten() -> None:

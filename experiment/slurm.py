@@ -1,17 +1,15 @@
-"""A run as Slurm jobs: a script that submits them, each after those whose artifacts it reads."""
+"""A run or a study as Slurm jobs: a script that submits them, each after those whose artifacts it reads."""
 
 import math
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
+from graphlib import TopologicalSorter
 
-from m2mkd.experiment.phases import Phase
 from m2mkd.experiment.plan.costs import PhaseCost
 from m2mkd.experiment.plan.plan import make_plan
-from m2mkd.experiment.recipe import Recipe
-from m2mkd.experiment.run_data import RunData
-from m2mkd.experiment.runner import all_phases, read_by
-from m2mkd.screen import Screen
+from m2mkd.experiment.study.runs import units_and_links
+from m2mkd.experiment.study.spec import Point
 
 
 # Evaluation, data and start are not in the plan.
@@ -43,66 +41,63 @@ class _Job:
     after: tuple[str, ...]
 
 
-def slurm_script(recipe: Recipe, arguments: Sequence[str], gpus: int = 1, throughput: float = 100.0) -> str:
+def slurm_script(
+    name: str, points: Sequence[Point], command: str, gpus: int = 1, throughput: float = 100.0, is_study: bool = False
+) -> str:
     """
-    Write the script that submits the unfinished phases of a recipe.
+    Write the script that submits the unfinished phases of a run or a study.
 
     Args:
-        recipe (`Recipe`)
-        arguments (`Sequence[str]`): What `m2mkd run` gets: the recipe's file and overrides.
+        name (`str`): Name of the run or study.
+        points (`Sequence[Point]`): The points of the study, or the one recipe of the run.
+        command (`str`): What runs it after `m2mkd`, to which `--phase NAME` is added: `run RECIPE` or `study STUDY`.
         gpus (`int`, *optional*, defaults to 1): GPUs of each job; 0: none.
         throughput (`float`, *optional*, defaults to 100.0): TFLOP/s of one device, from which the time limits follow:
             twice the plan and half an hour.
+        is_study (`bool`, *optional*, defaults to `False`): Whether names of phases start with that of the point.
 
     Raises:
         `RecipeError`, `StageError` or `DataError`: as in `make_plan`.
     """
     launcher = f"accelerate launch --multi_gpu --num_processes {gpus} -m m2mkd.cli" if gpus > 1 else "m2mkd"
-    command = f"{launcher} run {shlex.join(arguments)}".rstrip()
-    script = _SCRIPT.format(name=recipe.name)
-    for job in _jobs(recipe, max(gpus, 1)):
+    script = _SCRIPT.format(name=name)
+    for job in _jobs(points, max(gpus, 1), is_study):
         script += _JOB.format(
             what=", ".join(job.tasks),
             variable=job.variable,
-            options=" ".join(_options(recipe, job, gpus, throughput)),
+            options=" ".join(_options(name, job, gpus, throughput)),
             phases=shlex.join(job.tasks),
-            command=command,
+            command=f"{launcher} {command}",
         )
     return script
 
 
-def _jobs(recipe: Recipe, devices: int) -> list[_Job]:
-    phases = all_phases(recipe, RunData(recipe), Screen())
-    costs = make_plan(recipe, devices).parts
+def _jobs(points: Sequence[Point], devices: int, is_study: bool) -> list[_Job]:
     jobs: dict[tuple[str, int, tuple[str, ...]], _Job] = {}
     job_of: dict[str, str] = {}
-    for phase in phases:
-        tasks = _tasks(phase, costs[phase.name])
-        if tasks:
-            read = [other.title for other in read_by(phase, phases)]
-            after = tuple(dict.fromkeys(job_of[title] for title in read if title in job_of))
-            key = (phase.name.partition("/")[0], phase.session.seed, after)
-            job = jobs.setdefault(key, _Job(f"{key[0]}_{len(jobs)}", {}, after))
-            job.tasks.update(tasks)
-            job_of[phase.title] = job.variable
+    units = {unit.title: unit for unit in units_and_links(points)[0] if not unit.phase.is_finished()}
+    plans = {index: make_plan(points[index].recipe, devices).parts for index in {own.point for own in units.values()}}
+    for title in TopologicalSorter({title: units.keys() & unit.reads for title, unit in units.items()}).static_order():
+        unit = units[title]
+        phase, prefix = unit.phase, f"{points[unit.point].name}/" if is_study else ""
+        kind, parts, costs = phase.name.partition("/")[0], phase.by_name(), plans[unit.point][phase.name]
+        after = tuple(dict.fromkeys(job_of[read] for read in unit.reads if read in job_of))
+        # what reads parts waits for those of its own phase only
+        key = (title if len(phase.parts()) > 1 else kind, phase.session.seed, after)
+        job = jobs.setdefault(key, _Job(f"{kind}_{len(jobs)}", {}, after))
+        job.tasks.update({f"{prefix}{part}": parts[part].costs_of_own(costs) for part in phase.parts()})
+        job_of[title] = job.variable
     return list(jobs.values())
 
 
-def _tasks(phase: Phase, costs: list[PhaseCost]) -> dict[str, list[PhaseCost]]:
-    """The unfinished parts of a phase, as small as can run on their own, by name."""
-    parts = {name: own for name, own in phase.by_name().items() if not own.is_finished()}
-    alone = {name: own for name, own in parts.items() if own is not phase} or parts
-    return {name: own.costs_of_own(costs) for name, own in alone.items()}
-
-
-def _options(recipe: Recipe, job: _Job, gpus: int, throughput: float) -> list[str]:
+def _options(name: str, job: _Job, gpus: int, throughput: float) -> list[str]:
     devices = max(gpus, 1)
     flops = max(sum(cost.flops for cost in own) for own in job.tasks.values())
     minutes = math.ceil(_TIMES_THE_PLAN * flops / (throughput * 1e12 * devices) / 60) + _MINUTES_MORE
     memory = max((cost.memory for own in job.tasks.values() for cost in own), default=0) * devices
     return [
         "--parsable --requeue",
-        f"--job-name={shlex.quote(f'{recipe.name} {job.variable}')}",
+        f"--job-name={shlex.quote(f'{name} {job.variable}')}",
         f"--array=0-{len(job.tasks) - 1}",
         f"--time={minutes}",
         f"--mem={math.ceil(memory / 2**30) + _GIB_MORE}G",

@@ -47,11 +47,14 @@ DIGITS = [
 ]
 # They take no time, and are no values of a recipe.
 SWITCHES = {"--plan", "--miniature", "--gpus"}
+# Words of commands that need more than this machine: test_many_machines.
+ELSEWHERE = {"ray", "hf", "make", "UV_FIND_LINKS=dist", "--study"}
 LAUNCHERS = {"accelerate": ("accelerate.commands.launch", 2), "torchrun": ("torch.distributed.run", 1)}
 
 
 def all_commands() -> list[list[str]]:
-    return [words for document in DOCUMENTS for words in commands(document.read_text(encoding="utf-8"))]
+    found = [words for document in DOCUMENTS for words in commands(document.read_text(encoding="utf-8"))]
+    return [words for words in found if ELSEWHERE.isdisjoint(words)]
 
 
 def runs() -> list[list[str]]:

@@ -103,7 +103,7 @@ class TestScreen:
 class TestRemoteScreen:
     def test_it_tells_the_other_process_but_not_of_every_step(self) -> None:
         ours, theirs = multiprocessing.Pipe()
-        remote = RemoteScreen(theirs)
+        remote = RemoteScreen(theirs.send)
         remote.say("a line")
         for step in range(100):
             remote.advance("meta", step + 1, 100, {})

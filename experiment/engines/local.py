@@ -2,46 +2,19 @@
 
 import multiprocessing
 import os
-import pickle
 import signal
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from graphlib import CycleError, TopologicalSorter
 from multiprocessing.connection import Connection, wait
-from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from m2mkd.errors import RunError
+from m2mkd.experiment.engines.task import Order, Task, Work, WorkerTraceback, end_with_parent, that_can_be_sent
 from m2mkd.screen import RemoteScreen, Screen
-
-
-@dataclass(frozen=True)
-class Task:
-    """
-    A task that is done once.
-
-    Args:
-        name (`str`): Unique among the tasks.
-        arguments (`tuple`): Arguments for the work function.
-        after (`tuple[str, ...]`, *optional*): Tasks that must be finished first. A name that no task has counts as
-            finished.
-    """
-
-    name: str
-    arguments: tuple[Any, ...]
-    after: tuple[str, ...] = ()
-
-
-Work = Callable[..., None]
-
-
-class WorkerTraceback(Exception):
-    """Cause of an error from a worker process: the traceback there, as text."""
 
 
 def run_tasks(tasks: Sequence[Task], work: Work, processes: int = 1) -> None:
@@ -59,7 +32,7 @@ def run_tasks(tasks: Sequence[Task], work: Work, processes: int = 1) -> None:
         `RunError`: a worker process was killed. An error in a task is raised here as well. In both cases, the other
             workers are stopped.
     """
-    screen, order = Screen(), _Order(tasks)
+    screen, order = Screen(), Order(tasks)
     try:
         if processes > 1 and len(tasks) > 1:
             _side_by_side(order, work, min(processes, len(tasks)), screen)
@@ -72,27 +45,7 @@ def run_tasks(tasks: Sequence[Task], work: Work, processes: int = 1) -> None:
         screen.finish_all()
 
 
-class _Order(TopologicalSorter[str]):
-    """What can start when, of tasks given as a list."""
-
-    def __init__(self, tasks: Sequence[Task]):
-        self._tasks = {task.name: task for task in tasks}
-        self._ready: set[str] = set()
-        super().__init__({task.name: self._tasks.keys() & task.after for task in tasks})
-        try:
-            self.prepare()
-        except CycleError as error:
-            raise ValueError(f"The tasks {sorted(set(error.args[1]))} wait for each other.") from error
-
-    def next_task(self) -> Task | None:
-        """Take the first task that can start; `None` if all must wait for one that is running."""
-        self._ready.update(self.get_ready())
-        name = next((name for name in self._tasks if name in self._ready), None)
-        self._ready.discard(name)
-        return self._tasks.get(name)
-
-
-def _side_by_side(order: _Order, work: Work, processes: int, screen: Screen) -> None:
+def _side_by_side(order: Order, work: Work, processes: int, screen: Screen) -> None:
     workers: list[_Worker] = []
     try:
         threads = max(torch.get_num_threads() // processes, 1)
@@ -132,7 +85,7 @@ class _Worker:
             except BrokenPipeError:
                 pass
 
-    def listen(self, screen: Screen, order: _Order, processes: int) -> None:
+    def listen(self, screen: Screen, order: Order, processes: int) -> None:
         """Take one message: something to show, or the end of the task. Raises what the task raised."""
         try:
             kind, *content = self.connection.recv()
@@ -193,30 +146,16 @@ def _serve(connection: Connection, work: Work, threads: int) -> None:
     os.setpgid(0, 0)
     # otherwise a data loader would spawn its processes, which takes seconds, and leave semaphores behind when killed
     multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
     # the default is a semaphore, which would be left behind when the worker is stopped; no bar is drawn here
     tqdm.set_lock(threading.RLock())
     torch.set_num_threads(threads)
-    screen = RemoteScreen(connection)
+    screen = RemoteScreen(connection.send)
     while True:
         arguments = connection.recv()
         try:
             work(screen, *arguments)
         except Exception as error:  # noqa: BLE001 - raised again where the tasks are distributed
-            connection.send(("error", _that_can_be_sent(error), traceback.format_exc()))
+            connection.send(("error", that_can_be_sent(error), traceback.format_exc()))
         else:
             connection.send(("done",))
-
-
-def _end_with_parent() -> None:
-    """Stop the worker with its parent: otherwise, it would write into the folders of the next run."""
-    multiprocessing.parent_process().join()
-    os.killpg(0, signal.SIGKILL)
-
-
-def _that_can_be_sent(error: Exception) -> Exception:
-    try:
-        pickle.loads(pickle.dumps(error))
-    except Exception:  # noqa: BLE001 - a class may fail in any way while it is pickled
-        return RuntimeError(f"{type(error).__name__}: {error}")
-    return error

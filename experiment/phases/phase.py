@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from m2mkd.experiment.artifact import is_finished
+from m2mkd.experiment.recipe import Resources
 from m2mkd.experiment.section import Training
 from m2mkd.experiment.session import Session
 
@@ -58,6 +59,16 @@ class Phase(ABC):
     def by_name(self) -> dict[str, "Phase"]:
         """Phases that can run on their own, by the name of what they make: its path in the run's folder."""
         return {self.session.folder.name_of(path): self for path in self.artifacts}
+
+    def parts(self) -> tuple[str, ...]:
+        """What this run still makes, as small as can be made apart: keys of `by_name`."""
+        to_make = set(self.to_make())
+        unfinished = {name: own for name, own in self.by_name().items() if to_make & set(own.to_make())}
+        return tuple(name for name, own in unfinished.items() if own is not self) or tuple(unfinished)
+
+    def resources(self) -> Resources:
+        """What the recipe states that it needs of a node."""
+        return self.recipe.resources.get(self.name.partition("/")[0], Resources())
 
     def training_arguments(self) -> dict[str, Training]:
         """The recipe's arguments for its trainings, by their key in the recipe."""

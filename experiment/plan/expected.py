@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from m2mkd.experiment.engines.local import Task
+from m2mkd.experiment.engines.task import Task
 from m2mkd.experiment.flops import training_flops_per_image
 from m2mkd.experiment.phases import Phase
 from m2mkd.experiment.plan.costs import PhaseCost

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from accelerate import PartialState
 from rich.console import Console
 from rich.table import Table
 
@@ -16,9 +17,10 @@ from m2mkd.files import write_files
 def report_study(spec: StudySpec, points: Sequence[Point]) -> Path:
     """Write `study.json`, `study.md` and `study.png` into the study's folder, and print its tables."""
     study, folder = collect_study(spec, points), Path(spec.output_dir)
-    pages = {"study.png": render_figure(study), "study.md": to_markdown(study).encode()}
-    write_files(folder, {"study.json": study, **pages})
-    print_study(study)
+    if PartialState().is_main_process:
+        pages = {"study.png": render_figure(study), "study.md": to_markdown(study).encode()}
+        write_files(folder, {"study.json": study, **pages})
+        print_study(study)
     return folder / "study.md"
 
 

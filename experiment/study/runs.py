@@ -8,9 +8,11 @@ from functools import lru_cache, partial
 from pathlib import Path
 
 from m2mkd.data.labeled_images import LabeledImages
+from m2mkd.errors import RecipeError
 from m2mkd.experiment.check import check_arguments
 from m2mkd.experiment.claim import claim_folder
-from m2mkd.experiment.engines.local import Task, run_tasks
+from m2mkd.experiment.engines import run_tasks
+from m2mkd.experiment.engines.task import Task
 from m2mkd.experiment.fingerprint import fingerprint
 from m2mkd.experiment.machine import num_processes, use_all_cores
 from m2mkd.experiment.one_writer import one_writer
@@ -18,7 +20,7 @@ from m2mkd.experiment.phases import Phase, phases_of
 from m2mkd.experiment.recipe import Recipe
 from m2mkd.experiment.recipe_networks import RecipeNetworks
 from m2mkd.experiment.run_data import RunData
-from m2mkd.experiment.runner import quieten
+from m2mkd.experiment.runner import quieten, run
 from m2mkd.experiment.session import Session
 from m2mkd.experiment.study.spec import Point
 from m2mkd.screen import Screen
@@ -96,6 +98,33 @@ def run_study(points: Sequence[Point], processes: int | None = None, take_over: 
         _run_units(points, units, links, processes)
 
 
+def run_phase(points: Sequence[Point], name: str, take_over: bool = False) -> bool:
+    """
+    Run one phase of a study.
+
+    Args:
+        points (`Sequence[Point]`)
+        name (`str`): Name of the point, and of the artifact in its folder: `"kd-1f2e3d4c/arms/kd"`.
+        take_over (`bool`, *optional*, defaults to `False`): See `one_writer`.
+
+    Returns:
+        Whether all phases of the study are finished now.
+
+    Raises:
+        `RecipeError`: the study has no such phase.
+        `RunError`: as in `run`.
+    """
+    units, links = units_and_links(points)
+    names = [f"{points[unit.point].name}/{part}" for unit in units for part in unit.phase.by_name()]
+    if name not in names:
+        raise RecipeError(f"--phase is {name!r}, but the study has only {', '.join(names)}")
+    own, _, phase = name.partition("/")
+    link_finished(links)
+    run(next(point.recipe for point in points if point.name == own), phase, take_over)
+    link_finished(links)
+    return all(unit.phase.is_finished() for unit in units)
+
+
 def _run_units(points: Sequence[Point], units: Sequence[Unit], links: Sequence[Link], processes: int | None) -> None:
     screen = Screen()
     for point in points:
@@ -112,11 +141,14 @@ def _run_units(points: Sequence[Point], units: Sequence[Unit], links: Sequence[L
             names[unit.title],
             (unit.point, unit.phase.session.seed, unit.phase.name),
             tuple(names[title] for title in unit.reads if title in names),
+            unit.phase.parts(),
+            unit.phase.resources(),
         )
         for unit in missing
     ]
     work = partial(_work, [point.recipe for point in points], links)
-    run_tasks(tasks, work, processes or num_processes(points[0].recipe))
+    recipe = points[0].recipe
+    run_tasks(recipe, tasks, work, processes or num_processes(recipe))
     link_finished(links)
 
 
@@ -130,12 +162,21 @@ def link_finished(links: Iterable[Link]) -> None:
                 link.target.symlink_to(os.path.relpath(link.source, link.target.parent), target_is_directory=True)
 
 
-def _work(recipes: Sequence[Recipe], links: Sequence[Link], screen: Screen, point: int, seed: int, name: str) -> None:
-    """Run one phase of a point, in this process or in a worker."""
+def _work(
+    recipes: Sequence[Recipe],
+    links: Sequence[Link],
+    screen: Screen,
+    point: int,
+    seed: int,
+    name: str,
+    part: str | None = None,
+) -> None:
+    """Run one phase of a point or a part of it, in this process or in a worker."""
     quieten()
     link_finished(links)
     recipe = recipes[point]
-    phases_of(Session(recipe, _data_of(recipe), seed, screen))[name].run()
+    phase = phases_of(Session(recipe, _data_of(recipe), seed, screen))[name]
+    (phase if part is None else phase.by_name()[part]).run()
 
 
 def _data_of(recipe: Recipe) -> RunData:

@@ -11,7 +11,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from m2mkd.errors import RecipeError
 from m2mkd.experiment.arms import PRESETS
-from m2mkd.experiment.recipe import Recipe
+from m2mkd.experiment.recipe import Engine, PhaseKind, Recipe, Resources
 from m2mkd.experiment.recipe_file import EMBEDDED, explain, load_recipe, read_mapping
 from m2mkd.experiment.section import FolderName, Section
 
@@ -57,6 +57,8 @@ class StudySpec(Section):
         recipe (`str`): The recipe that all runs extend: a path, relative to the study's file, or `"default"`.
         seeds (`list[int]`): Seeds of each point; meta model and teacher are those of the first.
         baseline (`str`, *optional*): The curve that the others are compared with. `None`: the first.
+        engine (`str`, *optional*): Where phases run, as in a recipe. `None`: the recipe's.
+        resources (`dict`, *optional*): For Ray, as in a recipe. `None`: the recipe's.
         set (`dict`): Values by dotted key that differ from the recipe in all runs.
         curves (`dict[str, CurveSpec]`): The curves by name.
     """
@@ -66,6 +68,8 @@ class StudySpec(Section):
     recipe: str = "default"
     seeds: list[int] = Field(min_length=1)
     baseline: str | None = None
+    engine: Engine | None = None
+    resources: dict[PhaseKind, Resources] | None = None
     set: dict[str, Any] = Field(default_factory=dict)
     curves: dict[FolderName, CurveSpec] = Field(min_length=1)
 
@@ -142,6 +146,7 @@ def _point(spec: StudySpec, base: Any, name: str, curve: CurveSpec, values: dict
         "repeat_seeds": spec.seeds[1:],
         "arms": arm,
         "equal_compute": False,
+        **spec.model_dump(include={"engine", "resources"}, exclude_none=True),
     }
     try:
         return Point(name, values, load_recipe(base, {**spec.set, **values, **own}))

@@ -106,23 +106,35 @@ def run_command(
 @app.command("slurm", context_settings=_OVERRIDES, options_metavar="[RECIPE.yaml] [--key.sub value]...")
 def slurm_command(
     context: typer.Context,
+    study: Annotated[Path | None, typer.Option(help="A study instead of a recipe.")] = None,
     gpus: Annotated[int, typer.Option(min=0, help="GPUs of each job.")] = 1,
     throughput: Annotated[float, typer.Option(min=1e-6, help="TFLOP/s per GPU, for the time limits.")] = 100.0,
 ) -> None:
     """
-    Print a script that submits the unfinished phases of a recipe to Slurm, each after those that it reads.
+    Print a script that submits the unfinished phases of a recipe or a study to Slurm, each after those that it reads.
 
     m2mkd slurm RECIPE.yaml --gpus 1 > submit.sh && bash submit.sh
+
+    m2mkd slurm --study STUDY.yaml > submit.sh && bash submit.sh
 
     Pairs and arms are job arrays. Time and memory come from the plan. All nodes must see the recipe and output_dir.
     """
 
     def work() -> None:
+        import shlex
+
         from m2mkd.experiment.recipe_file import load_recipe
         from m2mkd.experiment.slurm import slurm_script
+        from m2mkd.experiment.study.spec import Point, load_study
 
-        path, options = _recipe_and_options(context.args)
-        print(slurm_script(load_recipe(path, _overrides(options)), context.args, gpus, throughput), end="")
+        if study is None:
+            path, options = _recipe_and_options(context.args)
+            recipe = load_recipe(path, _overrides(options))
+            name, points, words = recipe.name, [Point("", {}, recipe)], ["run", *context.args]
+        else:
+            spec, points = load_study(study, _overrides(context.args))
+            name, words = spec.name, ["study", str(study), *context.args]
+        print(slurm_script(name, points, shlex.join(words), gpus, throughput, study is not None), end="")
 
     _explained(work)
 
@@ -134,6 +146,7 @@ def study_command(
     plan: Annotated[bool, typer.Option("--plan", help="Print what it would cost; train nothing.")] = False,
     only_report: Annotated[bool, typer.Option("--report", help="Report the finished seeds; train nothing.")] = False,
     processes: Annotated[int | None, typer.Option(min=1, help="Phases at once. Default: as in a run.")] = None,
+    phase: Annotated[str | None, typer.Option(help="Run only this phase of a point: kd-1f2e3d4c/arms/kd, …")] = None,
     take_over: Annotated[bool, typer.Option("--take-over", help=_TAKE_OVER)] = False,
 ) -> None:
     """
@@ -147,14 +160,17 @@ def study_command(
     def work() -> None:
         from m2mkd.experiment.study.plan import print_study_plan
         from m2mkd.experiment.study.report import report_study
-        from m2mkd.experiment.study.runs import run_study
+        from m2mkd.experiment.study.runs import run_phase, run_study
         from m2mkd.experiment.study.spec import load_study
 
         spec, points = load_study(study, _overrides(context.args))
         if plan:
             print_study_plan(spec, points)
             return
-        if not only_report:
+        if phase is not None:
+            if not run_phase(points, phase, take_over):
+                return
+        elif not only_report:
             run_study(points, processes, take_over)
         _print_once(f"The study is in {report_study(spec, points)} (study.json and study.png are in the same folder).")
 

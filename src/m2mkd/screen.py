@@ -2,10 +2,9 @@
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
-from typing import TextIO, TypeVar
+from typing import Any, TextIO, TypeVar
 
 from accelerate import PartialState
 from rich.console import Console
@@ -149,21 +148,26 @@ class Screen:
 
 
 class RemoteScreen(Screen):
-    """Screen of a worker process: sends everything through a pipe to the process that draws."""
+    """
+    Screen of a worker process: everything goes to the process that draws.
 
-    def __init__(self, connection: Connection):
+    Args:
+        send (`Callable`): Called with the name of a method of `Screen` and its arguments, as one tuple.
+    """
+
+    def __init__(self, send: Callable[[tuple[Any, ...]], object]):
         super().__init__()
-        self._connection = connection
+        self._send = send
         self._last_report = 0.0
 
     def say(self, text: str) -> None:
-        self._connection.send(("say", text))
+        self._send(("say", text))
 
     def advance(self, name: str, step: int, total: int, shown: dict[str, str]) -> None:
         now = time.monotonic()
         if now - self._last_report >= SECONDS_BETWEEN_REPORTS or step == total:
             self._last_report = now
-            self._connection.send(("advance", name, step, total, shown))
+            self._send(("advance", name, step, total, shown))
 
     def finish(self, name: str) -> None:
-        self._connection.send(("finish", name))
+        self._send(("finish", name))

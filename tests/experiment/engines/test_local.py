@@ -13,7 +13,8 @@ import torch
 from schedule_work import fail, wait_for, work
 
 from m2mkd.errors import RunError
-from m2mkd.experiment.engines.local import Task, WorkerTraceback, run_tasks
+from m2mkd.experiment.engines.local import run_tasks
+from m2mkd.experiment.engines.task import Task, WorkerTraceback
 
 
 def is_alive(process: int) -> bool:
@@ -131,7 +132,8 @@ class TestSideBySide:
             "import signal\n"
             "from pathlib import Path\n"
             "from schedule_work import sleep\n"
-            "from m2mkd.experiment.engines.local import Task, run_tasks\n"
+            "from m2mkd.experiment.engines.local import run_tasks\n"
+            "from m2mkd.experiment.engines.task import Task\n"
             "if __name__ == '__main__':\n"
             # a process that was started in the background of a shell ignores it
             "    signal.signal(signal.SIGINT, signal.default_int_handler)\n"

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from tiny_run import recipe_content
 
-from m2mkd.experiment.engines.local import Task
+from m2mkd.experiment.engines.task import Task
 from m2mkd.experiment.phases import phases_of
 from m2mkd.experiment.plan import expected
 from m2mkd.experiment.plan.expected import expect, print_expected, wall_clock
