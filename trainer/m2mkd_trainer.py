@@ -16,7 +16,7 @@ from transformers.trainer_utils import TrainOutput
 
 from m2mkd.data.dataset import ImageDataset
 from m2mkd.data.sampling import RepeatedSampler
-from m2mkd.distillation.checks import num_special_tokens
+from m2mkd.distillation.sizes import num_special_tokens, vision_config
 from m2mkd.distillation.frozen_networks import FrozenNetworks, TeacherContext
 from m2mkd.distillation.losses import (
     boundary_loss,
@@ -120,7 +120,7 @@ class M2MKDTrainer(StatisticsTrainer):
         # computed before anything is cast
         self.network_hashes = _network_hashes(args, teacher, meta, targets)
         self.student = model
-        self.stitch_size = around.config.hidden_size
+        self.stitch_size = vision_config(around.config).hidden_size
         self._step_of_seed, self._batch_in_step = -1, -1
         self._needed = [*frozen.names(args.pair_indices), *(["labels"] if args.alpha < 1 else [])]
         by_labels = targets is not None and args.num_pairs == 1
@@ -128,7 +128,7 @@ class M2MKDTrainer(StatisticsTrainer):
         stitched = StitchedStudent(
             model,
             [student_stages[i] for i in args.pair_indices],
-            around.config.hidden_size,
+            vision_config(around.config).hidden_size,
             args.stitch if args.num_pairs > 1 else "none",
             seed=args.seed,
             nac_codes=args.nac_codes,
