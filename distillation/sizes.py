@@ -1,12 +1,13 @@
 """The sizes of a vision tower, wherever its configuration keeps them."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import torch
-from transformers import AutoModelForImageClassification, PreTrainedConfig
+from transformers import AutoModelForImageClassification, PreTrainedConfig, TimmWrapperConfig
 
 
 # Number of special tokens of architectures that have not only the class token; ours say it in their configuration.
@@ -26,20 +27,16 @@ class TimmSizes:
 
 def vision_config(config: PreTrainedConfig) -> Any:
     """The part of a configuration with the sizes of the vision tower: of a CLIP or SigLIP, its `vision_config`."""
-    if config.model_type == "timm_wrapper":
+    if isinstance(config, TimmWrapperConfig):
         return _timm_sizes(config.to_json_string())
     return getattr(config, "vision_config", config)
 
 
 @lru_cache(maxsize=16)
-def _timm_sizes(config: str) -> Any:
-    """timm's sizes are only in the model itself; for one that is no ViT, those that it has."""
-    from json import loads
-
-    from transformers import TimmWrapperConfig
-
+def _timm_sizes(config: str) -> TimmSizes:
+    """timm's sizes are only in the model itself; one that is no ViT has no patches."""
     with torch.device("meta"):
-        model = AutoModelForImageClassification.from_config(TimmWrapperConfig.from_dict(loads(config))).timm_model
+        model = AutoModelForImageClassification.from_config(TimmWrapperConfig.from_dict(json.loads(config))).timm_model
     patches = getattr(model, "patch_embed", None)
     if not hasattr(model, "blocks") or not hasattr(patches, "grid_size"):
         return TimmSizes(model.num_features, 1, (0, 0), (1, 1), 0)
