@@ -33,7 +33,9 @@ def check_stitchable(
         `StageError`: teacher and meta model differ in width or special tokens, or two networks differ in patches or
             label space.
     """
-    widths = [vision_config(config).hidden_size for config in (teacher, meta) if config is not None and meta is not None]
+    widths = [
+        vision_config(config).hidden_size for config in (teacher, meta) if config is not None and meta is not None
+    ]
     if len(set(widths)) == 2:
         raise StageError(
             f"The teacher is {widths[0]} wide and the meta model {widths[1]}; their modules exchange "
@@ -55,8 +57,8 @@ def check_stitchable(
             raise StageError(
                 f"The student has {_num_patches(student)} patches (image_size {student.image_size}, patch_size "
                 f"{student.patch_size}) and the {name} {_num_patches(other)} (image_size {theirs.image_size}, "
-                f"patch_size {theirs.patch_size}); stitches change the width, not the number of patches. Give them the "
-                "same grid."
+                f"patch_size {theirs.patch_size}); stitches change the width, not the number of patches. Give them "
+                "the same grid."
             )
         _check_label_space(student, other, name)
 

@@ -9,7 +9,7 @@ from m2mkd.data.config import DataConfig
 from m2mkd.data.known_sets import known_set
 from m2mkd.data.processing import build_image_processor
 from m2mkd.distillation.checks import check_same_normalization, check_stitchable
-from m2mkd.distillation.load import load_network_config, load_processor
+from m2mkd.distillation.load import config_with_new_head, load_network_config, load_processor
 from m2mkd.distillation.meta_from_teacher import meta_from_teacher
 from m2mkd.distillation.split import split_into_stages, stage_class
 from m2mkd.distillation.upcycling import upcycle_into
@@ -70,6 +70,8 @@ class RecipeNetworks:
         spec, data = self.recipe.teacher, self.recipe.distill.data
         if spec.model is not None:
             teacher = self.build(spec.model, spec.data)
+        elif spec.probe:
+            teacher = build_on_meta(config_with_new_head(spec.pretrained, self._class_names(spec.data)))
         else:
             teacher = build_on_meta(load_network_config(spec.pretrained))
         fit_to_data(teacher, self.recipe.data[data], self._class_names(data))
@@ -87,7 +89,7 @@ class RecipeNetworks:
             (self.meta, self.meta_depths),
         )
         for network, depths in cuts:
-            if network is not None:
+            if network is not None and depths is not None:
                 split_into_stages(network, depths)
         if self.is_incubated:
             check_stitchable(self.build(recipe.teacher.model, recipe.teacher.data).config, None, self.meta.config)

@@ -16,7 +16,6 @@ from transformers.trainer_utils import TrainOutput
 
 from m2mkd.data.dataset import ImageDataset
 from m2mkd.data.sampling import RepeatedSampler
-from m2mkd.distillation.sizes import num_special_tokens, vision_config
 from m2mkd.distillation.frozen_networks import FrozenNetworks, TeacherContext
 from m2mkd.distillation.losses import (
     boundary_loss,
@@ -28,6 +27,7 @@ from m2mkd.distillation.losses import (
     soft_distillation_loss,
 )
 from m2mkd.distillation.pair_folder import tensors_sha256
+from m2mkd.distillation.sizes import num_special_tokens, vision_config
 from m2mkd.distillation.split import count_layers, split_into_stages
 from m2mkd.distillation.stage import Stage
 from m2mkd.distillation.stitch_init import FITTED_IMAGES, fit_stitches
@@ -113,7 +113,7 @@ class M2MKDTrainer(StatisticsTrainer):
             teacher = targets.teacher()
         check_networks(args, model, teacher, meta)
         student_stages = split_into_stages(model, args.student_depths or [count_layers(model)])
-        around = meta or teacher or model
+        around = meta or (teacher if args.num_pairs > 1 else None) or model
         frozen = _frozen_networks(args, teacher, meta, targets is not None)
         if targets is not None and train_dataset is not None:
             train_dataset = CachedImages(train_dataset, targets, frozen.names(args.pair_indices))
