@@ -31,7 +31,7 @@ from m2mkd.experiment.recipe_file import parse_recipe
 
 # Patches on a side of an image without a given teacher, and the largest image that is not scaled down.
 GRID, LARGEST = 8, 96
-MEASURED_IMAGES = 512
+MEASURED_IMAGES = 256
 # Updates of the weights that each phase gets if the time allows.
 STEPS = {"teacher": 3000, "distill": 1500, "finetune": 4000}
 MIN_EPOCHS = 3
@@ -302,7 +302,7 @@ def _reasons(content: dict[str, Any], images: Images, teacher: Teacher | None) -
             "parts, then it learns the outputs; kd gets as much compute. Neither reads labels.",
         ],
         "data": [
-            f"{len(images.train):,} training images of {len(classes)} classes; median of the shorter sides: {images.side}.",
+            f"{len(images.train):,} training images of {len(classes)} classes; median shorter side: {images.side} pixels.",
             f"{holdout:g} of each class is the test set." if holdout else "Training and test images are apart.",
             (
                 "affine: small shifts and turns, no mirror images, because the pictures are gray (symbols, letters)."
@@ -311,11 +311,10 @@ def _reasons(content: dict[str, Any], images: Images, teacher: Teacher | None) -
             ),
         ],
         "training": [
-            f"batch {content['training']['per_device_train_batch_size']}: {'64' if len(images.train) >= 1000 else '32'}"
-            " for this number of images gives enough updates an epoch; rate and decay are those of the digits recipe.",
+            "The batch gives this number of images enough updates an epoch; rate and decay are the digits recipe's.",
         ],
         "student": [
-            "4 layers of width 96 with 4 experts each, 2 a token; as many patches as the teacher, so that modules fit.",
+            "4 layers of width 96, 4 experts each, 2 a token; as many patches as the teacher, so that modules fit.",
             "initializer_range 0.1: at this width the usual 0.02 is so small that training crawls.",
         ],
         "distill": ["No labels; one pass through the teacher gives inputs and targets of all modules."],

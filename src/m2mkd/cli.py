@@ -100,9 +100,7 @@ def run_command(
 def init_command(
     images: Annotated[str, typer.Argument(metavar="FOLDER_OR_ID", help="One sub-folder per class, or train/, test/.")],
     out: Annotated[Path, typer.Option(help="The recipe to write.")] = Path("recipe.yaml"),
-    test: Annotated[
-        str | None, typer.Option(help="Folder of test images. Default: test/, or a part held out.")
-    ] = None,
+    test: Annotated[str | None, typer.Option(help="Test images. Default: test/, or a part held out.")] = None,
     ood: Annotated[str | None, typer.Option(help="Folder of the same classes from elsewhere.")] = None,
     teacher: Annotated[str | None, typer.Option(help="Hub id or folder. Default: a ViT is trained.")] = None,
     minutes: Annotated[float, typer.Option(min=0.01, help="Time that the run may take here.")] = 30.0,
