@@ -93,8 +93,7 @@ def write_new_recipe(
     path.write_text(_commented(content, images, given, plan, speed), encoding="utf-8")
     total = sum(part.flops for part in plan.phases if not part.name.startswith("pair ")) / speed / 60
     return [
-        f"{len(images.train):,} training images of {len(images.train.class_names)} classes, median side {images.side} "
-        f"pixels{', gray' if images.is_gray else ''}.",
+        f"{len(images.train):,} training images, {len(images.train.class_names)} classes, {images.side} pixels.",
         f"{os.cpu_count()} cores, {torch.cuda.device_count()} GPUs; about {total:.0f} minutes of training here.",
         f"The recipe is in {path}. Run it: m2mkd run {path}",
     ]
@@ -298,11 +297,11 @@ def _reasons(content: dict[str, Any], images: Images, teacher: Teacher | None) -
     holdout = data.get("holdout")
     whys = {
         "arms": [
-            "kd: the student learns the outputs of the whole teacher. m2mkd_kd: first its modules learn the teacher's",
+            "kd: the student learns the whole teacher's outputs. m2mkd_kd: first its modules learn the teacher's",
             "parts, then it learns the outputs; kd gets as much compute. Neither reads labels.",
         ],
         "data": [
-            f"{len(images.train):,} training images of {len(classes)} classes; median shorter side: {images.side} pixels.",
+            f"{len(images.train):,} images of {len(classes)} classes; median shorter side: {images.side} pixels.",
             f"{holdout:g} of each class is the test set." if holdout else "Training and test images are apart.",
             (
                 "affine: small shifts and turns, no mirror images, because the pictures are gray (symbols, letters)."
