@@ -249,14 +249,14 @@ def _fitted_to_time(content: dict[str, Any], minutes: float, speed: float) -> tu
     """Shorten all epochs by the same factor until the plan fits the time. Raises `RecipeError` if it cannot."""
     trainings = [content["distill"]["training"], content["finetune"]["training"]]
     trainings += [content["teacher"]["finetuning"]] if "finetuning" in content["teacher"] else []
-    for _ in range(8):
+    for _ in range(3):
         recipe = parse_recipe(content, "the new recipe")
         plan = make_plan(recipe)
         needed = sum(part.flops for part in plan.phases if not part.name.startswith("pair ")) / speed / 60
         if needed <= minutes or all(own["num_train_epochs"] == MIN_EPOCHS for own in trainings):
             break
         for own in trainings:
-            own["num_train_epochs"] = max(MIN_EPOCHS, int(own["num_train_epochs"] * min(0.95, minutes / needed)))
+            own["num_train_epochs"] = max(MIN_EPOCHS, int(own["num_train_epochs"] * min(0.95, 0.95 * minutes / needed)))
     if needed > minutes:
         raise RecipeError(
             f"Even {MIN_EPOCHS} epochs would take about {needed:.0f} minutes on this machine, but --minutes is "
