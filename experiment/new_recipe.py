@@ -156,13 +156,13 @@ def look_at_teacher(source: str, class_names: list[str]) -> Teacher:
 def measure_speed(recipe: Recipe, class_names: list[str], seconds: float = 2.0) -> float:
     """FLOPs a second of this machine: training steps of the recipe's student, of its size and batch."""
     data = recipe.data["train"]
-    config = build_config(recipe.student.model, data, class_names)
-    counted = build_on_meta(config)
+    counted = build_on_meta(build_config(recipe.student.model, data, class_names))
     batch = recipe.training["per_device_train_batch_size"]
     with FlopCounterMode(display=False) as counter:
         counted(torch.empty(2, 3, data.image_size, data.image_size, device="meta")).logits.sum().backward()
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    network: PreTrainedModel = type(counted)(config).to(device)
+    # a configuration of its own: that of the counted network asks for plain, slow paths
+    network: PreTrainedModel = type(counted)(build_config(recipe.student.model, data, class_names)).to(device)
     pixels = torch.randn(batch, 3, data.image_size, data.image_size, device=device)
     network(pixels).logits.sum().backward()
     steps, start = 0, time.perf_counter()
@@ -256,7 +256,7 @@ def _fitted_to_time(content: dict[str, Any], minutes: float, speed: float) -> tu
         if needed <= minutes or all(own["num_train_epochs"] == MIN_EPOCHS for own in trainings):
             break
         for own in trainings:
-            own["num_train_epochs"] = max(MIN_EPOCHS, int(own["num_train_epochs"] * min(0.95, 0.95 * minutes / needed)))
+            own["num_train_epochs"] = max(MIN_EPOCHS, int(own["num_train_epochs"] * 0.95 * minutes / needed))
     if needed > minutes:
         raise RecipeError(
             f"Even {MIN_EPOCHS} epochs would take about {needed:.0f} minutes on this machine, but --minutes is "
