@@ -95,7 +95,7 @@ def config_with_new_head(source: str | Path, class_names: Sequence[str]) -> PreT
     head. Raises `StageError` if transformers has no classifier with such a backbone.
     """
     try:
-        config = AutoConfig.from_pretrained(source)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     except Exception as error:
         raise StageError(_why_no_model(source, error)) from error
     if type(config) in _WHOLE:
@@ -121,14 +121,15 @@ def load_with_new_head(source: str | Path, class_names: Sequence[str]) -> PreTra
     Raises:
         `StageError`: there is no such model, or its file lacks other weights than those of a head.
     """
+    _check_files(source)
     config = config_with_new_head(source, class_names)
     # the classifier on a vision tower holds the tower under a name of its own
-    is_tower = config.model_type != AutoConfig.from_pretrained(source).model_type
+    is_tower = config.model_type != AutoConfig.from_pretrained(source, trust_remote_code=False).model_type
     kind = AutoModel if is_tower else AutoModelForImageClassification
     own_config = {} if is_tower else {"config": config}
     try:
         model, info = kind.from_pretrained(
-            source, **own_config, ignore_mismatched_sizes=True, output_loading_info=True
+            source, **own_config, ignore_mismatched_sizes=True, output_loading_info=True, trust_remote_code=False
         )
     except Exception as error:
         raise StageError(_why_no_model(source, error)) from error
