@@ -21,7 +21,7 @@ from m2mkd.data.sources import load_images
 from m2mkd.distillation.load import config_with_new_head, load_network_config, load_processor
 from m2mkd.distillation.sizes import pair, vision_config
 from m2mkd.distillation.split import count_layers, stage_class
-from m2mkd.errors import RecipeError, StageError
+from m2mkd.errors import DataError, RecipeError, StageError
 from m2mkd.experiment.networks import build_config
 from m2mkd.experiment.plan.plan import Plan, make_plan
 from m2mkd.experiment.plan.step_cost import build_on_meta
@@ -105,12 +105,14 @@ def write_new_recipe(
 def look_at_images(source: str, test: str | None, ood: str | None) -> Images:
     """Find the splits of a source, and measure the training images."""
     root = Path(source).expanduser()
-    if root.is_dir():
+    if root.is_dir() and not any(root.rglob("*.parquet")):
         sections = _folder_sections(root, test, ood)
     else:
         sections = {"train": {"source": source, "split": "train"}, "iid": {"source": source, "split": "test"}}
         sections |= {"ood": {"source": f"{IMAGEFOLDER_PREFIX}{ood}"}} if ood else {}
     train = load_images(DataConfig(**sections["train"]))
+    if len(train.class_names) < 2:
+        raise DataError(f"{source} has one class, {train.class_names[0]!r}. Give a folder with one sub-folder per class.")
     for name in ("iid", *(["ood"] if "ood" in sections else [])):
         load_images(DataConfig(**sections[name])).relabel(train.class_names)
     chosen = np.linspace(0, len(train) - 1, min(MEASURED_IMAGES, len(train))).round().astype(int)
