@@ -336,10 +336,12 @@ def upcycle_command(
 @app.command("convert")
 def convert_command(
     checkpoint: Annotated[
-        Path, typer.Argument(metavar="CHECKPOINT", help="A .pth, .pt, .safetensors or .npz file, or PREFIX.")
+        Path, typer.Argument(metavar="CHECKPOINT", help="A .pth, .pt, .safetensors, .npz or .onnx file, or PREFIX.")
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to create.")],
-    kind: Annotated[str, typer.Option(help="nac, nac-student, vmoe, vmoe-student, vit, vmoe-jax or vit-jax.")],
+    kind: Annotated[
+        str, typer.Option(help="nac, nac-student, vmoe, vmoe-student, vit, vmoe-jax, vit-jax or dinov2-onnx.")
+    ],
     config: Annotated[
         Path | None, typer.Option(help="The official YAML file. For vit and vmoe: JSON, see below.")
     ] = None,
@@ -363,6 +365,8 @@ def convert_command(
     routers' arguments, e.g. {"num_selected_experts": 2}
 
     vit-jax is for the .npz of a ViT of big_vision or vision_transformer with a class token. It needs no --config.
+
+    dinov2-onnx takes the DINOv2 backbone out of an ONNX file that transformers' Dinov2Model was exported to.
 
     The folder of a student or of one stage contains that stage's tensors and its stitches, like pairs/ in a run.
 
