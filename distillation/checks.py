@@ -80,18 +80,20 @@ def _check_label_space(student: PreTrainedConfig, other: PreTrainedConfig, name:
     )
 
 
-def check_same_normalization(first: Any, second: Any, names: tuple[str, str]) -> None:
+def check_same_normalization(first: Any, second: Any, names: tuple[str, str], any_size: bool = False) -> None:
     """
     Check that two image processors feed their networks the same pixels, because both networks see the same batch.
 
     Args:
         first, second (image processors of transformers)
         names (`tuple[str, str]`): Names of their networks in the message.
+        any_size (`bool`): Whether the sizes may differ.
 
     Raises:
         `StageError`: mean, standard deviation, rescaling or size differ.
     """
-    for field in ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std", "size"):
+    fields = ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std", "size")
+    for field in fields[:-1] if any_size else fields:
         ours, theirs = (getattr(processor, _final(field, processor), None) for processor in (first, second))
         if isinstance(ours, list | tuple) and isinstance(theirs, list | tuple):
             ours, theirs = list(ours), list(theirs)

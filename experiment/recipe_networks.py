@@ -119,6 +119,9 @@ class RecipeNetworks:
         spec = recipe.teacher
         name = "teacher" if spec.pretrained is None else f"teacher {spec.pretrained}"
         teacher = load_processor(spec.pretrained) if spec.pretrained else build_image_processor(recipe.data[spec.data])
+        if spec.probe:
+            check_pixels(spec.data, recipe.data[spec.data], name, teacher, any_size=True)
+            teacher = build_image_processor(recipe.data[spec.data])
         if self._is_modular:
             check_pixels(distill, recipe.data[distill], name, teacher)
         if self._uses_meta:
@@ -128,18 +131,21 @@ class RecipeNetworks:
             check_pixels(data, recipe.data[data], name, teacher)
 
 
-def check_pixels(data: str, config: DataConfig, network: str, processor: BaseImageProcessor) -> None:
+def check_pixels(
+    data: str, config: DataConfig, network: str, processor: BaseImageProcessor, any_size: bool = False
+) -> None:
     """
     Check that a data set feeds a network the pixels that it was trained on.
 
     Args:
         data (`str`), config (`DataConfig`): Name of the data set in the recipe, and its configuration.
         network (`str`), processor (`BaseImageProcessor`): Name of the network in messages, and its image processor.
+        any_size (`bool`): Whether the size may differ, as for a network whose head is not fitted yet.
 
     Raises:
         `StageError`: mean, standard deviation, rescaling or size differ.
     """
-    check_same_normalization(build_image_processor(config), processor, (f"data set {data!r}", network))
+    check_same_normalization(build_image_processor(config), processor, (f"data set {data!r}", network), any_size)
 
 
 def class_names_without_images(data: RunData, name: str) -> list[str]:

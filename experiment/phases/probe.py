@@ -36,7 +36,7 @@ class ProbedTeacherPhase(TrainedTeacherPhase):
         """Compute the features once, fit the head, and save the whole network."""
         session, spec = self.session, self.recipe.teacher
         class_names = session.data.class_names(spec.data)
-        session.check_processors(spec.pretrained, spec.data)
+        session.check_processors(spec.pretrained, spec.data, any_size=True)
         model = load_with_new_head(spec.pretrained, class_names)
         fit_to_data(model, session.data.config(spec.data), class_names)
         images = session.data.plain_set(spec.data, MAX_IMAGES)

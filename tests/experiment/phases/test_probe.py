@@ -8,6 +8,7 @@ import torch
 from testing_utils import randomized
 from tiny_run import published, tiny_recipe
 from transformers import (
+    AutoImageProcessor,
     AutoModelForImageClassification,
     CLIPVisionConfig,
     CLIPVisionModel,
@@ -63,6 +64,21 @@ def test_a_backbone_gets_a_head_that_is_counted_reported_and_planned(tmp_path: P
     assert "only its linear head was fitted in this run" in (tmp_path / "run/report.md").read_text()
     saved = AutoModelForImageClassification.from_pretrained(tmp_path / "run/teacher")
     assert torch.equal(saved.dinov3_vit.embeddings.cls_token, backbone().embeddings.cls_token)
+
+
+def test_a_backbone_takes_images_of_another_size_but_of_its_own_normalization(tmp_path: Path) -> None:
+    model = randomized(ViTForImageClassification(ViTConfig(**{**SIZES, "image_size": 16}, num_labels=7)), seed=1)
+    recipe = probed(tmp_path, model)
+    processor = AutoImageProcessor.from_pretrained(recipe.teacher.pretrained)
+    processor.size = {"height": 16, "width": 16}
+    processor.save_pretrained(recipe.teacher.pretrained)
+    run(recipe)
+    saved = AutoModelForImageClassification.from_pretrained(tmp_path / "run/teacher")
+    assert saved.config.image_size == 8 and saved.vit.embeddings.position_embeddings.shape == (1, 5, 12)
+    processor.image_mean = [0.1, 0.1, 0.1]
+    processor.save_pretrained(recipe.teacher.pretrained)
+    with pytest.raises(StageError, match="differ in `image_mean`"):
+        make_plan(recipe)
 
 
 def test_a_probe_needs_data(tmp_path: Path) -> None:
