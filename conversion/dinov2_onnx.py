@@ -13,7 +13,7 @@ from m2mkd.conversion.output import Output, Tensors, model_output
 from m2mkd.errors import ConversionError
 
 
-_POSITIONS = "embeddings.position_embeddings"
+_CLASS_TOKEN, _POSITIONS = "embeddings.cls_token", "embeddings.position_embeddings"
 # Width of a head in every published DINOv2; the graph has the number of heads only inside its reshapes.
 _HEAD_SIZE = 64
 
@@ -29,13 +29,13 @@ class Dinov2OnnxKind(Kind):
         if request.content:
             raise ConversionError(f"--kind {self.name} reads everything from the file. Leave out --config.")
         tensors = _read_parameters(request.path)
-        prefixes = [name.removesuffix("embeddings.cls_token") for name in tensors if name.endswith(".cls_token")]
+        prefixes = [name.removesuffix(_CLASS_TOKEN) for name in tensors if name.endswith(_CLASS_TOKEN)]
         if len(prefixes) != 1:
-            raise ConversionError(f"a DINOv2 has one parameter `embeddings.cls_token`, the file has {len(prefixes)}.")
+            raise ConversionError(f"a DINOv2 has one parameter `{_CLASS_TOKEN}`, the file has {len(prefixes)}.")
         (prefix,) = prefixes
+        if prefix + _POSITIONS not in tensors:
+            tensors[prefix + _POSITIONS] = _take_positions(tensors)
         own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-        if _POSITIONS not in own:
-            own[_POSITIONS] = _split_positions(tensors)
         # transformers knows the names of its earlier versions
         model, info = Dinov2Model.from_pretrained(
             None, config=_config(own), state_dict=own, ignore_mismatched_sizes=True, output_loading_info=True
@@ -56,9 +56,9 @@ def _read_parameters(path: Path) -> Tensors:
         raise ConversionError("reading ONNX needs onnx: `pip install m2mkd[onnx]`.") from error
     try:
         graph = onnx.load(path).graph
-    except (OSError, DecodeError, onnx.checker.ValidationError) as error:
+        tensors = {part.name: torch.from_numpy(onnx.numpy_helper.to_array(part).copy()) for part in graph.initializer}
+    except (OSError, DecodeError, onnx.checker.ValidationError, TypeError) as error:
         raise ConversionError(f"the file cannot be read as ONNX: {error}") from error
-    tensors = {part.name: torch.from_numpy(onnx.numpy_helper.to_array(part).copy()) for part in graph.initializer}
     products = {node.output[0]: node.input[1] for node in graph.node if node.op_type == "MatMul"}
     for node in graph.node:
         weights = [products[name] for name in node.input if products.get(name) in tensors]
@@ -69,10 +69,10 @@ def _read_parameters(path: Path) -> Tensors:
     return tensors
 
 
-def _split_positions(tensors: Tensors) -> torch.Tensor:
+def _take_positions(tensors: Tensors) -> torch.Tensor:
     """The position embeddings (1, 1 + patches, width), which the exporter splits into class token and patches."""
-    parts = [tensors[name] for name in tensors if name.startswith("onnx::") and tensors[name].ndim == 3]
-    parts.sort(key=lambda part: part.shape[1])
+    names = [name for name, tensor in tensors.items() if name.startswith("onnx::") and tensor.ndim == 3]
+    parts = sorted(map(tensors.pop, names), key=lambda part: part.shape[1])
     if len(parts) != 2 or parts[0].shape[1] != 1:
         raise ConversionError(f"the file has no position embeddings, only {[tuple(part.shape) for part in parts]}.")
     return torch.cat(parts, dim=1)
@@ -85,6 +85,8 @@ def _config(tensors: Tensors) -> Dinov2Config:
     except KeyError as error:
         raise ConversionError(f"the file has no {error}. Only a DINOv2 without SwiGLU can be converted.") from error
     width, channels, size, _ = patches.shape
+    if width % _HEAD_SIZE:
+        raise ConversionError(f"the width is {width}; that of a DINOv2 is a multiple of {_HEAD_SIZE}.")
     sizes: dict[str, Any] = {"hidden_size": width, "num_channels": channels, "patch_size": size}
     return Dinov2Config(
         **sizes,
