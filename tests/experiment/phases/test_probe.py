@@ -14,6 +14,7 @@ from transformers import (
     CLIPVisionModel,
     ConvNextConfig,
     ConvNextForImageClassification,
+    Dinov2Config,
     DINOv3ViTConfig,
     DINOv3ViTModel,
     PreTrainedModel,
@@ -23,10 +24,12 @@ from transformers import (
     ViTForImageClassification,
 )
 
+from m2mkd.conversion.official_pixels import DINOV2_PIXELS
 from m2mkd.distillation.load import load_with_new_head
 from m2mkd.errors import RecipeError, StageError
 from m2mkd.experiment.plan.plan import make_plan
 from m2mkd.experiment.recipe import Recipe
+from m2mkd.experiment.recipe_file import load_recipe
 from m2mkd.experiment.runner import run
 
 
@@ -79,6 +82,21 @@ def test_a_backbone_takes_images_of_another_size_but_of_its_own_normalization(tm
     processor.save_pretrained(recipe.teacher.pretrained)
     with pytest.raises(StageError, match="differ in `image_mean`"):
         make_plan(recipe)
+
+
+def test_the_recipe_with_dinov2_plans(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6, "patch_size": 14}
+    config = Dinov2Config(**sizes, image_size=518, use_mask_token=False)
+    config.save_pretrained(tmp_path)
+    DINOV2_PIXELS.processor(config).save_pretrained(tmp_path)
+    path = Path(__file__).parents[3] / "recipes/dinov2_small.yaml"
+    plan = make_plan(load_recipe(path, {"teacher.pretrained": str(tmp_path)}))
+    (probe,) = plan.parts["teacher"]
+    # class token and mean of the patches; 4x4 patches and the token, weights and attention of 12 layers
+    assert probe.parameters == 10 * 2 * 384 + 10
+    per_image = 17 * 12 * 2 * 12 * 384**2 + 12 * 4 * 17**2 * 384 + 16 * 2 * 588 * 384 + 2 * 768 * 10
+    assert probe.flops == pytest.approx(4000 * per_image, rel=1e-3)
+    assert plan.totals["m2mkd_kd"] > 0
 
 
 def test_a_probe_needs_data(tmp_path: Path) -> None:
