@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from m2mkd.conversion.checkpoint_file import read_config
+from m2mkd.conversion.dinov2_onnx import Dinov2OnnxKind
 from m2mkd.conversion.jax_kinds import ViTJaxKind, VMoEJaxKind
 from m2mkd.conversion.kind import Kind, Request
 from m2mkd.conversion.nac_kinds import NACKind, NACStudentKind
@@ -16,7 +17,16 @@ from m2mkd.files import explained_write_errors
 
 KINDS: dict[str, Kind] = {
     kind.name: kind
-    for kind in (NACKind(), NACStudentKind(), VMoEKind(), VMoEStudentKind(), ViTKind(), VMoEJaxKind(), ViTJaxKind())
+    for kind in (
+        NACKind(),
+        NACStudentKind(),
+        VMoEKind(),
+        VMoEStudentKind(),
+        ViTKind(),
+        VMoEJaxKind(),
+        ViTJaxKind(),
+        Dinov2OnnxKind(),
+    )
 }
 
 
@@ -35,8 +45,8 @@ def convert(
         kind (`str`): What the checkpoint holds, one of `KINDS`.
         config_path (`Path`, *optional*): An official YAML file, or a JSON file with the constructor's arguments. The
             JAX kinds need none if the arrays or the name of the checkpoint say everything.
-        checkpoint_path (`Path`): `.pth`, `.pt`, `.safetensors` or `.npz`, or what the names of google-research/vmoe's
-            checkpoint files begin with.
+        checkpoint_path (`Path`): `.pth`, `.pt`, `.safetensors`, `.npz` or `.onnx`, or what the names of
+            google-research/vmoe's checkpoint files begin with.
         out (`Path`): Folder to make. It appears whole or not at all.
         stage (`int`, *optional*): Which stage a student is, or which one to take from a ViT or V-MoE.
         num_stages (`int`, *optional*): Stages of the student's model.

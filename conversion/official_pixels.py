@@ -1,6 +1,6 @@
 """How the code behind a converted checkpoint turns an image into pixels when it tests a model."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from PIL.Image import Resampling
@@ -18,6 +18,7 @@ class OfficialPixels:
         enlargement (`float`): The shorter side is resized to so many times the model's image size, whose square is
             then cut out of the center. 1: the whole image is resized to it.
         largest_uncut (`int`): Largest image size at which the whole image is resized all the same.
+        image_size (`int`, *optional*): Size of the images, if it is not the one that the model's positions are for.
     """
 
     mean: list[float]
@@ -25,10 +26,11 @@ class OfficialPixels:
     resample: Resampling
     enlargement: float = 1.0
     largest_uncut: int = 0
+    image_size: int | None = None
 
     def processor(self, config: PreTrainedConfig) -> ViTImageProcessorPil:
         """The image processor of a model. If its images are not square, they are resized as a whole."""
-        size = config.image_size
+        size = self.image_size or config.image_size
         height, width = size if isinstance(size, list | tuple) else (size, size)
         target = {"height": height, "width": width}
         sizes: dict[str, Any] = {"size": target}
@@ -46,3 +48,5 @@ M2MKD_PIXELS = OfficialPixels(
 )
 # google-research/vmoe: value_range(-1, 1), and a resize as for its fine-tuned models.
 VMOE_JAX_PIXELS = OfficialPixels([0.5] * 3, [0.5] * 3, Resampling.BILINEAR)
+# DINOv2: positions for 518 pixels, evaluated at 224, as in the image processors of the published ones.
+DINOV2_PIXELS = replace(M2MKD_PIXELS, largest_uncut=0, image_size=224)

@@ -6,33 +6,14 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from m2mkd.distillation.sizes import num_special_tokens, patch_grid, vision_config
 from m2mkd.distillation.split import stage_class_of
 from m2mkd.errors import StageError
-
-
-# Number of special tokens of architectures that have more than the class token; ours say it in their configuration.
-_SPECIAL_TOKENS = {"deit": 2}
-
-
-def num_special_tokens(config: PreTrainedConfig) -> int:
-    """Number of tokens before the patches: the class token, and for a DeiT the distillation token."""
-    return getattr(config, "num_special_tokens", _SPECIAL_TOKENS.get(config.model_type, 1))
 
 
 def num_tokens(config: PreTrainedConfig) -> int:
     """Number of tokens in a model's hidden states: its special tokens and its patches."""
     return num_special_tokens(config) + _num_patches(config)
-
-
-def patch_grid(config: PreTrainedConfig) -> tuple[int, int]:
-    """Number of patches of an image from top to bottom and from left to right."""
-    (height, width), (patch_height, patch_width) = pair(config.image_size), pair(config.patch_size)
-    return height // patch_height, width // patch_width
-
-
-def pair(size: int | Sequence[int]) -> tuple[int, int]:
-    """A height and a width, given as both or as one number."""
-    return (size[0], size[1]) if isinstance(size, list | tuple) else (size, size)
 
 
 def _num_patches(config: PreTrainedConfig) -> int:
@@ -52,9 +33,12 @@ def check_stitchable(
         `StageError`: teacher and meta model differ in width or special tokens, or two networks differ in patches or
             label space.
     """
-    if teacher is not None and meta is not None and teacher.hidden_size != meta.hidden_size:
+    widths = [
+        vision_config(config).hidden_size for config in (teacher, meta) if config is not None and meta is not None
+    ]
+    if len(set(widths)) == 2:
         raise StageError(
-            f"The teacher is {teacher.hidden_size} wide and the meta model {meta.hidden_size}; their modules exchange "
+            f"The teacher is {widths[0]} wide and the meta model {widths[1]}; their modules exchange "
             "hidden states without a stitch, so `hidden_size` must be equal (stitches are for the student)."
         )
     if teacher is not None and meta is not None and num_special_tokens(teacher) != num_special_tokens(meta):
@@ -67,13 +51,14 @@ def check_stitchable(
     for name, other in (("teacher", teacher), ("meta model", meta)):
         if other is None:
             continue
-        fits = stage_class_of(student).takes_any_tokens or _num_patches(student) == _num_patches(other)
-        if meta is not None and not fits:
+        is_free = meta is None or stage_class_of(student).takes_any_tokens
+        if not is_free and _num_patches(student) != _num_patches(other):
+            theirs = vision_config(other)
             raise StageError(
                 f"The student has {_num_patches(student)} patches (image_size {student.image_size}, patch_size "
-                f"{student.patch_size}) and the {name} {_num_patches(other)} (image_size {other.image_size}, "
-                f"patch_size {other.patch_size}); stitches change the width, not the number of patches. Give them the "
-                "same grid."
+                f"{student.patch_size}) and the {name} {_num_patches(other)} (image_size {theirs.image_size}, "
+                f"patch_size {theirs.patch_size}); stitches change the width, not the number of patches. Give them "
+                "the same grid."
             )
         _check_label_space(student, other, name)
 
@@ -95,18 +80,20 @@ def _check_label_space(student: PreTrainedConfig, other: PreTrainedConfig, name:
     )
 
 
-def check_same_normalization(first: Any, second: Any, names: tuple[str, str]) -> None:
+def check_same_normalization(first: Any, second: Any, names: tuple[str, str], any_size: bool = False) -> None:
     """
     Check that two image processors feed their networks the same pixels, because both networks see the same batch.
 
     Args:
         first, second (image processors of transformers)
         names (`tuple[str, str]`): Names of their networks in the message.
+        any_size (`bool`): Whether the sizes may differ.
 
     Raises:
         `StageError`: mean, standard deviation, rescaling or size differ.
     """
-    for field in ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std", "size"):
+    fields = ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std", "size")
+    for field in fields[:-1] if any_size else fields:
         ours, theirs = (getattr(processor, _final(field, processor), None) for processor in (first, second))
         if isinstance(ours, list | tuple) and isinstance(theirs, list | tuple):
             ours, theirs = list(ours), list(theirs)

@@ -1,6 +1,6 @@
 """Loading of saved classifiers."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,17 +8,28 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 from transformers import (
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
     AutoConfig,
     AutoImageProcessor,
+    AutoModel,
     AutoModelForImageClassification,
+    CLIPConfig,
+    CLIPVisionConfig,
     PreTrainedConfig,
     PreTrainedModel,
+    SiglipConfig,
+    SiglipVisionConfig,
 )
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
+from m2mkd.distillation.split import CAN_BE_CUT, stage_class
 from m2mkd.errors import DataError, StageError
 from m2mkd.files import check_inside, read_json
+
+
+# The classifiers of these towers have the configuration of the whole model.
+_WHOLE = {CLIPVisionConfig: CLIPConfig, SiglipVisionConfig: SiglipConfig}
 
 
 def load_network(source: str | Path, **kwargs: Any) -> PreTrainedModel:
@@ -76,6 +87,61 @@ def _check_files(source: str | Path) -> None:
         if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
             raise StageError(f"{folder / SAFE_WEIGHTS_INDEX_NAME} has no `weight_map`. Save or fetch the model again.")
         check_inside(folder, [folder / name for name in set(files.values())], StageError)
+
+
+def config_with_new_head(source: str | Path, class_names: Sequence[str]) -> PreTrainedConfig:
+    """
+    The configuration of a classifier on a pretrained backbone: a classifier for other classes, or a network without a
+    head. Raises `StageError` if transformers has no classifier with such a backbone.
+    """
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except Exception as error:
+        raise StageError(_why_no_model(source, error)) from error
+    if type(config) in _WHOLE:
+        config = _WHOLE[type(config)](vision_config=config.to_dict())
+    if type(config) not in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
+        raise StageError(
+            f"{source} is a {config.model_type}, for which transformers has no image classifier. Use one of "
+            f"{CAN_BE_CUT}, or save a classifier of your own with `save_pretrained`."
+        )
+    config.id2label = dict(enumerate(class_names))
+    config.label2id = {name: index for index, name in enumerate(class_names)}
+    return config
+
+
+def load_with_new_head(source: str | Path, class_names: Sequence[str]) -> PreTrainedModel:
+    """
+    Load a pretrained backbone under a new head, whose weights are random.
+
+    Args:
+        source (`str` or `Path`): Hub id or folder of a classifier for other classes or of a network without a head.
+        class_names (`Sequence[str]`): The new classes, in order.
+
+    Raises:
+        `StageError`: there is no such model, or its file lacks other weights than those of a head.
+    """
+    _check_files(source)
+    config = config_with_new_head(source, class_names)
+    # the classifier on a vision tower holds the tower under a name of its own
+    is_tower = config.model_type != AutoConfig.from_pretrained(source, trust_remote_code=False).model_type
+    kind = AutoModel if is_tower else AutoModelForImageClassification
+    own_config = {} if is_tower else {"config": config}
+    try:
+        model, info = kind.from_pretrained(
+            source, **own_config, ignore_mismatched_sizes=True, output_loading_info=True, trust_remote_code=False
+        )
+    except Exception as error:
+        raise StageError(_why_no_model(source, error)) from error
+    if is_tower:
+        tower, model = model, AutoModelForImageClassification.from_config(config)
+        model.vision_model.load_state_dict(tower.state_dict())
+    heads = {id(tensor) for head in stage_class(type(model)).classifiers_of(model) for tensor in head.parameters()}
+    own = {name for name, tensor in model.named_parameters() if id(tensor) in heads}
+    lacking = {*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])} - own
+    if lacking:
+        raise _untrained(source, lacking)
+    return model
 
 
 def _untrained(source: str | Path, missing: Iterable[str]) -> StageError:

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
+from m2mkd.distillation.sizes import pair, vision_config
 from m2mkd.distillation.split import split_into_stages, stage_class
 from m2mkd.errors import StageError
 
@@ -20,7 +20,7 @@ def meta_from_teacher(
     of m2mKD, in the teacher's own feature space.
 
     Args:
-        teacher (`PreTrainedModel`): A ViT, DeiT, DINOv2 or V-MoE classifier.
+        teacher (`PreTrainedModel`): A classifier that can be cut into stages and is no NAC.
         teacher_depths (`Sequence[int]`): Layers of each stage of the teacher.
         meta_depths (`Sequence[int]`): Layers of each stage of the meta model, no more than the teacher's.
 
@@ -45,14 +45,9 @@ def meta_from_teacher(
             f"A meta model cannot be made from a {type(teacher).__name__}; use a ViT, DeiT, DINOv2 or V-MoE."
         )
     kept = [index for stage, depth in zip(theirs, meta_depths, strict=True) for index in stage.layer_indices[:depth]]
-    fields = {**teacher.config.to_dict(), "num_hidden_layers": len(kept)}
-    for derived in ("stage_names", "out_features", "out_indices", "_out_features", "_out_indices"):
-        # fields of a backbone that name the layers
-        fields.pop(derived, None)
-    if fields.get("moe_layers") is not None:
-        fields["moe_layers"] = [place for place, index in enumerate(kept) if index in teacher.config.moe_layers]
+    config = stage_class(type(teacher)).shallow(teacher.config, kept)
     with torch.device(teacher.device):
-        meta = type(teacher)(type(teacher.config).from_dict(fields)).float()
+        meta = type(teacher)(config).float()
     given = teacher.state_dict()
     # everything except the layers has the same names in both
     meta.load_state_dict({name: given.get(name, own) for name, own in meta.state_dict().items()}, strict=False)
@@ -62,12 +57,11 @@ def meta_from_teacher(
     return meta
 
 
-@torch.no_grad()
 def fit_image_size(model: PreTrainedModel, image_size: int) -> None:
     """
-    Adapt a pretrained ViT, DeiT or DINOv2 in place to square images of another size than it was trained on. Its
+    Adapt a pretrained transformer in place to square images of another size than it was trained on. Its
     position embeddings are interpolated once, as transformers does in each forward with
-    `interpolate_pos_encoding=True` (DINOv2: always).
+    `interpolate_pos_encoding=True` (some: always).
 
     Args:
         model (`PreTrainedModel`)
@@ -76,23 +70,16 @@ def fit_image_size(model: PreTrainedModel, image_size: int) -> None:
     Raises:
         `StageError`: the image is not covered by whole patches.
     """
-    config = model.config
-    is_kept = not stage_class(type(model)).interpolates_positions or not isinstance(config.patch_size, int)
-    if is_kept or config.image_size in (image_size, [image_size] * 2, (image_size,) * 2):
+    architecture = stage_class(type(model))
+    sizes = vision_config(model.config)
+    patch_size = set(pair(sizes.patch_size))
+    is_kept = not architecture.interpolates_positions or len(patch_size) > 1
+    if is_kept or pair(sizes.image_size) == (image_size, image_size):
         return
-    patch_size = config.patch_size
-    if image_size % patch_size:
+    (patch,) = patch_size
+    if image_size % patch:
         raise StageError(
-            f"Images of {image_size} pixels cannot be divided into the teacher's patches of {patch_size} pixels. Set "
-            f"`image_size` of the data to a multiple of {patch_size}."
+            f"Images of {image_size} pixels cannot be divided into the teacher's patches of {patch} pixels. Set "
+            f"`image_size` of the data to a multiple of {patch}."
         )
-    stem = split_into_stages(model, [config.num_hidden_layers])[0].embeddings
-    old = stem.position_embeddings
-    num_patches = (image_size // patch_size) ** 2
-    num_special_tokens = old.shape[1] - stem.patch_embeddings.num_patches
-    tokens = old.new_zeros(1, num_patches + num_special_tokens, old.shape[-1])
-    stem.position_embeddings = nn.Parameter(stem.interpolate_pos_encoding(tokens, image_size, image_size).clone())
-    for part in (stem, stem.patch_embeddings):
-        part.image_size = (image_size, image_size)
-    stem.patch_embeddings.num_patches = num_patches
-    config.image_size = image_size
+    architecture.resize(model, image_size)

@@ -11,19 +11,25 @@ from transformers import (
     PreTrainedModel,
 )
 
+from m2mkd.distillation.architectures import ARCHITECTURES
 from m2mkd.distillation.nac_stages import NACStage
 from m2mkd.distillation.stage import Stage
-from m2mkd.distillation.transformer_stage import TRANSFORMERS, TransformerStage
+from m2mkd.distillation.timm_stage import TimmStage
+from m2mkd.distillation.transformer_stage import TransformerStage
 from m2mkd.distillation.vmoe_stage import VMoEStage
+from m2mkd.distillation.whole_stage import WholeStage
 from m2mkd.errors import StageError
 
 
 # Stage classes by the name of the classifier.
 _STAGES: dict[str, type[Stage]] = {
-    **dict.fromkeys(TRANSFORMERS, TransformerStage),
+    **dict.fromkeys(ARCHITECTURES, TransformerStage),
+    "TimmWrapperForImageClassification": TimmStage,
     "VMoEForImageClassification": VMoEStage,
     "NACForImageClassification": NACStage,
 }
+
+CAN_BE_CUT = "ViT, DeiT, DINOv2, DINOv3-ViT, BEiT, CLIP, SigLIP, timm's VisionTransformer, V-MoE and NAC"
 
 
 def split_into_stages(model: PreTrainedModel, depths: Sequence[int]) -> list[Stage]:
@@ -33,8 +39,8 @@ def split_into_stages(model: PreTrainedModel, depths: Sequence[int]) -> list[Sta
 
     Args:
         model (`PreTrainedModel`):
-            `ViTForImageClassification`, `DeiTForImageClassification`, `Dinov2ForImageClassification`,
-            `VMoEForImageClassification` or `NACForImageClassification`.
+            A ViT, DeiT, DINOv2, DINOv3-ViT, BEiT, CLIP, SigLIP, timm ViT, V-MoE or NAC for image classification. Any
+            other classifier is one stage.
         depths (`Sequence[int]`): Transformer layers of each stage; the paper cuts ViT-Large as `[6, 6, 6, 6]`. A NAC
             counts its read-in, each round of messages and its read-out: the paper cuts it as `[1] * 10`.
 
@@ -42,7 +48,7 @@ def split_into_stages(model: PreTrainedModel, depths: Sequence[int]) -> list[Sta
         `list[Stage]`: One stage per depth.
 
     Raises:
-        `StageError`: the depths do not add up to the model's layers, or the architecture is not known.
+        `StageError`: the depths do not add up to the model's layers, or the architecture cannot be cut.
 
     Example:
 
@@ -59,23 +65,26 @@ def split_into_stages(model: PreTrainedModel, depths: Sequence[int]) -> list[Sta
 
     ```"""
     depths = list(depths)
-    num_layers = count_layers(model)
+    architecture, num_layers = stage_class(type(model)), count_layers(model)
     if not depths or any(isinstance(d, bool) or not isinstance(d, int) or d < 1 for d in depths):
         raise StageError(f"`depths` must be whole numbers of at least 1, one per stage, but is {depths}.")
+    if depths != [1] and not architecture.can_be_cut(model):
+        name = type(getattr(model, "timm_model", model)).__name__
+        raise StageError(
+            f"{name} cannot be cut into stages. These can: {CAN_BE_CUT}. It can still teach as a whole: in a recipe, "
+            "leave out `teacher.depths` and the arms that start from modules, and use the arm `kd`."
+        )
     if sum(depths) != num_layers:
         raise StageError(
             f"The depths {depths} add up to {sum(depths)} layers, but {type(model).__name__} has {num_layers}. "
             "Assign every layer to one stage."
         )
-    return stage_class(type(model)).split(model, depths)
+    return architecture.split(model, depths)
 
 
 def stage_class(model_class: type[PreTrainedModel]) -> type[Stage]:
-    """The stage class for a classifier. Raises `StageError` for an unknown architecture."""
-    name = model_class.__name__
-    if name not in _STAGES:
-        raise StageError(f"{name} cannot be cut into stages. Supported architectures: {', '.join(sorted(_STAGES))}.")
-    return _STAGES[name]
+    """The stage class for a classifier; an architecture that is not known is one stage."""
+    return _STAGES.get(model_class.__name__, WholeStage)
 
 
 def stage_class_of(config: PreTrainedConfig) -> type[Stage]:
@@ -91,8 +100,7 @@ def stage_class_of_type(model_type: str) -> type[Stage]:
 
 def count_layers(model: PreTrainedModel) -> int:
     """
-    Count the layers that the depths of `split_into_stages` must add up to. Raises `StageError` for an unknown
-    architecture.
+    Count the layers that the depths of `split_into_stages` must add up to; an architecture that is not known is one.
     """
     return stage_class(type(model)).count_layers(model)
 

@@ -75,6 +75,11 @@ class Stage(nn.Module):
         raise NotImplementedError
 
     @classmethod
+    def can_be_cut(cls, model: PreTrainedModel) -> bool:
+        """Whether a model can be more than one stage."""
+        return True
+
+    @classmethod
     def split(cls, model: PreTrainedModel, depths: Sequence[int]) -> "list[Stage]":
         """Split a model into all its stages; the depths are already checked."""
         starts = [sum(depths[:i]) for i in range(len(depths))]
@@ -86,6 +91,24 @@ class Stage(nn.Module):
     @classmethod
     def leave_out_uncountable(cls, config: PreTrainedConfig) -> None:
         """Switch off in place what cannot be computed on the meta device and has no matrix products."""
+
+    @classmethod
+    def resize(cls, model: PreTrainedModel, image_size: int) -> None:
+        """Adapt a model in place to square images of another size, where `interpolates_positions`."""
+        raise NotImplementedError
+
+    @classmethod
+    def shallow(cls, config: PreTrainedConfig, kept: Sequence[int]) -> PreTrainedConfig:
+        """The configuration of a model with some of the layers, by their indices."""
+        fields = config.to_dict()
+        tower = fields.get("vision_config", fields)
+        tower["num_hidden_layers"] = len(kept)
+        for derived in ("stage_names", "out_features", "out_indices", "_out_features", "_out_indices"):
+            # fields of a backbone that name the layers
+            tower.pop(derived, None)
+        if fields.get("moe_layers") is not None:
+            fields["moe_layers"] = [place for place, index in enumerate(kept) if index in config.moe_layers]
+        return type(config).from_dict(fields)
 
     @property
     def is_first(self) -> bool:

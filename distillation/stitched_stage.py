@@ -5,7 +5,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from m2mkd.distillation.checks import num_special_tokens
+from m2mkd.distillation.sizes import num_special_tokens
 from m2mkd.distillation.stage import Stage
 from m2mkd.modeling.stitches import StitchLayer
 

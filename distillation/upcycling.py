@@ -11,7 +11,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedModel
 
 from m2mkd.configuration.configuration_vmoe import VMoEConfig
-from m2mkd.distillation.checks import pair, patch_grid
+from m2mkd.distillation.sizes import pair, patch_grid
 from m2mkd.distillation.split import count_layers, split_into_stages
 from m2mkd.distillation.stage import Stage
 from m2mkd.errors import StageError

@@ -93,7 +93,7 @@ def few_shot(
     pool = train if validation is None else validation
     needed = ((train, [each.train for each in drawn]), (pool, [each.validation for each in drawn]))
     sets = ((ImageDataset(images, config, False), indices) for images, indices in needed)
-    learnt, tested = (_features(model, dataset, indices, batch_size, screen) for dataset, indices in sets)
+    learnt, tested = (classifier_inputs(model, dataset, indices, batch_size, screen) for dataset, indices in sets)
     how = HEADS[stage_class(type(model)).few_shot_head]
     accuracies = [
         _accuracy(episode, learnt, tested, ways, how, seed + number)
@@ -136,7 +136,7 @@ def _splits(
 
 
 @torch.no_grad()
-def _features(
+def classifier_inputs(
     model: PreTrainedModel,
     dataset: ImageDataset,
     indices: Sequence[np.ndarray],

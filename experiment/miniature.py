@@ -96,7 +96,7 @@ def make_miniature(recipe: Recipe) -> Recipe:
     num_stages, teacher, meta = len(recipe.student.depths), content["teacher"], content["meta"] or {}
     if teacher["pretrained"] is not None:
         model = {"model_type": "vit", "preset": None, "config": {}}
-        teacher |= {"pretrained": None, "model": model, "data": recipe.distill.data}
+        teacher |= {"pretrained": None, "probe": False, "model": model, "data": recipe.distill.data}
         if meta.get("model") is not None:
             # nothing else has to have the width of the published teacher
             meta["model"] = model

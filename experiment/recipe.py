@@ -73,17 +73,21 @@ class TeacherSpec(Section):
     `meta.init: from_teacher` there is no meta model yet to incubate in: a `model` is trained only by `finetuning`.
 
     Args:
-        pretrained (`str`, *optional*): Hub id or folder of a trained classifier. Of the other keys, only `depths` is
-            read.
+        pretrained (`str`, *optional*): Hub id or folder of a trained classifier. Of the other keys, only `depths`,
+            `probe` and `data` are read.
+        probe (`bool`): Whether `pretrained` is only a backbone, or a classifier for other classes: a linear head is
+            fitted to its features of `data` first (see [`fit_probe`]).
         model (`NetworkSpec`, *optional*): Network to incubate.
-        depths (`list[int]`): Layers in each stage.
+        depths (`list[int]`, *optional*): Layers in each stage. A pretrained network that only teaches as a whole does
+            not need them.
         data (`str`, *optional*): Name of the training set.
         incubation, finetuning (`dict`): Training arguments of the two steps.
     """
 
     pretrained: str | None = None
+    probe: bool = False
     model: NetworkSpec | None = None
-    depths: list[int]
+    depths: list[int] | None = None
     data: str | None = None
     incubation: Training = Field(default_factory=dict)
     finetuning: Training = Field(default_factory=dict)
@@ -92,8 +96,12 @@ class TeacherSpec(Section):
     def _one_source(self) -> "TeacherSpec":
         if (self.pretrained is None) == (self.model is None):
             raise ValueError("give either `pretrained` (a Hub id or folder) or `model` (the network to train)")
-        if self.model is not None and self.data is None:
+        if (self.model is not None or self.probe) and self.data is None:
             raise ValueError("`data` is missing; name the data set that the teacher is trained on")
+        if self.probe and self.pretrained is None:
+            raise ValueError("`probe` is only for a `pretrained` network; leave it out")
+        if self.model is not None and self.depths is None:
+            raise ValueError("`depths` is missing; give the number of layers in each stage")
         return self
 
 
@@ -451,6 +459,13 @@ class Recipe(Section):
                 raise ValueError(f"`{key}` is {name!r}, but `data` has only {sorted(self.data)}")
         num_pairs = len(self.student.depths)
         for key, depths in (("teacher.depths", self.teacher.depths), ("meta.depths", self.meta_depths)):
+            if depths is None and not any(arm.init == "modules" for arm in self.arms.values()) and not self.meta:
+                continue
+            if depths is None:
+                raise ValueError(
+                    "`teacher.depths` is missing; give the number of the teacher's layers in each of the "
+                    f"{num_pairs} stages, or leave out the arms that start from modules and `meta`"
+                )
             if len(depths) != num_pairs:
                 raise ValueError(
                     f"`student.depths` {self.student.depths} makes {num_pairs} stages, but `{key}` {depths} makes "

@@ -9,7 +9,7 @@ from m2mkd.data.config import DataConfig
 from m2mkd.data.known_sets import known_set
 from m2mkd.data.processing import build_image_processor
 from m2mkd.distillation.checks import check_same_normalization, check_stitchable
-from m2mkd.distillation.load import load_network_config, load_processor
+from m2mkd.distillation.load import config_with_new_head, load_network_config, load_processor
 from m2mkd.distillation.meta_from_teacher import meta_from_teacher
 from m2mkd.distillation.split import split_into_stages, stage_class
 from m2mkd.distillation.upcycling import upcycle_into
@@ -70,6 +70,8 @@ class RecipeNetworks:
         spec, data = self.recipe.teacher, self.recipe.distill.data
         if spec.model is not None:
             teacher = self.build(spec.model, spec.data)
+        elif spec.probe:
+            teacher = build_on_meta(config_with_new_head(spec.pretrained, self._class_names(spec.data)))
         else:
             teacher = build_on_meta(load_network_config(spec.pretrained))
         fit_to_data(teacher, self.recipe.data[data], self._class_names(data))
@@ -87,7 +89,7 @@ class RecipeNetworks:
             (self.meta, self.meta_depths),
         )
         for network, depths in cuts:
-            if network is not None:
+            if network is not None and depths is not None:
                 split_into_stages(network, depths)
         if self.is_incubated:
             check_stitchable(self.build(recipe.teacher.model, recipe.teacher.data).config, None, self.meta.config)
@@ -117,6 +119,9 @@ class RecipeNetworks:
         spec = recipe.teacher
         name = "teacher" if spec.pretrained is None else f"teacher {spec.pretrained}"
         teacher = load_processor(spec.pretrained) if spec.pretrained else build_image_processor(recipe.data[spec.data])
+        if spec.probe:
+            check_pixels(spec.data, recipe.data[spec.data], name, teacher, any_size=True)
+            teacher = build_image_processor(recipe.data[spec.data])
         if self._is_modular:
             check_pixels(distill, recipe.data[distill], name, teacher)
         if self._uses_meta:
@@ -126,18 +131,21 @@ class RecipeNetworks:
             check_pixels(data, recipe.data[data], name, teacher)
 
 
-def check_pixels(data: str, config: DataConfig, network: str, processor: BaseImageProcessor) -> None:
+def check_pixels(
+    data: str, config: DataConfig, network: str, processor: BaseImageProcessor, any_size: bool = False
+) -> None:
     """
     Check that a data set feeds a network the pixels that it was trained on.
 
     Args:
         data (`str`), config (`DataConfig`): Name of the data set in the recipe, and its configuration.
         network (`str`), processor (`BaseImageProcessor`): Name of the network in messages, and its image processor.
+        any_size (`bool`): Whether the size may differ, as for a network whose head is not fitted yet.
 
     Raises:
         `StageError`: mean, standard deviation, rescaling or size differ.
     """
-    check_same_normalization(build_image_processor(config), processor, (f"data set {data!r}", network))
+    check_same_normalization(build_image_processor(config), processor, (f"data set {data!r}", network), any_size)
 
 
 def class_names_without_images(data: RunData, name: str) -> list[str]:

@@ -102,11 +102,12 @@ class Session:
 
     def teacher_source(self) -> str | Path:
         """Hub id or folder of the teacher."""
-        return self.recipe.teacher.pretrained or self.folder.teacher
+        spec = self.recipe.teacher
+        return self.folder.teacher if spec.pretrained is None or spec.probe else spec.pretrained
 
-    def check_processors(self, source: str | Path, data: str) -> None:
-        """Check that a network takes the pixels of a data set. Raises `DataError` or `StageError`."""
-        check_pixels(data, self.data.config(data), f"network {source}", load_processor(source))
+    def check_processors(self, source: str | Path, data: str, any_size: bool = False) -> None:
+        """See [`check_pixels`]. Raises `DataError` or `StageError`."""
+        check_pixels(data, self.data.config(data), f"network {source}", load_processor(source), any_size)
 
     # ---- Training ----
 

@@ -11,9 +11,9 @@ from transformers.image_processing_utils import BaseImageProcessor
 from m2mkd.data.dataset import ImageDataset
 from m2mkd.data.processing import pixels_of_processor
 from m2mkd.data.sources import load_images
-from m2mkd.distillation.checks import pair
 from m2mkd.distillation.load import load_network, load_processor
 from m2mkd.distillation.meta_from_teacher import fit_image_size
+from m2mkd.distillation.sizes import pair
 from m2mkd.distillation.upcycling import logit_difference, upcycle
 from m2mkd.errors import DataError, HubError
 from m2mkd.evaluation.saved_model import data_config

@@ -153,6 +153,8 @@ def compute_notes(report: Report) -> list[str]:
     teacher = report["teacher"] or {}
     if teacher.get("pretrained"):
         notes.append(f"{teacher_text(teacher)} Its training is not counted.")
+    elif teacher.get("network"):
+        notes.append(f"{teacher_text(teacher)} The pretraining is not counted.")
     if "incubation" in teacher.get("phases", {}):
         notes.append(
             "The teacher itself was incubated inside the meta model; its row leaves out the training of that model."
@@ -169,14 +171,23 @@ def teacher_hub_id(teacher: Result) -> str | None:
 def teacher_text(teacher: Result) -> str:
     """What the teacher of a report is and where its weights came from, in sentences."""
     size, source, network = f"{teacher['parameters']:,} parameters", teacher.get("pretrained"), teacher.get("network")
+    if source is None and network is not None:
+        where = (
+            f"{network['id']} from the Hub" if network["folder"] is None else f'a folder named "{network["folder"]}"'
+        )
+        return (
+            f"The teacher is a {network['class']} with {size}. Its backbone is that of {where}, pretrained elsewhere; "
+            "only its linear head was fitted in this run, to the labels of its training set."
+        )
     if source is None:
         is_incubated = "incubation" in teacher.get("phases", {})
         how = "incubated inside the meta model and then fine-tuned" if is_incubated else "trained"
         return f"The teacher has {size}. It was {how} in this run."
     if network is None:  # tested before this was recorded
         return f"The teacher is a pretrained network with {size}. It was not trained in this run."
-    layers = f"{network['num_hidden_layers']} layers of width {network['hidden_size']}"
-    what = f"{network['class']} with {layers} and {size}"
+    width = network["hidden_size"]
+    layers = "" if width is None else f"{network['num_hidden_layers']} layers of width {width} and "
+    what = f"{network['class']} with {layers}{size}"
     if network["folder"] is None:
         return f"The teacher is {source} from the Hub, a {what}. It was not trained in this run."
     return (

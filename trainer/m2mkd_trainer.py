@@ -16,7 +16,6 @@ from transformers.trainer_utils import TrainOutput
 
 from m2mkd.data.dataset import ImageDataset
 from m2mkd.data.sampling import RepeatedSampler
-from m2mkd.distillation.checks import num_special_tokens
 from m2mkd.distillation.frozen_networks import FrozenNetworks, TeacherContext
 from m2mkd.distillation.losses import (
     boundary_loss,
@@ -28,6 +27,7 @@ from m2mkd.distillation.losses import (
     soft_distillation_loss,
 )
 from m2mkd.distillation.pair_folder import tensors_sha256
+from m2mkd.distillation.sizes import num_special_tokens, vision_config
 from m2mkd.distillation.split import count_layers, split_into_stages
 from m2mkd.distillation.stage import Stage
 from m2mkd.distillation.stitch_init import FITTED_IMAGES, fit_stitches
@@ -114,14 +114,14 @@ class M2MKDTrainer(StatisticsTrainer):
             teacher = targets.teacher()
         check_networks(args, model, teacher, meta)
         student_stages = split_into_stages(model, args.student_depths or [count_layers(model)])
-        around = meta or teacher or model
+        around = meta or (teacher if args.num_pairs > 1 else None) or model
         frozen = _frozen_networks(args, teacher, meta, targets is not None)
         if targets is not None and train_dataset is not None:
             train_dataset = CachedImages(train_dataset, targets, frozen.names(args.pair_indices))
         # computed before anything is cast
         self.network_hashes = _network_hashes(args, teacher, meta, targets)
         self.student = model
-        self.stitch_size = around.config.hidden_size
+        self.stitch_size = vision_config(around.config).hidden_size
         self._step_of_seed, self._batch_in_step = -1, -1
         self._needed = [*frozen.names(args.pair_indices), *(["labels"] if args.alpha < 1 else [])]
         by_labels = targets is not None and args.num_pairs == 1
@@ -129,7 +129,7 @@ class M2MKDTrainer(StatisticsTrainer):
         stitched = StitchedStudent(
             model,
             [student_stages[i] for i in args.pair_indices],
-            around.config.hidden_size,
+            vision_config(around.config).hidden_size,
             args.stitch if args.num_pairs > 1 else "none",
             seed=args.seed,
             nac_codes=args.nac_codes,

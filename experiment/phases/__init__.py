@@ -9,7 +9,9 @@ from m2mkd.experiment.phases.dense import DensePhase
 from m2mkd.experiment.phases.meta import AlignedMetaPhase, MetaPhase
 from m2mkd.experiment.phases.pairs import PairsPhase
 from m2mkd.experiment.phases.phase import Phase
+from m2mkd.experiment.phases.probe import ProbedTeacherPhase
 from m2mkd.experiment.phases.teacher import IncubatedTeacherPhase, PublishedTeacherPhase, TrainedTeacherPhase
+from m2mkd.experiment.recipe import Recipe
 from m2mkd.experiment.session import Session
 
 
@@ -22,13 +24,11 @@ def phases_of(session: Session, arms: Iterable[Arm] | None = None) -> dict[str, 
         arms (`Iterable[Arm]`, *optional*): The arms. `None`: those of the recipe.
     """
     recipe = session.recipe
-    is_published = recipe.teacher.pretrained is not None
     meta = AlignedMetaPhase if recipe.is_aligned else MetaPhase
-    teacher = IncubatedTeacherPhase if recipe.is_incubated else TrainedTeacherPhase
     beforehand: list[Phase] = [meta(session)] if recipe.meta is not None else []
     arms = list(arms or recipe.all_arms.values())
     cached = dict.fromkeys([recipe.distill.data, *map(recipe.data_of, arms)])
-    beforehand += [(PublishedTeacherPhase if is_published else teacher)(session)]
+    beforehand += [_teacher_phase(recipe)(session)]
     beforehand += [*(CachePhase(session, data) for data in cached), PairsPhase(session)]
     beforehand += [DensePhase(session)] if recipe.upcycle is not None else []
     known = {phase.name: phase for phase in [*beforehand, *(ArmPhase(session, arm) for arm in arms)]}
@@ -41,6 +41,12 @@ def phases_of(session: Session, arms: Iterable[Arm] | None = None) -> dict[str, 
         if name in needed:
             _order(name, known, ordered)
     return ordered
+
+
+def _teacher_phase(recipe: Recipe) -> type[TrainedTeacherPhase]:
+    if recipe.teacher.pretrained is not None:
+        return ProbedTeacherPhase if recipe.teacher.probe else PublishedTeacherPhase
+    return IncubatedTeacherPhase if recipe.is_incubated else TrainedTeacherPhase
 
 
 def _need(name: str, known: Mapping[str, Phase], needed: set[str]) -> None:
@@ -66,6 +72,7 @@ __all__ = [
     "MetaPhase",
     "PairsPhase",
     "Phase",
+    "ProbedTeacherPhase",
     "PublishedTeacherPhase",
     "TrainedTeacherPhase",
     "phases_of",

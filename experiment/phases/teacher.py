@@ -3,7 +3,11 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from transformers import PreTrainedModel
+
 from m2mkd.distillation.load import load_network
+from m2mkd.distillation.sizes import vision_config
+from m2mkd.distillation.split import count_layers
 from m2mkd.experiment.artifact import EVAL_RESULTS, TRAIN_RESULTS
 from m2mkd.experiment.flops import count_parameters
 from m2mkd.experiment.phases.phase import Phase
@@ -114,17 +118,10 @@ class PublishedTeacherPhase(TrainedTeacherPhase):
         session = self.session
         model = session.load_teacher()
         evaluation = session.evaluate(model, self.recipe.distill.data)
-        source, config = self.recipe.teacher.pretrained, model.config
-        network = {
-            "class": type(model).__name__,
-            "num_hidden_layers": config.num_hidden_layers,
-            "hidden_size": config.hidden_size,
-            # only the name: cards and reports are published, paths of a machine are not
-            "folder": Path(source).resolve().name if Path(source).is_dir() else None,
-        }
+        source = self.recipe.teacher.pretrained
         results = {
             "pretrained": source,
-            "network": network,
+            "network": describe_network(model, source),
             "parameters": count_parameters(model),
             **_NOTHING_TRAINED,
         }
@@ -138,6 +135,20 @@ class PublishedTeacherPhase(TrainedTeacherPhase):
     def cost(self, costs: "Costs") -> list["PhaseCost"]:
         """No cost: it is not trained here."""
         return []
+
+
+def describe_network(model: PreTrainedModel, source: str) -> Results:
+    """Facts about a pretrained network for the report: class, layers, width, and where it was loaded from."""
+    is_folder = Path(source).is_dir()
+    return {
+        "class": type(model).__name__,
+        "num_hidden_layers": count_layers(model),
+        # a network of several widths has none of its own
+        "hidden_size": getattr(vision_config(model.config), "hidden_size", None),
+        # only the name: cards and reports are published, paths of a machine are not
+        "folder": Path(source).resolve().name if is_folder else None,
+        "id": None if is_folder else source,
+    }
 
 
 def _total(phases: dict[str, Results]) -> Results:

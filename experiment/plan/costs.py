@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from m2mkd.data.known_sets import known_set, published_split
-from m2mkd.distillation.checks import num_special_tokens
+from m2mkd.distillation.sizes import num_special_tokens, vision_config
 from m2mkd.distillation.split import count_layers, split_into_stages
 from m2mkd.distillation.stage import Stage
 from m2mkd.errors import DataError
@@ -169,7 +169,7 @@ class Costs:
     def whole(self, network: PreTrainedModel, data: str) -> StepCost:
         """Cost per image of a network that is trained end to end."""
         (stage,) = split_into_stages(network, [count_layers(network)])
-        (pair,) = stitched_pairs(network, [stage], network.config.hidden_size, "none")
+        (pair,) = stitched_pairs(network, [stage], vision_config(network.config).hidden_size, "none")
         return trained_cost(pair, self._images(data))[0]
 
     def frozen(self, network: PreTrainedModel, data: str) -> StepCost:
@@ -189,7 +189,7 @@ class Costs:
         theirs = split_into_stages(self.teacher, self.recipe.teacher.depths)
         own = split_into_stages(self.meta, self._meta_depths)
         total, shape = self._chain(theirs, data)[-1], self._images(data)
-        pairs = stitched_pairs(self.meta, own, self.meta.config.hidden_size, "none")
+        pairs = stitched_pairs(self.meta, own, vision_config(self.meta.config).hidden_size, "none")
         for pair, source in zip(pairs, theirs, strict=True):
             total += trained_cost(pair, shape, layers_only=True)[0]
             shape = self._counter.forward(source, shape)[1]
@@ -217,7 +217,7 @@ class Costs:
         stages, shape, own_shape = split_into_stages(student, depths), self._images(data), self._images(data)
         options["special_tokens"] = num_special_tokens(around.config)
         stitch = stitch if len(stages) > 1 else "none"
-        pairs = stitched_pairs(student, stages, around.config.hidden_size, stitch, feed=feed, **options)
+        pairs = stitched_pairs(student, stages, vision_config(around.config).hidden_size, stitch, feed=feed, **options)
         own = []
         for index, pair in enumerate(pairs):
             suffix = frozen[index + 1 :] if match == "logits" else []

@@ -103,6 +103,38 @@ def run_command(
     _explained(work, "Finished phases are kept; run the same command again to go on.")
 
 
+@app.command("init")
+def init_command(
+    images: Annotated[str, typer.Argument(metavar="FOLDER_OR_ID", help="One sub-folder per class, or train/, test/.")],
+    out: Annotated[Path, typer.Option(help="The recipe to write.")] = Path("recipe.yaml"),
+    test: Annotated[str | None, typer.Option(help="Test images. Default: test/, or a part held out.")] = None,
+    ood: Annotated[str | None, typer.Option(help="Folder of the same classes from elsewhere.")] = None,
+    teacher: Annotated[str | None, typer.Option(help="Hub id or folder. Default: a ViT is trained.")] = None,
+    minutes: Annotated[float, typer.Option(min=0.01, help="Time that the run may take here.")] = 30.0,
+) -> None:
+    """
+    Write a recipe for your own images: m2mkd init FOLDER && m2mkd run recipe.yaml
+
+    It looks at the images, the teacher and this machine. The file says why each value was chosen, and what it costs.
+
+    In a terminal it asks for the teacher and for the OOD folder if they are not given.
+    """
+
+    def work() -> None:
+        from m2mkd.experiment.new_recipe import write_new_recipe
+
+        asked = {"teacher": teacher, "ood": ood}
+        if sys.stdin.isatty():
+            questions = {"teacher": "Teacher (Hub id or folder; empty: train one)", "ood": "OOD folder (empty: none)"}
+            asked = {
+                name: value if value is not None else typer.prompt(questions[name], default="") or None
+                for name, value in asked.items()
+            }
+        print("\n".join(write_new_recipe(out, images, test, asked["ood"], asked["teacher"], minutes)))
+
+    _explained(work)
+
+
 @app.command("slurm", context_settings=_OVERRIDES, options_metavar="[RECIPE.yaml] [--key.sub value]...")
 def slurm_command(
     context: typer.Context,
@@ -327,10 +359,12 @@ def upcycle_command(
 @app.command("convert")
 def convert_command(
     checkpoint: Annotated[
-        Path, typer.Argument(metavar="CHECKPOINT", help="A .pth, .pt, .safetensors or .npz file, or PREFIX.")
+        Path, typer.Argument(metavar="CHECKPOINT", help="A .pth, .pt, .safetensors, .npz or .onnx file, or PREFIX.")
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to create.")],
-    kind: Annotated[str, typer.Option(help="nac, nac-student, vmoe, vmoe-student, vit, vmoe-jax or vit-jax.")],
+    kind: Annotated[
+        str, typer.Option(help="nac, nac-student, vmoe, vmoe-student, vit, vmoe-jax, vit-jax or dinov2-onnx.")
+    ],
     config: Annotated[
         Path | None, typer.Option(help="The official YAML file. For vit and vmoe: JSON, see below.")
     ] = None,
@@ -354,6 +388,8 @@ def convert_command(
     routers' arguments, e.g. {"num_selected_experts": 2}
 
     vit-jax is for the .npz of a ViT of big_vision or vision_transformer with a class token. It needs no --config.
+
+    dinov2-onnx takes the DINOv2 backbone out of an ONNX file that transformers' Dinov2Model was exported to.
 
     The folder of a student or of one stage contains that stage's tensors and its stitches, like pairs/ in a run.
 

@@ -51,7 +51,7 @@ class TestFewShot:
         else:
             model = DeiTForImageClassificationWithTeacher(DeiTConfig(**vit_config().to_dict())).eval()
         dataset = NoiseImages(6)
-        features = few_shot_module._features(model, dataset, [np.arange(6)], 4, Screen(sys.stderr))
+        features = few_shot_module.classifier_inputs(model, dataset, [np.arange(6)], 4, Screen(sys.stderr))
         states = model.base_model(dataset.pixel_values).last_hidden_state
         read = states[:, 0].unflatten(0, (6, 2)) if name == "ensemble" else states[:, :2]
         torch.testing.assert_close(torch.stack(list(features.values())), read.flatten(1).detach())
