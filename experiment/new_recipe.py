@@ -112,7 +112,7 @@ def look_at_images(source: str, test: str | None, ood: str | None) -> Images:
         sections |= {"ood": {"source": f"{IMAGEFOLDER_PREFIX}{ood}"}} if ood else {}
     train = load_images(DataConfig(**sections["train"]))
     if len(train.class_names) < 2:
-        raise DataError(f"{source} has one class, {train.class_names[0]!r}. Give a folder with one sub-folder per class.")
+        raise DataError(f"{source} has one class, {train.class_names}. Give a folder with one sub-folder per class.")
     for name in ("iid", *(["ood"] if "ood" in sections else [])):
         load_images(DataConfig(**sections[name])).relabel(train.class_names)
     chosen = np.linspace(0, len(train) - 1, min(MEASURED_IMAGES, len(train))).round().astype(int)

@@ -33,7 +33,9 @@ def test_the_recipe_loads_and_says_why_and_what_it_costs(tmp_path: Path) -> None
     assert all(reason in text for reason in reasons)
 
 
-@pytest.mark.parametrize(("labels", "is_probed"), [(CLASS_NAMES, False), (["cat", "dog"], True)])
+@pytest.mark.parametrize(
+    ("labels", "is_probed"), [pytest.param(CLASS_NAMES, False, marks=pytest.mark.slow), (["cat", "dog"], True)]
+)
 def test_a_given_teacher_keeps_its_pixels_and_gets_a_probe_for_other_classes(
     labels: list[str], is_probed: bool, tmp_path: Path
 ) -> None:
