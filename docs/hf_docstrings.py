@@ -6,7 +6,7 @@ from typing import Any
 from griffe import Extension, Object
 
 
-TYPE = re.compile(r" \(\[?`([^`]+)`\]?(?:, \*optional\*)?(?:, defaults to `[^`]*`)?\):")
+TYPE = re.compile(r" \(\[?`([^`]+)`\]?(?:, \*optional\*)?(?:, defaults to [^)]*)?\):")
 
 
 class PlainTypes(Extension):
