@@ -258,30 +258,12 @@ def push_command(
     """
 
     def work() -> None:
-        from m2mkd.experiment.report.read import default_arm, read_report
-        from m2mkd.hub.push import collect_models, files_to_push, print_files, push, write_copy
-        from m2mkd.hub.space import space_files
+        from m2mkd.hub.push_run import Destination, push_run
 
         if collection and (space or arm or out):
             raise typer.BadParameter("--collection pushes the models of all arms; leave out --space, --arm and --out")
-        arms = list(read_report(run_folder)["arms"]) if collection else [arm or default_arm(run_folder)]
-        targets = {f"{repo_id}-{name}" if collection else repo_id: name for name in arms}
-        for target, name in targets.items():
-            if space:
-                files = space_files(run_folder, name, seed, license, with_images)
-            else:
-                files = files_to_push(run_folder, name, target, seed, with_code, license, with_images)
-            print_files(files)
-            if out is not None:
-                write_copy(files, out)
-                print(f"The files are in {out}. Nothing was sent.")
-            elif dry_run:
-                print(f"Nothing was sent. This would be pushed to {target} ({'public' if public else 'private'}).")
-            else:
-                message = f"{name} of {run_folder.resolve().name}"
-                print(f"Pushed to {push(files, target, message, public, 'space' if space else 'model')}.")
-        if collection and not dry_run:
-            print(f"Collected in {collect_models(repo_id.partition('/')[2], list(targets), public)}.")
+        to = Destination(repo_id, public, dry_run, out)
+        push_run(run_folder, to, None if collection else arm, seed, space, with_code, license, with_images)
 
     _explained(work)
 
