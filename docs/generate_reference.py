@@ -49,9 +49,7 @@ def sections_in(annotation: Any) -> list[type[BaseModel]]:
 def type_of(field: FieldInfo) -> str:
     text = str(field.annotation) if get_args(field.annotation) else getattr(field.annotation, "__name__", "")
     text = re.sub(r"\b(?:typing|m2mkd(?:\.\w+)*)\.", "", text).replace(" | ", " or ")
-    return re.sub(
-        r"Annotated\[(\w+), AfterValidator\([^]]*\)\]", r"\1", text
-    )  # a validator is printed with its address
+    return re.sub(r"Annotated\[(\w+), AfterValidator\([^]]*\)\]", r"\1", text)  # it is printed with an address
 
 
 def default_of(field: FieldInfo) -> str:
