@@ -205,8 +205,11 @@ def test_what_is_to_be_installed_is_there() -> None:
             assert set(extras) <= set(setup["options.extras_require"]), words
             constraints = [word for option, word in pairwise(words) if option == "-c"]
             assert all((ROOT / name).is_file() for name in constraints), words
+        elif words[0] == "python" and words[1] != "demo/app.py":  # which tests/hub/test_space.py runs
+            script = (ROOT / words[1]).read_text(encoding="utf-8")
+            assert all(f'"{word}"' in script for word in words if word.startswith("--")), words
     kinds = {words[0] for words in all_commands()}
-    assert kinds <= {"pip", "pytest", "m2mkd", *LAUNCHERS}, "a command of a kind that no test runs"
+    assert kinds <= {"pip", "pytest", "python", "m2mkd", *LAUNCHERS}, "a command of a kind that no test runs"
 
 
 @pytest.mark.slow
