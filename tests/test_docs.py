@@ -30,10 +30,11 @@ from tiny_run import write_images
 from typer.testing import CliRunner
 
 import m2mkd
-from m2mkd.cli import _overrides, app
+from m2mkd.cli import app
 from m2mkd.errors import M2MKDError
 from m2mkd.experiment.recipe_file import load_recipe, parse_recipe
 from m2mkd.experiment.run_data import RunData
+from m2mkd.overrides import parse_overrides
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -139,7 +140,7 @@ def test_the_recipes_and_overrides_of_the_others_are_valid() -> None:
         arguments = recipe_arguments(words)
         has_recipe = bool(arguments) and not arguments[0].startswith("--")
         path, options = (ROOT / arguments[0], arguments[1:]) if has_recipe else (None, arguments)
-        load_recipe(path, _overrides(options))
+        load_recipe(path, parse_overrides(options))
 
 
 @pytest.mark.parametrize(
@@ -151,7 +152,7 @@ def test_the_commands_for_own_images_lose_none(recipe: str, sizes: dict[str, int
     options = [word.replace(":PATH", f":{tmp_path}/PATH") for word in recipe_arguments(words)[1:]]
     for source in (word.partition(":")[2] for word in options if word.startswith("imagefolder:")):
         write_images(Path(source), per_class=10)
-    data = RunData(load_recipe(ROOT / "recipes" / f"{recipe}.yaml", _overrides(options)))
+    data = RunData(load_recipe(ROOT / "recipes" / f"{recipe}.yaml", parse_overrides(options)))
     data.check()
     assert {name: data.size(name)[0] for name in data.recipe.used_data()} == sizes
 

@@ -15,9 +15,10 @@ from tiny_run import recipe_content
 from tiny_study import write_study
 from typer.testing import CliRunner
 
-from m2mkd.cli import _overrides, _recipe_and_options, app
+from m2mkd.cli import app
 from m2mkd.experiment.recipe_file import load_recipe, parse_recipe
 from m2mkd.experiment.study.spec import load_study
+from m2mkd.overrides import parse_overrides, recipe_and_options
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -33,8 +34,8 @@ def of_page(*start: str) -> list[list[str]]:
 
 def test_the_runs_and_sections_of_the_page_are_valid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for words in of_page("m2mkd", "run"):
-        path, options = _recipe_and_options(words)
-        overrides = _overrides(options)
+        path, options = recipe_and_options(words)
+        overrides = parse_overrides(options)
         phase = overrides.pop("phase", None)
         recipe = load_recipe(path, overrides)
         assert (recipe.engine == "ray") == (phase is None)
@@ -42,7 +43,7 @@ def test_the_runs_and_sections_of_the_page_are_valid(tmp_path: Path, monkeypatch
         parse_recipe(recipe_content(tmp_path, **yaml.safe_load(block)), "the page")
     monkeypatch.chdir(ROOT)
     for words in of_page("m2mkd", "study"):
-        _, points = load_study(words[0], _overrides(words[1:]))
+        _, points = load_study(words[0], parse_overrides(words[1:]))
         assert {point.recipe.engine for point in points} == {"ray"}
 
 
@@ -73,7 +74,7 @@ def test_the_job_starts_train_py_with_options_of_a_recipe() -> None:
     (words,) = of_page("hf", "jobs", "uv", "run")
     pytest.importorskip("huggingface_hub.cli.jobs")
     place = words.index("train.py")
-    load_recipe(None, _overrides(words[place + 1 :]))
+    load_recipe(None, parse_overrides(words[place + 1 :]))
     assert words[words.index("-e") + 1].partition("=")[2] == words[words.index("-v") + 1].partition(":")[2]
 
 

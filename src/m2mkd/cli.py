@@ -6,11 +6,12 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from m2mkd import __version__
+from m2mkd.overrides import parse_overrides, recipe_and_options
 
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
@@ -79,8 +80,8 @@ def run_command(
             for name, sentence in list_recipes().items():
                 _print_once(f"{name}: {sentence}")
             return
-        path, options = _recipe_and_options(context.args)
-        recipe = load_recipe(path, _overrides(options))
+        path, options = recipe_and_options(context.args)
+        recipe = load_recipe(path, parse_overrides(options))
         if miniature:
             from m2mkd.experiment.miniature import make_miniature
 
@@ -153,18 +154,16 @@ def slurm_command(
     """
 
     def work() -> None:
-        import shlex
-
         from m2mkd.experiment.recipe_file import load_recipe
         from m2mkd.experiment.slurm import slurm_script
         from m2mkd.experiment.study.spec import Point, load_study
 
         if study is None:
-            path, options = _recipe_and_options(context.args)
-            recipe = load_recipe(path, _overrides(options))
+            path, options = recipe_and_options(context.args)
+            recipe = load_recipe(path, parse_overrides(options))
             name, points, words = recipe.name, [Point("", {}, recipe)], ["run", *context.args]
         else:
-            spec, points = load_study(study, _overrides(context.args))
+            spec, points = load_study(study, parse_overrides(context.args))
             name, words = spec.name, ["study", str(study), *context.args]
         print(slurm_script(name, points, shlex.join(words), gpus, throughput, study is not None), end="")
 
@@ -195,7 +194,7 @@ def study_command(
         from m2mkd.experiment.study.runs import run_phase, run_study
         from m2mkd.experiment.study.spec import load_study
 
-        spec, points = load_study(study, _overrides(context.args))
+        spec, points = load_study(study, parse_overrides(context.args))
         if plan:
             print_study_plan(spec, points)
             return
@@ -218,7 +217,7 @@ def report_command(context: typer.Context, run_folder: Annotated[Path, typer.Arg
         from m2mkd.experiment.recipe_file import parse_recipe
         from m2mkd.experiment.report import make_report
 
-        content = {**read_noted_recipe(run_folder), "output_dir": str(run_folder), **_overrides(context.args)}
+        content = {**read_noted_recipe(run_folder), "output_dir": str(run_folder), **parse_overrides(context.args)}
         _print_once(f"The report is in {make_report(parse_recipe(content, str(run_folder / RECIPE_FILE)))}.")
 
     _explained(work)
@@ -522,31 +521,6 @@ def main() -> None:
 def train() -> None:
     """Entry point of `train.py`: `m2mkd run` under its own name."""
     app(["run", *sys.argv[1:]], prog_name="train.py")
-
-
-def _recipe_and_options(arguments: list[str]) -> tuple[str | None, list[str]]:
-    # not a parameter of the command: click would take the value of the first override for it
-    has_recipe = bool(arguments) and not arguments[0].startswith("--")
-    return (arguments[0], arguments[1:]) if has_recipe else (None, arguments)
-
-
-def _overrides(arguments: list[str]) -> dict[str, Any]:
-    """`--key value` and `--key=value` as values by dotted key."""
-    from m2mkd.errors import RecipeError
-    from m2mkd.experiment.recipe_file import parse_value
-
-    overrides: dict[str, Any] = {}
-    rest = list(arguments)
-    while rest:
-        name, equals, value = rest.pop(0).partition("=")
-        if not name.startswith("--"):
-            raise RecipeError(f"{name!r} is not an option. Values of the recipe are given as --key.sub value.")
-        if not equals:
-            if not rest or rest[0].startswith("--"):
-                raise RecipeError(f"{name} has no value. Values of the recipe are given as --key.sub value.")
-            value = rest.pop(0)
-        overrides[name.removeprefix("--")] = parse_value(value)
-    return overrides
 
 
 def _explained(work: Callable[[], None], if_interrupted: str = "") -> None:
