@@ -249,7 +249,7 @@ def test_the_phases_by_hand_run_one_after_the_other(tmp_path: Path) -> None:
 
 def test_the_figures_of_the_studies_are_those_of_the_committed_results() -> None:
     results = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
-    for study in ("vmoe_digits", "vmoe_glyphs", "nac_digits"):
+    for study in ("vmoe_digits", "vmoe_digits_deep", "vmoe_glyphs", "nac_digits"):
         assert "\n".join(rows(study)) in results
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     quoted = [line for line in readme.splitlines() if re.match(r"\| `\w+` \|.* ± ", line)]
