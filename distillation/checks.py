@@ -53,10 +53,10 @@ def check_stitchable(
             continue
         is_free = meta is None or stage_class_of(student).takes_any_tokens
         if not is_free and _num_patches(student) != _num_patches(other):
-            theirs = vision_config(other)
+            ours, theirs = vision_config(student), vision_config(other)
             raise StageError(
-                f"The student has {_num_patches(student)} patches (image_size {student.image_size}, patch_size "
-                f"{student.patch_size}) and the {name} {_num_patches(other)} (image_size {theirs.image_size}, "
+                f"The student has {_num_patches(student)} patches (image_size {ours.image_size}, patch_size "
+                f"{ours.patch_size}) and the {name} {_num_patches(other)} (image_size {theirs.image_size}, "
                 f"patch_size {theirs.patch_size}); stitches change the width, not the number of patches. Give them "
                 "the same grid."
             )

@@ -68,18 +68,24 @@ def split_into_stages(model: PreTrainedModel, depths: Sequence[int]) -> list[Sta
     architecture, num_layers = stage_class(type(model)), count_layers(model)
     if not depths or any(isinstance(d, bool) or not isinstance(d, int) or d < 1 for d in depths):
         raise StageError(f"`depths` must be whole numbers of at least 1, one per stage, but is {depths}.")
-    if depths != [1] and not architecture.can_be_cut(model):
-        name = type(getattr(model, "timm_model", model)).__name__
-        raise StageError(
-            f"{name} cannot be cut into stages. These can: {CAN_BE_CUT}. It can still teach as a whole: in a recipe, "
-            "leave out `teacher.depths` and the arms that start from modules, and use the arm `kd`."
-        )
+    if depths != [1]:
+        check_can_be_cut(model)
     if sum(depths) != num_layers:
         raise StageError(
             f"The depths {depths} add up to {sum(depths)} layers, but {type(model).__name__} has {num_layers}. "
             "Assign every layer to one stage."
         )
     return architecture.split(model, depths)
+
+
+def check_can_be_cut(model: PreTrainedModel) -> None:
+    """Raise `StageError` if a classifier is one stage."""
+    if not stage_class(type(model)).can_be_cut(model):
+        name = type(getattr(model, "timm_model", model)).__name__
+        raise StageError(
+            f"{name} cannot be cut into stages. These can: {CAN_BE_CUT}. It can still teach as a whole: in a recipe, "
+            "leave out `teacher.depths` and the arms that start from modules, and use the arm `kd`."
+        )
 
 
 def stage_class(model_class: type[PreTrainedModel]) -> type[Stage]:

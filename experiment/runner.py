@@ -4,6 +4,7 @@ from functools import partial
 from pathlib import Path
 
 import transformers
+from accelerate import PartialState
 
 from m2mkd.errors import RecipeError, RunError, WriteError
 from m2mkd.experiment.artifact import CHECKPOINT, TRAIN_RESULTS, is_finished
@@ -78,7 +79,7 @@ def _run(recipe: Recipe, name: str | None, take_over: bool, shows_expected: bool
             if phase.is_finished():
                 screen.say(f"{phase.title}: finished, skipped")
         tasks = _tasks(own, phases)
-        if shows_expected and tasks and recipe.engine == "local":
+        if shows_expected and tasks and recipe.engine == "local" and PartialState().num_processes == 1:
             expected = expect([phase for phase in own if not phase.is_finished()], processes)
             seconds = {title: phase.seconds for title, phase in expected.items()}
             print_expected(expected, wall_clock(tasks, seconds, processes), processes)

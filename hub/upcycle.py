@@ -67,8 +67,9 @@ def upcycle_folder(
     if data is not None and processor is None:
         raise DataError(problems[0])
     set_seed(seed)
-    images = _noise(dense) if data is None else _images(data, split, processor, source)
+    images = None if data is None else _images(data, split, processor, source)
     student = upcycle(dense, layers=_layers(layers), router_images=images if centroids else None, **options)
+    images = _noise(dense) if images is None else images
     kind = "images of noise" if data is None else "given images"
     difference = f"On {len(images)} {kind}, {logit_difference(student, dense, images)}"
 

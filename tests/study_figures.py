@@ -62,7 +62,7 @@ def _largest_deficit(name: str, arms: tuple[str, ...]) -> float:
 def facts(page: str) -> list[str]:
     """The figures in the text of README.md or docs/results.md."""
     v, n, ten, g = "vmoe_digits", "nac_digits", "nac_digits_again", "vmoe_glyphs"
-    deep = "vmoe_digits_deep"
+    d = "vmoe_digits_deep"
     if page == "README.md":
         return [
             f"{difference(v, 'm2mkd_kd', '5 + 15', 'iid')} points IID",
@@ -73,7 +73,7 @@ def facts(page: str) -> list[str]:
             f"letters, 10 passes: {short(g, 'm2mkd_kd', '3 + 7')}, `kd`: {short(g, 'kd', '10')}",
             f"{difference(g, 'm2mkd_kd', '3 + 7', 'iid')} and {difference(g, 'm2mkd_kd', '3 + 7', 'ood')}",
             f"{difference(ten, 'm2mkd_kd', '3 + 7', 'iid')} and {difference(ten, 'm2mkd_kd', '3 + 7', 'ood')}",
-            f"{difference(deep, 'm2mkd_kd', '1 + 1', 'iid')} and {difference(deep, 'm2mkd_kd', '1 + 1', 'ood')}",
+            f"{difference(d, 'm2mkd_kd', '1 + 1', 'iid')} and {difference(d, 'm2mkd_kd', '1 + 1', 'ood')}",
             f"modules alone: {short(v, 'modules_only', '20')}",
             f"10 + 10 passes: {short(v, 'upcycle_kd', '10 + 10')}",
         ]
@@ -85,9 +85,9 @@ def facts(page: str) -> list[str]:
         f"{difference(n, 'm2mkd_kd', '3 + 7', 'iid')} points IID and {difference(n, 'm2mkd_kd', '3 + 7', 'ood')}",
         f"{difference(n, 'm2mkd_kd', '5 + 15', 'iid')} and {difference(n, 'm2mkd_kd', '5 + 15', 'ood')}",
         f"{difference(ten, 'm2mkd_kd', '3 + 7', 'iid')} points IID and {difference(ten, 'm2mkd_kd', '3 + 7', 'ood')}",
-        f"{difference(deep, 'm2mkd_kd', '3 + 7', 'iid')} points IID and {difference(deep, 'm2mkd_kd', '3 + 7', 'ood')}",
-        f"{difference(deep, 'm2mkd_kd', '5 + 15', 'iid')} and {difference(deep, 'm2mkd_kd', '5 + 15', 'ood')}",
-        f"{difference(deep, 'm2mkd_kd', '1 + 1', 'iid')} and {difference(deep, 'm2mkd_kd', '1 + 1', 'ood')}",
+        f"{difference(d, 'm2mkd_kd', '3 + 7', 'iid')} points IID and {difference(d, 'm2mkd_kd', '3 + 7', 'ood')}",
+        f"{difference(d, 'm2mkd_kd', '5 + 15', 'iid')} and {difference(d, 'm2mkd_kd', '5 + 15', 'ood')}",
+        f"{difference(d, 'm2mkd_kd', '1 + 1', 'iid')} and {difference(d, 'm2mkd_kd', '1 + 1', 'ood')}",
         f"{difference(g, 'm2mkd_kd', '1 + 4', 'iid')} points IID and {difference(g, 'm2mkd_kd', '1 + 4', 'ood')} OOD",
         f"{difference(g, 'm2mkd_kd', '3 + 7', 'iid')} and {difference(g, 'm2mkd_kd', '3 + 7', 'ood')}",
         f"{difference(g, 'm2mkd_kd', '5 + 15', 'iid')} and {difference(g, 'm2mkd_kd', '5 + 15', 'ood')}",

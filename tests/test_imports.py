@@ -1,31 +1,14 @@
 """The rooms of CONTRIBUTING.md and which may import which, read from the sources: nothing is imported or run here."""
 
 import ast
-import configparser
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from sources import MODULES, ROOT, SOURCES, tree_of
 
 
-ROOT = Path(__file__).resolve().parents[1]
-
-
-def package_folders() -> dict[str, Path]:
-    """The folder of each package, as setup.cfg maps them."""
-    parser = configparser.ConfigParser()
-    parser.read(ROOT / "setup.cfg")
-    lines = parser["options"]["package_dir"].strip().splitlines()
-    return {name.strip(): ROOT / folder.strip() for name, _, folder in (line.partition("=") for line in lines)}
-
-
-MODULES = {
-    package if path.stem == "__init__" else f"{package}.{path.stem}": path
-    for package, folder in package_folders().items()
-    for path in sorted(folder.glob("*.py"))
-}
-SOURCES = [*MODULES.values(), *sorted((ROOT / "benchmarks").glob("*.py")), ROOT / "train.py", ROOT / "__init__.py"]
 # What a room may import of ours, beside itself. The command line may import everything.
 BELOW = {
     "configuration": set(),
@@ -42,7 +25,8 @@ BELOW["evaluation"] = {*BELOW["conversion"], "data", "screen"}
 BELOW["trainer"] = {*BELOW["evaluation"], "model_cards"}
 BELOW["experiment"] = {*BELOW["trainer"], "trainer", "evaluation"}
 BELOW["hub"] = {*BELOW["experiment"], "experiment"}
-BELOW["cli"] = {*BELOW["hub"], "hub", "conversion", "m2mkd"}
+BELOW["overrides"] = {"errors", "experiment"}
+BELOW["cli"] = {*BELOW["hub"], "hub", "conversion", "m2mkd", "overrides"}
 BELOW["m2mkd_cli"] = {"cli"}
 # The whole of what a folder may import beside the standard library: these two are shipped in a flat Hub folder.
 CLOSED = {
@@ -87,10 +71,6 @@ def is_in(name: str, packages: set[str]) -> bool:
 
 def report(path: Path, lines: list[tuple[int, str]]) -> str:
     return "\n".join(f"{path.relative_to(ROOT)}:{line}: {what}" for line, what in lines)
-
-
-def tree_of(path: Path) -> ast.Module:
-    return ast.parse(path.read_text(encoding="utf-8"))
 
 
 def length_of(node: ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_imports import SOURCES, tree_of
+from sources import SOURCES, tree_of
 from testing_utils import vit
 from tiny_run import published, recipe_content
 from typer.testing import CliRunner

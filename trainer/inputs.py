@@ -6,7 +6,8 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from m2mkd.distillation.checks import check_stitchable
-from m2mkd.distillation.split import count_layers, stage_class
+from m2mkd.distillation.sizes import vision_config
+from m2mkd.distillation.split import check_can_be_cut, count_layers, stage_class
 from m2mkd.distillation.target_cache import TargetCache
 from m2mkd.errors import DataError, StageError
 from m2mkd.trainer.m2mkd_config import M2MKDConfig
@@ -76,6 +77,9 @@ def check_networks(
     if args.alpha > 0 and teacher is None:
         raise StageError(f"`alpha` is {args.alpha}, but there is no teacher. Give one, or set `alpha=0`.")
     if args.num_pairs > 1:
+        for network in (student, teacher, meta):
+            if network is not None:
+                check_can_be_cut(network)
         _check_context(args, teacher, meta)
     context = teacher if args.context == "teacher" else meta
     if args.num_pairs > 1 and context is None:
@@ -88,11 +92,11 @@ def check_networks(
         student.config, teacher.config if teacher is not None else None, around.config if around is not None else None
     )
     has_stitches = args.num_pairs > 1 and args.stitch != "none"
-    if around is not None and not has_stitches and student.config.hidden_size != around.config.hidden_size:
+    widths = [vision_config(network.config).hidden_size for network in (student, around) if network is not None]
+    if not has_stitches and len(set(widths)) == 2:
         raise StageError(
-            f"`stitch` is 'none', but the student is {student.config.hidden_size} wide and the {args.context} "
-            f"{'model ' if args.context == 'meta' else ''}{around.config.hidden_size}. Choose 'layernorm_linear' or "
-            "'linear'."
+            f"`stitch` is 'none', but the student is {widths[0]} wide and the {args.context} "
+            f"{'model ' if args.context == 'meta' else ''}{widths[1]}. Choose 'layernorm_linear' or 'linear'."
         )
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from accelerate import PartialState
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -45,7 +44,7 @@ class Expected:
 def expect(phases: Sequence[Phase], processes: int) -> dict[str, Expected]:
     """
     Measure steps of the student and of the teacher on the recipe's images, and compute the time of phases from their
-    FLOPs. In a group of processes that train together, each has to call it.
+    FLOPs. Not in a group of processes that train together: they would measure different numbers of steps, and wait.
 
     Args:
         phases (`Sequence[Phase]`): Phases of one recipe, of any seeds.
@@ -55,7 +54,7 @@ def expect(phases: Sequence[Phase], processes: int) -> dict[str, Expected]:
         `dict[str, Expected]`: By title of the phase.
     """
     session, recipe = phases[0].session, phases[0].recipe
-    plan = make_plan(recipe, PartialState().num_processes)
+    plan = make_plan(recipe, 1)
     threads = torch.get_num_threads()
     torch.set_num_threads(max(threads // processes, 1))
     try:
@@ -69,7 +68,7 @@ def expect(phases: Sequence[Phase], processes: int) -> dict[str, Expected]:
     for phase in phases:
         costs = phase.costs_of_own(plan.parts[phase.name])
         pace = student if "student" in phase.sections else teacher
-        seconds = sum(cost.flops for cost in costs) / pace / PartialState().num_processes
+        seconds = sum(cost.flops for cost in costs) / pace
         expected[phase.title] = Expected(costs, seconds)
     return expected
 

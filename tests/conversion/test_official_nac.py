@@ -440,6 +440,7 @@ class TestCheckTensors:
             "  unexpected: g scalar",
             "  shape: a is 3x2, must be 2x3",
             "  not a tensor: d is of type int",
+            "Give the --config that this checkpoint was trained with.",
         ]
 
     def test_what_fits_passes(self) -> None:

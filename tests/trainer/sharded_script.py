@@ -8,9 +8,9 @@ from typing import Any
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
+from alignment_case import alignment_trainer
 from numpy.linalg import norm
 from safetensors.torch import save_file
-from test_alignment_trainer import alignment_trainer
 from testing_utils import NoiseImages, distillation_trainer, nac, snapshot, teacher
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor

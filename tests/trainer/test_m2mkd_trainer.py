@@ -33,8 +33,6 @@ from testing_utils import (
 )
 from transformers import (
     AutoModelForImageClassification,
-    CLIPConfig,
-    CLIPForImageClassification,
     ConvNextConfig,
     ConvNextForImageClassification,
     DeiTConfig,
@@ -43,8 +41,6 @@ from transformers import (
     Dinov2Config,
     Dinov2ForImageClassification,
     EvalPrediction,
-    SiglipConfig,
-    SiglipForImageClassification,
     TrainerCallback,
     TrainingArguments,
     ViTImageProcessor,
@@ -76,17 +72,6 @@ DEIT = {
 
 def convnext() -> ConvNextForImageClassification:
     return on_meta(lambda: ConvNextForImageClassification(ConvNextConfig()))
-
-
-def siglip() -> SiglipForImageClassification:
-    return on_meta(lambda: SiglipForImageClassification(SiglipConfig()))
-
-
-def clip() -> CLIPForImageClassification:
-    return on_meta(lambda: CLIPForImageClassification(CLIPConfig()))
-
-
-OTHERS = [convnext, siglip, clip]
 
 
 def final_weights(trainer: M2MKDTrainer) -> dict[str, torch.Tensor]:
@@ -891,13 +876,9 @@ class TestRefusals:
             distillation_trainer(tmp_path, **overrides)
 
     @pytest.mark.parametrize("role", ["model", "teacher", "meta"])
-    @pytest.mark.parametrize("build", OTHERS, ids=lambda build: build.__name__)
-    def test_classifiers_without_stages_are_named(self, tmp_path, role: str, build) -> None:
-        other = build()
-        with pytest.raises(
-            StageError, match=f"{type(other).__name__} cannot be cut into stages. Supported arch.*Dinov2"
-        ):
-            distillation_trainer(tmp_path, **{role: other})
+    def test_classifiers_without_stages_are_named(self, tmp_path, role: str) -> None:
+        with pytest.raises(StageError, match=r"ConvNextForImageClassification cannot be cut into stages\. These can"):
+            distillation_trainer(tmp_path, **{role: convnext()})
 
     def test_plain_training_arguments_are_refused(self, tmp_path) -> None:
         with pytest.raises(TypeError, match="of type TrainingArguments, but this trainer needs an `M2MKDConfig`"):
