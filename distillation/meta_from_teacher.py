@@ -71,10 +71,11 @@ def fit_image_size(model: PreTrainedModel, image_size: int) -> None:
         `StageError`: the image is not covered by whole patches.
     """
     architecture = stage_class(type(model))
+    if not architecture.interpolates_positions:
+        return
     sizes = vision_config(model.config)
     patch_size = set(pair(sizes.patch_size))
-    is_kept = not architecture.interpolates_positions or len(patch_size) > 1
-    if is_kept or pair(sizes.image_size) == (image_size, image_size):
+    if len(patch_size) > 1 or pair(sizes.image_size) == (image_size, image_size):
         return
     (patch,) = patch_size
     if image_size % patch:
