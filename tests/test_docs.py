@@ -48,8 +48,8 @@ DIGITS = [
 ]
 # They take no time, and are no values of a recipe.
 SWITCHES = {"--plan", "--miniature", "--gpus"}
-# Words of commands that need more than this machine: test_many_machines.
-ELSEWHERE = {"ray", "hf", "make", "UV_FIND_LINKS=dist", "--study"}
+# Words of commands that need more than this machine (test_many_machines) or an extra (tests/hub/test_space.py).
+ELSEWHERE = {"--space", "ray", "hf", "make", "UV_FIND_LINKS=dist", "--study"}
 LAUNCHERS = {"accelerate": ("accelerate.commands.launch", 2), "torchrun": ("torch.distributed.run", 1)}
 
 
