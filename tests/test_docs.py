@@ -125,7 +125,8 @@ def test_the_commands_that_train_nothing_run(folder: Path) -> None:
     write_images(folder / "PATH", per_class=10)
     for words in all_commands():
         if words[0] == "m2mkd" and words[1] != "run":
-            (folder / "mine.yaml").unlink(missing_ok=True)
+            for made in ("mine.yaml", "student.png"):
+                (folder / made).unlink(missing_ok=True)
             # where a shell writes the output does not matter
             done = CliRunner().invoke(app, words[1 : words.index(">") if ">" in words else None])
             assert done.exit_code == 0, f"{words}: {done.output}"
